@@ -1,0 +1,1 @@
+"""Preference alignment of Stable Diffusion in JAX/Flax."""

@@ -1,0 +1,1 @@
+"""Checkpoints: diffusers folders in and out."""

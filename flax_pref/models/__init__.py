@@ -1,0 +1,1 @@
+"""Network architectures of Stable Diffusion: UNet, autoencoder, CLIP text encoder."""

@@ -1,0 +1,44 @@
+"""Reading and writing the JSON configs of published checkpoints as typed dataclasses."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def from_json(cls: type[C], values: Mapping[str, Any], *, only: Mapping[str, tuple], strict: bool) -> C:
+    """Builds the frozen dataclass `cls` from a parsed config file.
+
+    Args:
+        cls: a dataclass whose fields are named as in the file; absent fields take their defaults, lists become tuples.
+        values: the parsed JSON object. Keys that begin with "_" are bookkeeping of the library that wrote the file.
+        only: fields of which this implementation supports certain values only, and these values.
+        strict: a key that is neither a field nor in `only` must be null or false (a feature switched off); otherwise
+            such keys have no effect on the network and are passed over.
+
+    Raises:
+        ValueError: a value or key that is not supported; names the field, the value and what is supported.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}
+    chosen = {}
+    for key, value in values.items():
+        if key.startswith("_"):
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if key in only and value not in only[key]:
+            supported = " or ".join(repr(v) for v in only[key])
+            raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; supported: {supported}")
+        if key in fields:
+            chosen[key] = value
+        elif strict and key not in only and value not in (None, False):
+            raise ValueError(
+                f"{cls.__name__}: unknown field {key}={value!r}; remove it if it has no effect on the network"
+            )
+    return cls(**chosen)
+
+
+def to_json(config: Any, **extra: Any) -> dict[str, Any]:
+    """The fields of a config dataclass as a JSON object (tuples become lists), after the `extra` keys."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return extra | {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

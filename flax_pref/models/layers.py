@@ -1,0 +1,241 @@
+"""Layers that the UNet, the autoencoder and the text encoder share.
+
+Arrays are channels-last (`[B, H, W, C]`). Every layer computes in `dtype` and keeps its parameters in `param_dtype`;
+normalisation statistics and softmax are always float32. Attribute names are those of the published checkpoints, so that
+loading is a renaming of leaves (`checkpoints/diffusers.py`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# The forward pass of a deep residual network keeps its scale from layer to layer: weights ~ N(0, 1 / fan_in).
+lecun_normal = nnx.initializers.lecun_normal()
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias` over the last axis; `kernel [in, out]`, `bias [out]` or None."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., out]`."""
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """Two-dimensional convolution of a `[B, H, W, C]` array; `kernel [kh, kw, in, out]` (HWIO), `bias [out]`.
+
+    `padding` is the (before, after) padding of both spatial axes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        kernel_init=lecun_normal,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel_size, kernel_size, in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+        self.stride = stride
+        self.padding = padding
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, in] -> [B, H', W', out]`."""
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of neighbouring channels over all positions (arXiv:1803.08494, equation 1).
+
+    Variance is the mean of squared deviations, not `E[x^2] - E[x]^2`: the autoencoder's activations have means far
+    larger than their spread, where the difference of two large numbers loses every digit.
+    """
+
+    def __init__(self, features: int, num_groups: int, *, epsilon: float, dtype=jnp.float32, param_dtype=jnp.float32):
+        if features % num_groups:
+            raise ValueError(
+                f"GroupNorm: {features} channels cannot be divided into norm_num_groups={num_groups} groups; "
+                "choose block_out_channels that are multiples of norm_num_groups"
+            )
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.num_groups = num_groups
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, ..., C] -> [B, ..., C]`."""
+        groups = x.astype(jnp.float32).reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
+        centred = groups - groups.mean(axis=(1, 3), keepdims=True)
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        normed = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis (arXiv:1607.06450)."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5, dtype=jnp.float32, param_dtype=jnp.float32):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., C] -> [..., C]`."""
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, `embedding [num, features]`, looked up by row."""
+
+    def __init__(self, num: int, features: int, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(init(rngs.params(), (num, features), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """`[...] integers -> [..., features]`."""
+        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
+    """Scaled dot-product attention, `softmax(q k^T / sqrt(Hd)) v`; logits and softmax in float32.
+
+    Every attention of every network goes through this function: it is the one place where kernels are chosen.
+
+    Args:
+        q: `[B, T, N, Hd]` queries of N heads.
+        k: `[B, S, N, Hd]` keys.
+        v: `[B, S, N, Hd]` values.
+        is_causal: position t sees positions 0 ... t only.
+
+    Returns:
+        `[B, T, N, Hd]`.
+    """
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="xla")
+
+
+def timestep_embedding(
+    timesteps: jax.Array, features: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> jax.Array:
+    """Sinusoidal embedding of scalars (arXiv:2006.11239, after arXiv:1706.03762 section 3.5), in float32.
+
+    Args:
+        timesteps: `[B]` timesteps (or any scalars, e.g. image sizes), integer or float.
+        features: size of the embedding.
+        flip_sin_to_cos: cosines come first.
+        freq_shift: the frequencies are `10000 ** (-i / (features / 2 - freq_shift))`.
+
+    Returns:
+        `[B, features]` float32.
+    """
+    half = features // 2
+    # Rounded to float32 step by step as the networks saw it in training: at t = 1000 one unit in the last place of a
+    # frequency moves the angle by 6e-5.
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)[None, :]
+    waves = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, features % 2)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """Two 3x3 convolutions with a skip connection; a time embedding, where there is one, is added between them."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None = None,
+        num_groups: int,
+        epsilon: float,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        self.norm1 = GroupNorm(in_channels, num_groups, epsilon=epsilon, **kinds)
+        self.conv1 = Conv(in_channels, out_channels, 3, padding=(1, 1), **kinds, rngs=rngs)
+        self.time_emb_proj = Linear(temb_channels, out_channels, **kinds, rngs=rngs) if temb_channels else None
+        self.norm2 = GroupNorm(out_channels, num_groups, epsilon=epsilon, **kinds)
+        self.conv2 = Conv(out_channels, out_channels, 3, padding=(1, 1), **kinds, rngs=rngs)
+        self.conv_shortcut = (
+            Conv(in_channels, out_channels, 1, **kinds, rngs=rngs) if in_channels != out_channels else None
+        )
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        """`[B, H, W, in], [B, temb_channels] -> [B, H, W, out]`."""
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Halves height and width by a convolution with stride 2; `padding` as in `Conv`."""
+
+    def __init__(self, channels: int, *, padding: tuple[int, int], dtype=jnp.float32, param_dtype=jnp.float32, rngs):
+        self.conv = Conv(
+            channels, channels, 3, stride=2, padding=padding, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]`."""
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles height and width by repeating pixels, then convolves."""
+
+    def __init__(self, channels: int, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, 3, padding=(1, 1), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, size: Sequence[int] | None = None) -> jax.Array:
+        """`[B, H, W, C] -> [B, 2H, 2W, C]`, cropped to `size` (height, width) if given.
+
+        The crop undoes the rounding up of a downsampling from an odd size.
+        """
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        if size is not None:
+            x = x[:, : size[0], : size[1], :]
+        return self.conv(x)
