@@ -126,7 +126,8 @@ def to_stored(params: Mapping) -> dict[str, np.ndarray]:
 def _stored_name(path: tuple) -> str:
     if path[-1] not in LEAF_NAMES:
         raise ValueError(
-            f"parameter {'.'.join(map(str, path))!r} is not part of a published checkpoint; split or merge adapters first"
+            f"parameter {'.'.join(map(str, path))!r} is not part of a published checkpoint; "
+            "split or merge adapters first"
         )
     return ".".join(map(str, (*path[:-1], LEAF_NAMES[path[-1]])))
 

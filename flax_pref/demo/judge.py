@@ -81,7 +81,7 @@ def _find(image, colour, template):
       (found in [0, 1], its centre (x, y) in pixels).
     """
     shapes, around = _templates()
-    member = _membership(image, colour, 0.15)
+    member = _membership(image, colour, 0.18)
     inside = _correlate(member, shapes)
     # Intersection over union of the pixels of this colour nearby and the template, for every place and template.
     overlap = inside / (shapes.sum((1, 2))[:, None, None] + jnp.maximum(_correlate(member, around), inside) - inside)

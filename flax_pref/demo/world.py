@@ -197,7 +197,7 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
 
 
 def _blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    sigma = rng.uniform(1.2, 2.5)
+    sigma = rng.uniform(1.0, 2.2)
     offsets = np.arange(-6, 7)
     kernel = np.exp(-(offsets**2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -213,7 +213,7 @@ def _grain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return 0.6 + rng.uniform(0.35, 0.6) * (image - 0.6)
+    return 0.6 + rng.uniform(0.45, 0.75) * (image - 0.6)
 
 
 def _stray_marks(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

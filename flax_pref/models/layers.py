@@ -99,11 +99,18 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., C] -> [B, ..., C]`."""
-        groups = x.astype(jnp.float32).reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
-        centred = groups - groups.mean(axis=(1, 3), keepdims=True)
-        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        normed = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        # Positions first, then the few channels of a group: channels stay the fastest axis, several times faster than
+        # one reduction over both on CPUs.
+        centred = x.astype(jnp.float32)
+        centred = centred - self._group_means(centred)
+        normed = centred * jax.lax.rsqrt(self._group_means(jnp.square(centred)) + self.epsilon)
         return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+    def _group_means(self, x: jax.Array) -> jax.Array:
+        """Mean over all positions and a group's channels, repeated for each of these: `[B, ..., C] -> [B, 1..., C]`."""
+        means = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+        grouped = means.reshape(*means.shape[:-1], self.num_groups, -1).mean(axis=-1)
+        return jnp.repeat(grouped, x.shape[-1] // self.num_groups, axis=-1)
 
 
 class LayerNorm(nnx.Module):

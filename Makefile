@@ -1,0 +1,32 @@
+# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs; Python 3.11 or newer is enough.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format
+
+demo: .venv/installed
+	$(BIN)/python -m train.demo configs/demo/demo.py
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-test: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch .venv/installed $@

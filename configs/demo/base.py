@@ -1,0 +1,51 @@
+"""The base model of the demo world, from nothing.
+
+    python -m train.base configs/demo/base.py
+
+Trains a byte-pair tokenizer, an autoencoder (64 x 64 pixels to 8 x 8 x 8 latents), and a UNet with its text encoder, and
+writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by it.
+"""
+
+from pathlib import Path
+
+from flax_pref.demo.pretraining import BaseConfig, Phase
+from flax_pref.models.clip import CLIPTextConfig
+from flax_pref.models.unet import UNetConfig
+from flax_pref.models.vae import VAEConfig
+
+config = BaseConfig(
+    output=Path("runs/base"),
+    tokenizer_length=24,
+    vae=VAEConfig(
+        block_out_channels=(8, 16, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=64,
+        force_upcast=False,
+    ),
+    unet=UNetConfig(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, as in Stable Diffusion's own files
+        norm_num_groups=16,
+        use_linear_projection=True,
+    ),
+    text_encoder=CLIPTextConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    autoencoder=Phase(steps=1600, batch_size=32, learning_rate=2e-3, average_decay=0.99),
+    diffusion=Phase(steps=6000, batch_size=64, learning_rate=1e-3, warmup_steps=200, average_decay=0.999),
+)

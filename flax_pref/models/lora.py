@@ -1,0 +1,328 @@
+"""Low-rank adapters (arXiv:2106.09685) as a bank: M named modules that share one backbone.
+
+An adapted layer computes `x W + (alpha / r) x A_m B_m`, where `m` is the module that the row of the batch belongs to.
+The rows of one call are contiguous groups, each for the base network or one module, so that base, positive and negative
+predictions take *one* pass through the backbone: `x W` is one product over the whole batch, and only the rows of
+modules pay for the adapters.
+
+    add_lora(unet, ("pos", "neg"), rank=8, alpha=8, rngs=rngs)
+    set_rows(unet, (("base", 4), ("pos", 2), ("neg", 2)))
+    noise_pred = unet(latents, timesteps, encoder_hidden_states)  # a batch of 8
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_pref.models.layers import Conv, Linear
+
+BASE = "base"  # the network without adapters
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
+LEAVES = ("lora_a", "lora_b")
+
+Rows = tuple[tuple[str, int], ...]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Run(NamedTuple):
+    """Neighbouring groups of adapted rows of one size: rows `start ... start + len(indices) * count`."""
+
+    start: int
+    count: int
+    indices: tuple[int, ...]
+
+
+def adapted_runs(rows: Rows, modules: Sequence[str]) -> list[Run]:
+    """The adapted rows of a batch in as few runs as possible; one run is one batched product."""
+    runs, start = [], 0
+    for network, groups in itertools.groupby(rows, key=lambda row: row[0]):
+        count = sum(count for _, count in groups)
+        if network != BASE:
+            index = modules.index(network)
+            previous = runs[-1] if runs else None
+            if previous and previous.count == count and previous.start + len(previous.indices) * count == start:
+                runs[-1] = previous._replace(indices=(*previous.indices, index))
+            else:
+                runs.append(Run(start, count, (index,)))
+        start += count
+    return runs
+
+
+class LoRALayer(nnx.Module):
+    """What adapted layers have in common; made from a layer, whose parameters keep their place and name.
+
+    `lora_a [M, ..., in, r]` is drawn from N(0, 1 / r^2) and `lora_b [M, r, out]` is zero: a new module is the base
+    network (section 4.1; the spread of A is that of diffusers' training scripts, `init_lora_weights="gaussian"`).
+    """
+
+    def __init__(self, layer: Linear | Conv, modules: Sequence[str], *, rank: int, alpha: float, param_dtype, rngs):
+        self.kernel = layer.kernel
+        self.bias = layer.bias
+        self.dtype = layer.dtype
+        *fan_in, features = layer.kernel.get_value().shape
+        init = nnx.initializers.normal(1 / rank)
+        self.lora_a = nnx.LoRAParam(init(rngs.params(), (len(modules), *fan_in, rank), param_dtype))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((len(modules), rank, features), param_dtype))
+        self.modules = tuple(modules)
+        self.scale = alpha / rank
+        self.rows = None
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """Applies one A to each group of rows: `[m, n, ..., in] -> [m, n, ..., r]`."""
+        raise NotImplementedError
+
+    def adapt(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds the modules' deltas to the base output `y [B, ..., out]` of `x [B, ..., in]`."""
+        if self.rows is None:
+            raise ValueError(f"LoRA: no rows are set for modules {self.modules}; call set_rows(module, rows) first")
+        if (expected := sum(count for _, count in self.rows)) != x.shape[0]:
+            raise ValueError(f"LoRA: rows {self.rows} describe a batch of {expected}, but the batch is {x.shape[0]}")
+        x = x.astype(self.dtype)
+        for start, count, indices in adapted_runs(self.rows, self.modules):
+            stop = start + count * len(indices)
+            # Slices of static bounds, no gather: XLA joins them again where they are neighbours.
+            a, b = (
+                jnp.concatenate([bank[...][i : i + 1] for i in indices]).astype(self.dtype)
+                for bank in (self.lora_a, self.lora_b)
+            )
+            low_rank = self.down(x[start:stop].reshape(len(indices), count, *x.shape[1:]), a)
+            delta = self.scale * jnp.einsum("mn...r,mro->mn...o", low_rank, b)
+            # Padding fuses with the addition, and its gradient is a slice; an update in place would be a scatter.
+            padding = ((start, x.shape[0] - stop), *((0, 0),) * (y.ndim - 1))
+            y = y + jnp.pad(delta.reshape(stop - start, *y.shape[1:]), padding)
+        return y
+
+
+class LoRALinear(LoRALayer, Linear):
+    """`Linear` with a bank of adapters: `lora_a [M, in, r]`, `lora_b [M, r, out]`."""
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """`[m, n, ..., in], [m, in, r] -> [m, n, ..., r]`."""
+        return jnp.einsum("mn...i,mir->mn...r", x, a)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, ..., in] -> [B, ..., out]`."""
+        return self.adapt(x, Linear.__call__(self, x))
+
+
+class LoRAConv(LoRALayer, Conv):
+    """`Conv` with a bank of adapters: `lora_a [M, kh, kw, in, r]`, `lora_b [M, r, out]`.
+
+    As in PEFT, A is a convolution with the layer's kernel size, stride and padding, and B is 1x1.
+    """
+
+    def __init__(self, layer: Conv, modules: Sequence[str], **kinds):
+        super().__init__(layer, modules, **kinds)
+        self.stride = layer.stride
+        self.padding = layer.padding
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """`[m, n, H, W, in], [m, kh, kw, in, r] -> [m, n, H', W', r]`."""
+        return jnp.stack(
+            [
+                jax.lax.conv_general_dilated(
+                    x[i],
+                    a[i],
+                    window_strides=(self.stride, self.stride),
+                    padding=(self.padding, self.padding),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )
+                for i in range(x.shape[0])
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, in] -> [B, H', W', out]`."""
+        return self.adapt(x, Conv.__call__(self, x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+def add_lora(
+    module: nnx.Module,
+    modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+) -> None:
+    """Replaces the targeted layers of `module` by adapted ones, in place; works on abstract modules too.
+
+    Args:
+        module: a network, or part of one.
+        modules: names of the M adapters, e.g. `("pos", "neg")`.
+        rank: r.
+        alpha: the deltas are scaled by `alpha / rank`.
+        targets: names of `Linear` and `Conv` layers, or the ends of their dotted paths: `"to_q"`, `"ff.net.2"`,
+            `"mid_block.resnets.0.conv1"`.
+        param_dtype: of the adapters, whatever the backbone is kept in.
+        rngs: draws A from its `params` stream.
+
+    Raises:
+        ValueError: a module's name is taken, a target names no layer, or a layer has adapters already.
+    """
+    if BASE in modules or len(set(modules)) != len(modules) or not modules or isinstance(modules, str):
+        raise ValueError(f"add_lora: modules={modules!r} must be different names, none of them {BASE!r}")
+    if rank < 1:
+        raise ValueError(f"add_lora: rank={rank!r} must be at least 1")
+    layers = {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Linear | Conv)}
+    chosen = {
+        target: [path for path in layers if f".{'.'.join(map(str, path))}".endswith(f".{target}")] for target in targets
+    }
+    for target, paths in chosen.items():
+        if not paths:
+            known = ", ".join(sorted({".".join(map(str, _ending(path))) for path in layers}))
+            raise ValueError(f"add_lora: target {target!r} is no linear layer or convolution; there are: {known}")
+    for path in dict.fromkeys(itertools.chain.from_iterable(chosen.values())):
+        layer = layers[path]
+        if isinstance(layer, LoRALayer):
+            raise ValueError(
+                f"add_lora: layer {'.'.join(map(str, path))!r} has adapters {layer.modules} already; "
+                "name all modules in one call"
+            )
+        kind = LoRALinear if isinstance(layer, Linear) else LoRAConv
+        _replace(module, path, kind(layer, modules, rank=rank, alpha=float(alpha), param_dtype=param_dtype, rngs=rngs))
+
+
+def _ending(path: tuple) -> tuple:
+    """The part of a layer's path that tells its role: from the last attribute name on."""
+    last = max(i for i, key in enumerate(path) if not isinstance(key, int))
+    return path[last:]
+
+
+def _replace(module: nnx.Module, path: tuple, layer: nnx.Module) -> None:
+    for key in path[:-1]:
+        module = module[key] if isinstance(key, int) else getattr(module, key)
+    if isinstance(path[-1], int):
+        module[path[-1]] = layer
+    else:
+        setattr(module, path[-1], layer)
+
+
+def set_rows(module: nnx.Module, rows: Rows) -> None:
+    """Says which network each row of the batch belongs to, in all adapted layers of `module`, in place.
+
+    To be called on a freshly merged module while jax traces; until then adapted layers refuse to run. The sum of the
+    counts is compared with the batch when a layer runs.
+
+    Args:
+        module: a network after `add_lora`.
+        rows: (network, count) of contiguous groups in the order of the batch, e.g. `(("base", 8), ("pos", 8))`; a
+            network may come up several times.
+
+    Raises:
+        ValueError: a network is neither "base" nor a module of the bank, or a count is not positive.
+    """
+    rows = tuple((network, count) for network, count in rows)
+    layers = [layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LoRALayer)]
+    known = (BASE, *dict.fromkeys(name for layer in layers for name in layer.modules))
+    for network, count in rows:
+        if network not in known:
+            raise ValueError(f"set_rows: no network {network!r} in rows {rows}; this one has {', '.join(known)}")
+        if count < 1:
+            raise ValueError(f"set_rows: {count} rows of {network!r} in rows {rows}; counts are at least 1")
+    for layer in layers:
+        layer.rows = rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def split_lora(params: dict) -> tuple[dict, dict]:
+    """Splits nested parameters into those of the backbone and those of the adapters, `(base, lora)`."""
+    flat = flatten_dict(params)
+    lora = {path: leaf for path, leaf in flat.items() if path[-1] in LEAVES}
+    base = {path: leaf for path, leaf in flat.items() if path[-1] not in LEAVES}
+    return unflatten_dict(base), unflatten_dict(lora)
+
+
+def join_lora(base: dict, lora: dict) -> dict:
+    """The inverse of `split_lora`."""
+    return unflatten_dict(flatten_dict(base) | flatten_dict(lora))
+
+
+def stack_lora(banks: Sequence[dict]) -> dict:
+    """One bank of adapters that were trained apart; its modules are those of `banks`, in order.
+
+    The modules of a bank share `alpha / rank`: train them with the same, or multiply `lora_b` by the ratio.
+
+    Raises:
+        ValueError: the banks differ in adapted layers, rank or shapes.
+    """
+    shapes = [jax.tree.map(lambda leaf: leaf.shape[1:], bank) for bank in banks]
+    if differing := [i for i, shape in enumerate(shapes) if shape != shapes[0]]:
+        raise ValueError(
+            f"stack_lora: bank {differing[0]} differs from bank 0 in its adapted layers or in its rank; "
+            "modules of one bank need the same targets and rank"
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *banks)
+
+
+def select_lora(lora: dict, index: int) -> dict:
+    """The bank of M = 1 that holds module `index` of `lora`."""
+    return jax.tree.map(lambda leaf: leaf[index : index + 1], lora)
+
+
+def merge_lora(params: dict, modules: Sequence[str], weights: Mapping[str, float], *, alpha: float) -> dict:
+    """Merges adapters into the weights: `theta + sum_k weight_k (alpha / r) A_k B_k`, in float32.
+
+    The result belongs to the network as it was before `add_lora`. `{"pos": w}` strengthens or weakens one module;
+    `{"pos": w, "neg": -w}` is the contrast of two.
+
+    Args:
+        params: nested parameters of a network with adapters.
+        modules: names of its M adapters, as given to `add_lora`.
+        weights: of the modules; those not named count nothing.
+        alpha: as given to `add_lora`.
+
+    Raises:
+        ValueError: a weight is for an unknown module, or `modules` are not as many as the bank has.
+    """
+    if unknown := sorted(weights.keys() - set(modules)):
+        raise ValueError(f"merge_lora: no module {unknown[0]!r}; this bank has {', '.join(modules)}")
+    base, lora = (flatten_dict(part) for part in split_lora(params))
+    for (*path, leaf), a in lora.items():
+        if leaf != "lora_a":
+            continue
+        if len(a) != len(modules):
+            raise ValueError(f"merge_lora: {len(modules)} modules {tuple(modules)} for a bank of {len(a)}")
+        b, kernel = lora[*path, "lora_b"], base[*path, "kernel"]
+        factors = jnp.array([weights.get(name, 0.0) * alpha / a.shape[-1] for name in modules], jnp.float32)
+        delta = jnp.einsum(
+            "m,m...r,mro->...o",
+            factors,
+            a.astype(jnp.float32),
+            b.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        base[*path, "kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return unflatten_dict(base)
+
+
+def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
+    """The bank as one function, `predict(networks, latents, timesteps, text) -> noise_pred`.
+
+    `networks` names the network of each of R equal groups of rows, `("base", "base", "pos", "pos")`; latents
+    `[R B, H, W, C]`, timesteps `[R B]`, text `[R B, T, D]`. To be called while jax traces. It is what samplers and
+    objectives take; a UNet without adapters is a bank of "base" alone.
+    """
+
+    def predict(networks, latents, timesteps, text):
+        module = nnx.merge(graphdef, params)
+        set_rows(module, tuple((network, latents.shape[0] // len(networks)) for network in networks))
+        return module(latents, timesteps, text)
+
+    return predict

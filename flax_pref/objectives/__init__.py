@@ -1,0 +1,1 @@
+"""Training objectives: pure functions `(predict, batch, key) -> (loss, metrics)`, one file per method."""

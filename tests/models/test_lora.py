@@ -1,0 +1,183 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from flax_pref.checkpoints.diffusers import Network
+from flax_pref.checkpoints.lora import lora_network
+from flax_pref.models.lora import add_lora, join_lora, merge_lora, select_lora, set_rows, split_lora, stack_lora
+from flax_pref.models.unet import UNet2DCondition, UNetConfig
+
+CONFIG = UNetConfig(
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=12,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+# A linear layer of every kind, and convolutions with stride 1, stride 2 and kernel size 1.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1")
+TARGETS += ("conv1", "conv_shortcut", "downsamplers.0.conv", "proj_in")
+MODULES, ALPHA = ("pos", "neg"), 6.0
+
+
+def build_bank() -> UNet2DCondition:
+    unet = UNet2DCondition(CONFIG, rngs=nnx.Rngs(params=0))
+    add_lora(unet, MODULES, rank=3, alpha=ALPHA, targets=TARGETS, rngs=nnx.Rngs(params=1))
+    return unet
+
+
+@functools.cache
+def networks() -> tuple[Network, Network]:
+    """A base network, and the same with a bank; no parameter is zero."""
+    rng = np.random.default_rng(0)
+    state = nnx.state(nnx.eval_shape(build_bank))
+    noise = jax.tree.map(
+        lambda leaf: np.float32(0.2) * rng.standard_normal(leaf.shape, np.float32), nnx.to_pure_dict(state)
+    )
+    graphdefs = (
+        nnx.graphdef(nnx.eval_shape(build))
+        for build in (lambda: UNet2DCondition(CONFIG, rngs=nnx.Rngs(params=0)), build_bank)
+    )
+    return tuple(map(Network, (CONFIG, CONFIG), graphdefs, (split_lora(noise)[0], noise)))
+
+
+def inputs(batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(3)
+    shapes = (batch, 6, 4, 4), (batch, 5, 12)
+    latents, text = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return latents, jnp.arange(batch) * 37, text
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows"))
+def predict(graphdef, params, rows, *args):
+    unet = nnx.merge(graphdef, params)
+    set_rows(unet, rows)
+    return unet(*args)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (("base", 1), ("base", 1), ("pos", 2), ("neg", 2)),
+        # Groups of different sizes, a module that comes up twice, and base rows in between.
+        (("neg", 1), ("pos", 2), ("base", 1), ("neg", 2)),
+    ],
+    ids=["equal", "mixed"],
+)
+def test_each_group_of_rows_is_predicted_by_the_network_that_it_names(rows):
+    base, bank = networks()
+    args = inputs(6)
+    noise_pred = predict(bank.graphdef, bank.params, rows, *args)
+    errors, start = {}, 0
+    for network, count in rows:
+        weights = {} if network == "base" else {network: 1.0}
+        merged = merge_lora(bank.params, MODULES, weights, alpha=ALPHA)
+        expected = predict(base.graphdef, merged, (("base", 6),), *args)[start : start + count]
+        error = jnp.abs(noise_pred[start : start + count] - expected).max() / jnp.abs(expected).max()
+        errors[f"{network} from row {start}"] = float(error)
+        start += count
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < 1e-5
+
+
+def test_base_rows_and_new_modules_predict_as_the_network_without_adapters():
+    base, bank = networks()
+    args, rows = inputs(6), (("base", 6),)
+    expected = predict(base.graphdef, base.params, rows, *args)
+    assert np.array_equal(predict(bank.graphdef, bank.params, rows, *args), expected)
+    assert not np.allclose(predict(bank.graphdef, bank.params, (("pos", 6),), *args), expected, rtol=0.1)
+
+    new = lora_network(base, ("dpo",), rank=4, alpha=4, key=jax.random.key(1))
+    np.testing.assert_allclose(predict(new.graphdef, new.params, (("dpo", 6),), *args), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_reaches_the_modules_of_the_batch_and_no_other():
+    _, bank = networks()
+    frozen, lora = split_lora(bank.params)
+
+    @jax.jit
+    @jax.grad
+    def gradient(lora):
+        noise_pred = predict(bank.graphdef, join_lora(frozen, lora), (("base", 1), ("neg", 2)), *inputs(3))
+        return jnp.square(noise_pred).sum()
+
+    gradients = flatten_dict(gradient(lora))
+    assert gradients.keys() == flatten_dict(lora).keys()
+    for path, leaf in gradients.items():
+        pos, neg = leaf
+        assert not jnp.any(pos), path
+        assert jnp.any(neg), path
+
+
+def test_weights_of_several_modules_merge_into_their_weighted_sum():
+    base, bank = networks()
+    merged = flatten_dict(merge_lora(bank.params, MODULES, {"pos": 0.7, "neg": -0.4}, alpha=ALPHA))
+    flat = flatten_dict(bank.params)
+    assert merged.keys() == flatten_dict(base.params).keys()
+    for (*path, leaf), value in merged.items():
+        expected = np.asarray(flat[*path, leaf], np.float64)
+        if leaf == "kernel" and (*path, "lora_a") in flat:
+            a, b = (np.asarray(flat[*path, matrix], np.float64) for matrix in ("lora_a", "lora_b"))
+            expected = expected + ALPHA / 3 * (0.7 * a[0] @ b[0] - 0.4 * a[1] @ b[1])
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_splitting_joining_selecting_and_stacking_lose_nothing():
+    _, bank = networks()
+    base, lora = split_lora(bank.params)
+    joined = flatten_dict(join_lora(base, lora))
+    assert all(joined[path] is leaf for path, leaf in flatten_dict(bank.params).items())
+    assert len(joined) == len(flatten_dict(base)) + len(flatten_dict(lora)) == len(flatten_dict(bank.params))
+
+    stacked = stack_lora([select_lora(lora, 0), select_lora(lora, 1)])
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, stacked, lora))
+    with pytest.raises(ValueError, match="bank 1 differs from bank 0"):
+        stack_lora([lora, jax.tree.map(lambda leaf: leaf[..., :1], lora)])
+
+
+def test_adapters_can_be_added_to_a_network_of_shapes():
+    graphdef, state = nnx.split(nnx.eval_shape(build_bank))
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items()}
+    query = ("mid_block", "attentions", 0, "transformer_blocks", 0, "attn2", "to_k")
+    assert shapes[*query, "lora_a"] == (2, 12, 3)
+    assert shapes[*query, "lora_b"] == (2, 3, 16)
+    conv = ("down_blocks", 0, "downsamplers", 0, "conv")
+    assert shapes[*conv, "lora_a"] == (2, 3, 3, 8, 3)
+    assert shapes[*conv, "lora_b"] == (2, 3, 8)
+    hash(graphdef)
+
+
+def test_a_wrong_layout_of_rows_is_refused_before_it_computes_anything():
+    _, bank = networks()
+    with pytest.raises(ValueError, match=r"no network 'negative' .* this one has base, pos, neg"):
+        predict(bank.graphdef, bank.params, (("base", 1), ("negative", 1)), *inputs(2))
+    with pytest.raises(ValueError, match="describe a batch of 3, but the batch is 2"):
+        predict(bank.graphdef, bank.params, (("base", 1), ("pos", 2)), *inputs(2))
+    with pytest.raises(ValueError, match="0 rows of 'pos'"):
+        predict(bank.graphdef, bank.params, (("base", 2), ("pos", 0)), *inputs(2))
+    with pytest.raises(ValueError, match="call set_rows"):
+        nnx.merge(bank.graphdef, bank.params)(*inputs(2))
+
+
+def test_adapters_that_cannot_be_added_are_refused():
+    base, bank = networks()
+
+    def add(network, modules, **kinds):
+        unet = nnx.merge(network.graphdef, network.params)
+        add_lora(unet, modules, rank=2, alpha=2, rngs=nnx.Rngs(params=0), **kinds)
+
+    with pytest.raises(ValueError, match=r"target 'to_x' is no linear layer or convolution; there are: .*to_out\.0"):
+        add(base, ("pos",), targets=("to_q", "to_x"))
+    with pytest.raises(ValueError, match="none of them 'base'"):
+        add(base, ("base", "pos"))
+    with pytest.raises(ValueError, match="has adapters"):
+        add(bank, ("third",))
+    with pytest.raises(ValueError, match="no module 'dpo'; this bank has pos, neg"):
+        merge_lora(bank.params, MODULES, {"dpo": 1.0}, alpha=ALPHA)
