@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from flax_pref.checkpoints.diffusers import Network, Pipeline, load_pipeline
+from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.encode import EncodedPairs, encode_pairs
 from flax_pref.data.pick_a_pic import LabelledPair, encode_image, read_pairs, write_pairs
@@ -127,3 +127,156 @@ class Demo:
         self.schedule = NoiseSchedule.from_dict(base.scheduler_config)
         self.solver = from_config(base.scheduler_config, config.sampling_steps, name="ddim")
         self.score = jax.jit(judge.score)
+
+    def run(self) -> dict:
+        """Does everything and writes the report; returns what report.json holds."""
+        started = time.perf_counter()
+        pairs = self.read_back(self.sample_pairs())
+        self.train(pairs)
+        sweep = self.choose_w()
+        return self.compare(sweep, started)
+
+    # Pairs
+
+    def sample_pairs(self) -> Path:
+        """Draws two images for each training prompt, labels them, and writes them as Pick-a-Pic parquet."""
+        config = self.config
+        captions = self.prompts("train", config.pairs)
+        images = [
+            self.draw(captions, self.base_rule(), seed=seed, label=f"pairs: image {i} of each")
+            for i, seed in enumerate(PAIR_SEEDS)
+        ]
+        scores = [self.scores(drawn, captions) for drawn in images]
+        # Bradley-Terry (1952): the share of judgements that prefer the first image.
+        preferred = 1 / (1 + np.exp((scores[1] - scores[0]) / config.label_temperature))
+        first_wins = np.random.default_rng([config.seed, 5]).random(len(captions)) < preferred
+        agreement = np.mean(first_wins == (scores[0] > scores[1]))
+        print(f"labels agree with the judge on {agreement:.1%} of {len(captions)} pairs")
+        file = config.output / "pairs.parquet"
+        write_pairs(
+            file,
+            (
+                LabelledPair(
+                    caption=caption,
+                    jpg_0=encode_image(images[0][i]),
+                    jpg_1=encode_image(images[1][i]),
+                    label_0=float(first_wins[i]),
+                    image_0_uid=f"{i:06d}-0",
+                    image_1_uid=f"{i:06d}-1",
+                    model_0="base",
+                    model_1="base",
+                )
+                for i, caption in enumerate(captions)
+            ),
+        )
+        return file
+
+    def read_back(self, file: Path) -> EncodedPairs:
+        """Reads the pairs as any Pick-a-Pic file is read, and encodes them."""
+        return encode_pairs(self.pipeline, list(read_pairs(file)))
+
+    # Training
+
+    def train(self, pairs: EncodedPairs) -> None:
+        """Trains the bank: the DPO module, then the positive and negative modules in one run."""
+        config = self.config
+        objectives = (
+            (config.dpo, partial(diffusion_dpo, schedule=self.schedule, beta=config.beta), "training dpo"),
+            (config.positive_negative, partial(positive_negative, schedule=self.schedule), "training pos and neg"),
+        )
+        for seed, (training, objective, label) in enumerate(objectives):
+            self.train_modules(training, objective, pairs, config.seed + seed, label)
+        _, lora = split_lora(self.pipeline.unet.params)
+        for i, name in enumerate(MODULES):
+            save_lora(select_lora(lora, i), config.output / f"{name}.safetensors", alpha=config.alpha)
+
+    def train_modules(self, training: ModuleTraining, objective, pairs: EncodedPairs, seed: int, label: str) -> None:
+        """Minimises one objective; modules that it does not predict with keep their weights."""
+        unet = self.pipeline.unet
+        backbone, lora = split_lora(unet.params)
+
+        def loss(lora, batch, key):
+            return objective(bank_predict(unet.graphdef, join_lora(backbone, lora)), batch, key)
+
+        state, _ = fit(
+            loss,
+            lora,
+            pairs.batches(training.batch_size, caption_dropout=training.caption_dropout, seed=seed),
+            optimizer=training.optimizer(),
+            steps=training.steps,
+            seed=seed,
+            label=label,
+        )
+        unet = unet._replace(params=join_lora(backbone, state.params))
+        self.pipeline = dataclasses.replace(self.pipeline, unet=unet)
+
+    # Comparison
+
+    def choose_w(self) -> Sweep:
+        """The w of PGD and of cPGD with the best mean score on the validation prompts."""
+        config = self.config
+        captions = self.prompts("validation", config.validation_prompts)
+
+        def mean_score(rule: tuple[Row, ...], label: str) -> float:
+            images = self.draw(captions, rule, seed=VALIDATION_SEED, label=label)
+            return float(self.scores(images, captions).mean())
+
+        return Sweep(
+            scores={
+                "pgd": {w: mean_score(pgd(w, config.guidance_scale), f"validation: pgd, w = {w:g}") for w in config.w_pgd},
+                "cpgd": {
+                    w: mean_score(cpgd(w, config.guidance_scale), f"validation: cpgd, w = {w:g}") for w in config.w_cpgd
+                },
+            }
+        )
+
+    def compare(self, sweep: Sweep, started: float) -> dict:
+        """Draws held-out and training prompts under every method, from the same noise, and writes the report."""
+        config = self.config
+        held_out = self.prompts("held_out", config.held_out_prompts)
+        train = self.prompts("train", config.train_prompts)
+        s, w = config.guidance_scale, sweep.best()
+        rules = {
+            "base": cfg(s),
+            "dpo": cfg(s, "dpo"),
+            "pgd": pgd(w["pgd"], s),
+            "cpgd": cpgd(w["cpgd"], s),
+        }
+        results = []
+        for name, rule in rules.items():
+            images = self.draw(held_out, rule, seed=EVALUATION_SEED, label=f"held-out: {name}")
+            trained = self.draw(train, rule, seed=EVALUATION_SEED, label=f"training prompts: {name}")
+            results.append(
+                MethodResult(
+                    name=name,
+                    scores=self.scores(images, held_out),
+                    train_scores=self.scores(trained, train),
+                    w=w.get(name),
+                    images=images,
+                )
+            )
+        return results
+
+    # Parts
+
+    def base_rule(self) -> tuple[Row, ...]:
+        """Classifier-free guidance of the base model."""
+        return cfg(self.config.guidance_scale)
+
+    def prompts(self, split: world.Split, count: int) -> list[str]:
+        """The first captions of a split."""
+        return [scene.caption for scene in itertools.islice(world.scenes(split, self.config.seed), count)]
+
+    def draw(self, captions: Sequence[str], rule: tuple[Row, ...], *, seed: int, label: str) -> np.ndarray:
+        """One image per caption, `[N, 64, 64, 3]`; the noise of a caption depends on its number and the seed."""
+        draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION,) * 2, self.config.batch_size)
+        return draw(captions, range(len(captions)), rule, seed=seed, label=label)
+
+    def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """The judge's scores, `[N]`."""
+        asked = judge.question(captions)
+        scores = [
+            np.asarray(self.score(images[chosen], jax.tree.map(lambda a: a[chosen], asked)))[:n]
+            for chosen, n in chunks(len(images), 64)
+        ]
+        return np.concatenate(scores)

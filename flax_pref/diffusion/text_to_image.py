@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,12 @@ def chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     """Hidden states of the text encoder, float32 `[N, T, D]`; equal prompts are encoded once."""
-
-    @jax.jit
-    def encode(params, input_ids):
-        return nnx.merge(pipeline.text_encoder.graphdef, params)(input_ids).last_hidden_state.astype(jnp.float32)
-
+    encoder = pipeline.text_encoder
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     ids = pipeline.tokenizer(list(place))
     states = [
-        np.asarray(encode(pipeline.text_encoder.params, ids[chosen]))[:n] for chosen, n in chunks(len(ids), batch_size)
+        np.asarray(_encode(encoder.graphdef, encoder.params, ids[chosen]))[:n]
+        for chosen, n in chunks(len(ids), batch_size)
     ]
     return np.concatenate(states)[[place[prompt] for prompt in prompts]]
 
@@ -79,38 +76,37 @@ class TextToImage:
         Returns:
             float32 `[N, H, W, 3]` in [0, 1].
         """
+        unet, vae = self.pipeline.unet, self.pipeline.vae
+        shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         *text, empty = encode_prompts(self.pipeline, [*prompts, ""])
         text, prompt_ids = np.stack(text), np.asarray(prompt_ids)
         images = []
         with tqdm(total=len(prompts), desc=label, unit="image") as progress:
             for chosen, n in chunks(len(prompts), self.batch_size):
                 keys = image_keys(seed, prompt_ids[chosen])
-                latents = self._sample(
-                    self.pipeline.unet.params, layout(rows), coefficients(rows), keys, text[chosen], empty
+                guidance = (layout(rows), coefficients(rows))
+                latents = _sample(
+                    unet.graphdef, unet.params, *guidance, self.solver, keys, text[chosen], empty, shape
                 )
-                images.append(np.asarray(self._decode(self.pipeline.vae.params, latents))[:n])
+                images.append(np.asarray(_decode(vae.graphdef, vae.params, latents / vae.config.scaling_factor))[:n])
                 progress.update(n)
         return np.concatenate(images)
 
-    @cached_property
-    def _sample(self):
-        vae, unet = self.pipeline.vae.config, self.pipeline.unet
-        shape = (*(side // vae.downscale_factor for side in self.size), vae.latent_channels)
 
-        @partial(jax.jit, static_argnums=1)
-        def run(params, layout, coefficients, keys, text, empty):
-            predict = bank_predict(unet.graphdef, params)
-            return sample(predict, layout, coefficients, self.solver, keys, text, empty, shape=shape)
+# At module level, so that what is compiled outlives a TextToImage: a checkpoint with other weights compiles nothing.
 
-        return run
 
-    @cached_property
-    def _decode(self):
-        vae = self.pipeline.vae
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, params, input_ids):
+    return nnx.merge(graphdef, params)(input_ids).last_hidden_state.astype(jnp.float32)
 
-        @jax.jit
-        def run(params, latents):
-            images = nnx.merge(vae.graphdef, params).decode(latents / vae.config.scaling_factor)
-            return jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)
 
-        return run
+@partial(jax.jit, static_argnums=(0, 2, 8))
+def _sample(graphdef, params, layout, coefficients, solver, keys, text, empty, shape):
+    return sample(bank_predict(graphdef, params), layout, coefficients, solver, keys, text, empty, shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(graphdef, params, latents):
+    images = nnx.merge(graphdef, params).decode(latents)
+    return jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)

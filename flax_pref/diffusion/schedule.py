@@ -1,0 +1,84 @@
+"""The noise schedule of a diffusion model (arXiv:2006.11239): how much noise latents carry at each timestep."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_pref.models import config as config_io
+
+SUPPORTED = {
+    "beta_schedule": ("linear", "scaled_linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": (None, False),
+    "thresholding": (None, False),
+    "trained_betas": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """Fields of `scheduler_config.json` that the model was trained with; the other fields belong to a solver.
+
+    The tables are float64, so that a solver built from them rounds once, at its end.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self):
+        for field in ("beta_schedule", "prediction_type"):
+            if (value := getattr(self, field)) not in SUPPORTED[field]:
+                supported = " or ".join(map(repr, SUPPORTED[field]))
+                raise ValueError(f"NoiseSchedule: {field}={value!r} is not supported; supported: {supported}")
+        if not (isinstance(self.num_train_timesteps, int) and self.num_train_timesteps >= 1):
+            raise ValueError(
+                f"NoiseSchedule: num_train_timesteps={self.num_train_timesteps!r} is not supported; "
+                "supported: an integer from 1 up"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"NoiseSchedule: beta_start={self.beta_start!r}, beta_end={self.beta_end!r} is not supported; "
+                "supported: 0 < beta_start <= beta_end < 1"
+            )
+
+    @classmethod
+    def from_dict(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Reads a parsed `scheduler_config.json`; a ValueError names the field that is not supported."""
+        return config_io.from_json(cls, scheduler_config, only=SUPPORTED, strict=False)
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """Variance of the noise that timestep t adds, float64 `[T]`."""
+        if self.beta_schedule == "linear":
+            return np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+        return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """`abar_t = prod over s <= t of (1 - beta_s)`, the share of the signal in the variance, float64 `[T]`."""
+        return np.cumprod(1 - self.betas)
+
+    def add_noise(self, latents: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """Noisy latents `sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps` (arXiv:2006.11239, equation 4).
+
+        Args:
+            latents: `[B, H, W, C]`, clean and scaled.
+            noise: `[B, H, W, C]`, standard normal.
+            timesteps: `[B]`, integers from 0 to T - 1.
+
+        Returns:
+            float32 `[B, H, W, C]`.
+        """
+        signal_scale, noise_scale = (
+            jnp.asarray(np.sqrt(table), jnp.float32)[timesteps][:, None, None, None]
+            for table in (self.alphas_cumprod, 1 - self.alphas_cumprod)
+        )
+        return signal_scale * latents.astype(jnp.float32) + noise_scale * noise.astype(jnp.float32)

@@ -1,0 +1,104 @@
+"""The objectives against transcriptions of the papers' formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.objectives.autoencoding import autoencoding
+from flax_pref.objectives.denoising import denoising, draw_noise, positive_negative
+from flax_pref.objectives.dpo import diffusion_dpo
+
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+KEY = jax.random.key(7)
+PAIRS, SHAPE = 5, (4, 4, 3)
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.standard_normal((PAIRS, *SHAPE)).astype(np.float32)
+    return {"winner": draw(), "loser": draw(), "text": rng.standard_normal((PAIRS, 2, 6)).astype(np.float32)}
+
+
+# A network whose prediction depends on everything that it is given.
+GAIN = {"base": 0.3, "dpo": 0.45, "pos": 0.6, "neg": -0.2}
+
+
+def predict_with(gain):
+    def predict(networks, latents, timesteps, text):
+        group = latents.shape[0] // len(networks)
+        gains = jnp.concatenate([jnp.full(group, gain[name]) for name in networks])
+        shift = text.mean((1, 2)) + timesteps / 1000
+        return gains[:, None, None, None] * latents + shift[:, None, None, None]
+
+    return predict
+
+
+def errors(network, latents, text):
+    """L of each image in float64, with the timesteps and the noise that the objective draws."""
+    timesteps, noise = (np.asarray(x, np.float64) for x in draw_noise(SCHEDULE, latents, KEY))
+    abar = SCHEDULE.alphas_cumprod[timesteps.astype(int)][:, None, None, None]
+    noisy = np.sqrt(abar) * latents + np.sqrt(1 - abar) * noise
+    shift = (text.astype(np.float64).mean((1, 2)) + timesteps / 1000)[:, None, None, None]
+    return np.square(GAIN[network] * noisy + shift - noise).mean((1, 2, 3))
+
+
+def test_denoising_is_the_mean_squared_error_of_the_noise(batch):
+    loss, metrics = denoising(
+        predict_with(GAIN), {"latents": batch["winner"], "text": batch["text"]}, KEY, schedule=SCHEDULE
+    )
+    assert float(loss) == pytest.approx(errors("base", batch["winner"], batch["text"]).mean(), rel=1e-5)
+    assert metrics["loss"] == loss
+
+
+def test_positive_learns_from_winners_and_negative_from_losers(batch):
+    loss, metrics = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)
+    winner = errors("pos", batch["winner"], batch["text"]).mean()
+    loser = errors("neg", batch["loser"], batch["text"]).mean()
+    assert float(metrics["winner"]) == pytest.approx(winner, rel=1e-5)
+    assert float(metrics["loser"]) == pytest.approx(loser, rel=1e-5)
+    assert float(loss) == pytest.approx(winner + loser, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 20.0])
+def test_dpo_is_the_papers_loss_per_pair(beta, batch):
+    loss, metrics = diffusion_dpo(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, beta=beta)
+    winner = errors("dpo", batch["winner"], batch["text"]) - errors("base", batch["winner"], batch["text"])
+    loser = errors("dpo", batch["loser"], batch["text"]) - errors("base", batch["loser"], batch["text"])
+    # The mean over pairs is taken outside of the log-sigmoid.
+    expected = np.log1p(np.exp(beta / 2 * (winner - loser))).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["accuracy"]) == pytest.approx((winner < loser).mean())
+    assert float(metrics["winner"]) == pytest.approx(winner.mean(), rel=1e-3)
+
+
+def test_dpo_of_an_untrained_module_is_log_2_with_accuracy_one_half(batch):
+    loss, metrics = diffusion_dpo(predict_with(GAIN | {"dpo": GAIN["base"]}), batch, KEY, schedule=SCHEDULE, beta=5000)
+    assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
+    assert float(metrics["accuracy"]) == 0.5
+
+
+def test_dpo_gives_no_gradient_to_the_reference(batch):
+    def loss(gain):
+        return diffusion_dpo(predict_with(gain), batch, KEY, schedule=SCHEDULE, beta=2.0)[0]
+
+    gradient = jax.grad(loss)({"base": 0.3, "dpo": 0.45})
+    assert gradient["base"] == 0
+    assert gradient["dpo"] != 0
+
+
+def test_autoencoding_is_squared_error_of_pixels_and_differences_with_a_divergence():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32)
+    logvar = np.full_like(images, -60.0)  # no noise to speak of
+    loss, metrics = autoencoding(
+        lambda x: (0.5 * x, logvar), lambda z: z + 0.1, {"images": images}, KEY, kl_weight=0.01
+    )
+    error = 0.5 * images.astype(np.float64) + 0.1 - images
+    kl = (np.square(0.5 * images) + np.exp(logvar) - 1 - logvar).mean() / 2
+    expected = np.square(error).mean() + np.square(np.diff(error, axis=1)).mean()
+    expected += np.square(np.diff(error, axis=2)).mean() + 0.01 * kl
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["kl"]) == pytest.approx(kl, rel=1e-5)
