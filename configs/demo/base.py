@@ -2,8 +2,8 @@
 
     python -m train.base configs/demo/base.py
 
-Trains a byte-pair tokenizer, an autoencoder (64 x 64 pixels to 8 x 8 x 8 latents), and a UNet with its text encoder, and
-writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by it.
+Trains a byte-pair tokenizer, an autoencoder (64 x 64 pixels to 8 x 8 x 8 latents), and a UNet with its text encoder,
+and writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by it.
 """
 
 from pathlib import Path

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax_pref.data.pick_a_pic import PreferencePair, decode_image
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Network, Pipeline
+from flax_pref.data.pick_a_pic import PreferencePair, decode_image
 from flax_pref.diffusion.text_to_image import chunks, encode_prompts
 
 

@@ -15,17 +15,19 @@ import optax
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.encode import EncodedPairs, encode_pairs
-from flax_pref.data.pick_a_pic import LabelledPair, encode_image, read_pairs, write_pairs
+from flax_pref.data.pick_a_pic import LabelledPair, PairReader, encode_image, write_pairs
 from flax_pref.demo import judge, world
 from flax_pref.diffusion.guidance import Row, cfg, cpgd, pgd
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage, chunks
-from flax_pref.evaluation.report import MethodResult, Sweep
+from flax_pref.evaluation.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
 from flax_pref.objectives.denoising import positive_negative
 from flax_pref.objectives.dpo import diffusion_dpo
 from flax_pref.training.loop import fit
+
+_score = jax.jit(judge.score)
 
 MODULES = ("dpo", "pos", "neg")
 
@@ -126,15 +128,27 @@ class Demo:
         self.pipeline = dataclasses.replace(base, unet=unet)
         self.schedule = NoiseSchedule.from_dict(base.scheduler_config)
         self.solver = from_config(base.scheduler_config, config.sampling_steps, name="ddim")
-        self.score = jax.jit(judge.score)
 
     def run(self) -> dict:
         """Does everything and writes the report; returns what report.json holds."""
         started = time.perf_counter()
+        config = self.config
         pairs = self.read_back(self.sample_pairs())
         self.train(pairs)
         sweep = self.choose_w()
-        return self.compare(sweep, started)
+        results = self.compare(sweep)
+        report = build_report(results, round(time.perf_counter() - started, 1))
+        write_report(
+            report,
+            results,
+            sweep,
+            self.prompts("held_out", config.held_out_prompts),
+            config.output,
+            title="Preference guidance in the demo world",
+            scorer="the judge's score, 0 to 1",
+            settings=dataclasses.asdict(config),
+        )
+        return report
 
     # Pairs
 
@@ -173,7 +187,10 @@ class Demo:
 
     def read_back(self, file: Path) -> EncodedPairs:
         """Reads the pairs as any Pick-a-Pic file is read, and encodes them."""
-        return encode_pairs(self.pipeline, list(read_pairs(file)))
+        reader = PairReader(file)
+        pairs = encode_pairs(self.pipeline, list(reader))
+        print(f"read {dict(reader.counts)} from {file}")
+        return pairs
 
     # Training
 
@@ -213,48 +230,34 @@ class Demo:
     # Comparison
 
     def choose_w(self) -> Sweep:
-        """The w of PGD and of cPGD with the best mean score on the validation prompts."""
-        config = self.config
+        """Scores of the validation prompts under PGD and cPGD for every candidate w."""
+        config, s = self.config, self.config.guidance_scale
         captions = self.prompts("validation", config.validation_prompts)
 
-        def mean_score(rule: tuple[Row, ...], label: str) -> float:
-            images = self.draw(captions, rule, seed=VALIDATION_SEED, label=label)
-            return float(self.scores(images, captions).mean())
+        def scores(rule: tuple[Row, ...], label: str) -> np.ndarray:
+            return self.scores(self.draw(captions, rule, seed=VALIDATION_SEED, label=f"validation: {label}"), captions)
 
         return Sweep(
             scores={
-                "pgd": {w: mean_score(pgd(w, config.guidance_scale), f"validation: pgd, w = {w:g}") for w in config.w_pgd},
-                "cpgd": {
-                    w: mean_score(cpgd(w, config.guidance_scale), f"validation: cpgd, w = {w:g}") for w in config.w_cpgd
-                },
-            }
+                "pgd": {w: scores(pgd(w, s), f"PGD, w = {w:g}") for w in config.w_pgd},
+                "cpgd": {w: scores(cpgd(w, s), f"cPGD, w = {w:g}") for w in config.w_cpgd},
+            },
+            constant={"base": scores(cfg(s), "base"), "dpo": scores(cfg(s, "dpo"), "DPO")},
         )
 
-    def compare(self, sweep: Sweep, started: float) -> dict:
-        """Draws held-out and training prompts under every method, from the same noise, and writes the report."""
-        config = self.config
+    def compare(self, sweep: Sweep) -> list[MethodResult]:
+        """Draws held-out and training prompts under every method, from the same noise."""
+        config, s = self.config, self.config.guidance_scale
         held_out = self.prompts("held_out", config.held_out_prompts)
         train = self.prompts("train", config.train_prompts)
-        s, w = config.guidance_scale, sweep.best()
-        rules = {
-            "base": cfg(s),
-            "dpo": cfg(s, "dpo"),
-            "pgd": pgd(w["pgd"], s),
-            "cpgd": cpgd(w["cpgd"], s),
-        }
+        w = {name: sweep.best(name) for name in ("pgd", "cpgd")}
+        rules = {"base": cfg(s), "dpo": cfg(s, "dpo"), "pgd": pgd(w["pgd"], s), "cpgd": cpgd(w["cpgd"], s)}
         results = []
         for name, rule in rules.items():
-            images = self.draw(held_out, rule, seed=EVALUATION_SEED, label=f"held-out: {name}")
+            images = self.draw(held_out, rule, seed=EVALUATION_SEED, label=f"held-out prompts: {name}")
             trained = self.draw(train, rule, seed=EVALUATION_SEED, label=f"training prompts: {name}")
-            results.append(
-                MethodResult(
-                    name=name,
-                    scores=self.scores(images, held_out),
-                    train_scores=self.scores(trained, train),
-                    w=w.get(name),
-                    images=images,
-                )
-            )
+            scores, train_scores = self.scores(images, held_out), self.scores(trained, train)
+            results.append(MethodResult(name, scores, train_scores, images, w.get(name)))
         return results
 
     # Parts
@@ -276,7 +279,7 @@ class Demo:
         """The judge's scores, `[N]`."""
         asked = judge.question(captions)
         scores = [
-            np.asarray(self.score(images[chosen], jax.tree.map(lambda a: a[chosen], asked)))[:n]
+            np.asarray(_score(images[chosen], judge.Question(*(column[chosen] for column in asked))))[:n]
             for chosen, n in chunks(len(images), 64)
         ]
         return np.concatenate(scores)

@@ -114,12 +114,13 @@ def _judge(image, ask: Question):
     background = jnp.clip(member[-1].sum() / (1 - member[:2].max(0)).sum(), 0, 1)
     faithfulness = 0.8 * (present * found * place).sum() + 0.2 * background
 
-    # Edges: on a sharp edge the whole step lies within one pixel, so sum |g|^2 / sum |g| is about the step's height.
+    # Edges: sum |g|^2 / sum |g| is the height of the steps between neighbours; half of the nominal one, an
+    # edge two pixels wide, counts as sharp.
     padded = jnp.pad(image, ((0, 1), (0, 1), (0, 0)), mode="edge")
     gradient = jnp.stack([padded[1:, :-1] - image, padded[:-1, 1:] - image])
     size = jnp.sqrt(jnp.square(gradient).sum((0, -1)) + 1e-8)
     step = jnp.sqrt(jnp.square(ask.colour - ask.background).sum(-1))
-    edges = jnp.clip(jnp.square(size).sum() / size.sum() / (0.65 * present @ step), 0, 1)
+    edges = jnp.clip(jnp.square(size).sum() / size.sum() / (0.5 * present @ step), 0, 1)
     # Cleanness: outside the few pixels of an outline, neighbours are equal and nothing has a colour of its own.
     smooth = jnp.clip((jnp.exp(-jnp.square(size / 0.06)).mean() - 0.4) / 0.5, 0, 1)
     stray = 1 - member.max(0).mean()

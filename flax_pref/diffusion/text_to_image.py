@@ -85,9 +85,7 @@ class TextToImage:
             for chosen, n in chunks(len(prompts), self.batch_size):
                 keys = image_keys(seed, prompt_ids[chosen])
                 guidance = (layout(rows), coefficients(rows))
-                latents = _sample(
-                    unet.graphdef, unet.params, *guidance, self.solver, keys, text[chosen], empty, shape
-                )
+                latents = _sample(unet.graphdef, unet.params, *guidance, self.solver, keys, text[chosen], empty, shape)
                 images.append(np.asarray(_decode(vae.graphdef, vae.params, latents / vae.config.scaling_factor))[:n])
                 progress.update(n)
         return np.concatenate(images)

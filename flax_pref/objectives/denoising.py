@@ -1,4 +1,4 @@
-"""Denoising: the objective of diffusion models (arXiv:2006.11239, equation 14), and of positive and negative modules."""
+"""Denoising: how diffusion models are trained (arXiv:2006.11239, equation 14), and positive and negative modules."""
 
 from collections.abc import Callable, Mapping
 

@@ -18,8 +18,8 @@ PAIRS, SHAPE = 5, (4, 4, 3)
 @pytest.fixture
 def batch():
     rng = np.random.default_rng(0)
-    draw = lambda: rng.standard_normal((PAIRS, *SHAPE)).astype(np.float32)
-    return {"winner": draw(), "loser": draw(), "text": rng.standard_normal((PAIRS, 2, 6)).astype(np.float32)}
+    shapes = {"winner": (PAIRS, *SHAPE), "loser": (PAIRS, *SHAPE), "text": (PAIRS, 2, 6)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 # A network whose prediction depends on everything that it is given.

@@ -1,0 +1,138 @@
+"""Configs and the edge of a program: what users type, and what they see when it is wrong.
+
+A config is a Python file with one name, `config`, an instance of a typed dataclass; it is executed. Flags change its
+fields: `python -m train.base configs/demo/base.py --diffusion.steps 100`. Every mistake of a user ends in one line on
+stderr and a non-zero exit.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import runpy
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """Something that the user can put right; its message says what is wrong, where, and what to do."""
+
+
+def load_config(arguments: Sequence[str], kind: type[C]) -> C:
+    """Reads the config file that `arguments` begin with and applies the flags that follow it.
+
+    Args:
+        arguments: `["configs/demo/base.py", "--seed", "1"]`.
+        kind: dataclass that the file's `config` must be an instance of.
+
+    Raises:
+        SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
+    """
+    program = f"python -m {_program()}"
+    if not arguments or arguments[0].startswith("-"):
+        _refuse(
+            f"no config file; usage: {program} CONFIG.py [--FIELD VALUE ...], e.g. CONFIG.py from the folder configs/"
+        )
+    file, *flags = arguments
+    config = _execute(Path(file))
+    if not isinstance(config, kind):
+        _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {kind.__name__}")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(
+                kind, args=flags, default=config, config=(tyro.conf.AvoidSubcommands,), prog=f"{program} {file}"
+            )
+    except SystemExit as exit:
+        if exit.code:
+            _refuse(f"{_condense(messages.getvalue())}; see {program} {file} --help")
+        raise
+
+
+def _program() -> str:
+    spec = sys.modules["__main__"].__spec__ if "__main__" in sys.modules else None
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _execute(file: Path) -> Any:
+    """The `config` of a config file."""
+    if not file.is_file():
+        beside = sorted(path.name for path in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        there = f"{file.parent} has {', '.join(beside)}" if beside else f"there are no config files in {file.parent}"
+        _refuse(f"{file}: no such config file; {there}")
+    try:
+        names = runpy.run_path(str(file))
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        _refuse(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {_one_line(error)}")
+    if "config" not in names:
+        _refuse(f"{file}: defines no name `config`; expected config = ...Config(...)")
+    return names["config"]
+
+
+def _condense(message: str) -> str:
+    """The first statement of a message in a box, and the suggestion that follows it, on one line."""
+    lines = [line.strip("│ ").strip() for line in message.splitlines() if not line.startswith(("╭", "╰"))]
+    paragraphs = [" ".join(filter(None, part.split("\n"))) for part in re.split(r"─{3,}", "\n".join(lines))]
+    suggestion = re.search(r"Perhaps you meant:? *(--\S+)", " ".join(paragraphs[1:]))
+    return paragraphs[0].strip() + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def run_main(main: Callable[[list[str]], None]) -> int:
+    """Runs a program; `sys.exit(run_main(main))`.
+
+    Mistakes of the user (UserError, ValueError, files that are missing or cannot be written) and losses that are not
+    finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project and
+    keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except (UserError, ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_output_folder(folder: Path) -> Path:
+    """Creates a folder and proves that files can be written into it.
+
+    Raises:
+        UserError: they cannot; names the folder and the reason.
+    """
+    probe = folder / f".{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write into this folder ({error.strerror}); choose another with --output"
+        ) from error
+    return folder
+
+
+def dump_config(config: Any, file: Path) -> None:
+    """Writes a config as JSON, the record of what a run did."""
+    file.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", encoding="utf-8")

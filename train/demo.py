@@ -1,0 +1,24 @@
+"""The whole path on the demo world: `python -m train.demo configs/demo/demo.py`."""
+
+import sys
+
+from flax_pref.config import check_output_folder, dump_config, load_config, run_main
+from flax_pref.demo.experiment import Demo, DemoConfig
+from flax_pref.evaluation.report import comparison_table, table, text_table
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the demo and prints what it found."""
+    config = load_config(arguments, DemoConfig)
+    if config.quick:
+        config = config.shrunk()
+    check_output_folder(config.output)
+    dump_config(config, config.output / "config.json")
+    report = Demo(config).run()
+    print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")
+    print(text_table(table(report)), text_table(comparison_table(report)), sep="\n\n")
+    print(f"\nwrote {config.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
