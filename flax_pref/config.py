@@ -86,11 +86,14 @@ def _execute(file: Path) -> Any:
 
 
 def _condense(message: str) -> str:
-    """The first statement of a message in a box, and the suggestion that follows it, on one line."""
-    lines = [line.strip("│ ").strip() for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    paragraphs = [" ".join(filter(None, part.split("\n"))) for part in re.split(r"─{3,}", "\n".join(lines))]
-    suggestion = re.search(r"Perhaps you meant:? *(--\S+)", " ".join(paragraphs[1:]))
-    return paragraphs[0].strip() + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
+    """What a message in a box says, and the suggestion that follows it, on one line.
+
+    tyro draws the box with the title first, and rules of dashes (or, where the terminal has them, lines) between parts.
+    """
+    title, *parts = re.split(r"[─-]{8,}", re.sub("[╭╮╰╯│]", " ", message))
+    parts = [" ".join(part.split()) for part in parts]
+    suggestion = re.search(r"Perhaps you meant:? *(--\S+)", " ".join(parts[1:]))
+    return (parts[0] if parts else title) + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
 
 
 def _one_line(error: BaseException) -> str:
@@ -101,8 +104,8 @@ def run_main(main: Callable[[list[str]], None]) -> int:
     """Runs a program; `sys.exit(run_main(main))`.
 
     Mistakes of the user (UserError, ValueError, files that are missing or cannot be written) and losses that are not
-    finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project and
-    keeps its traceback.
+    finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project
+    and keeps its traceback.
     """
     try:
         main(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""The config files that Stable Diffusion 1.5 and SDXL are published with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from published import published
+from transformers import CLIPTokenizer
+
+from flax_pref.checkpoints.tokenizer import load_tokenizer
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
+from flax_pref.models.unet import UNet2DCondition, UNetConfig
+from flax_pref.models.vae import AutoencoderKL, VAEConfig
+
+
+def read(path):
+    folder = published(f"model_configs/{path}")
+    return json.loads(next(folder.glob("*config.json")).read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "module", "parameters"),
+    [
+        ("sd15/unet", UNetConfig, UNet2DCondition, 859_520_964),
+        ("sdxl/unet", UNetConfig, UNet2DCondition, 2_567_463_684),
+        ("sd15/vae", VAEConfig, AutoencoderKL, 83_653_863),
+        ("sdxl/vae", VAEConfig, AutoencoderKL, 83_653_863),
+        ("sd15/text_encoder", CLIPTextConfig, CLIPTextModel, 123_060_480),
+        ("sdxl/text_encoder", CLIPTextConfig, CLIPTextModel, 123_060_480),
+        ("sdxl/text_encoder_2", CLIPTextConfig, CLIPTextModel, 694_659_840),
+    ],
+)
+def test_a_published_config_builds_the_network_of_the_published_size(path, kind, module, parameters):
+    values = read(path)
+    config = kind.from_dict(values)
+    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract)))
+    assert sum(leaf.size for leaf in leaves) == parameters
+    assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("path", ["sd15/scheduler", "sdxl/scheduler"])
+def test_a_published_scheduler_gives_the_schedule_of_stable_diffusion(path):
+    schedule = NoiseSchedule.from_dict(read(path))
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    np.testing.assert_allclose(schedule.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+
+
+TEXTS = [
+    "",
+    "a photo of an astronaut riding a horse on mars",
+    "It's 2024: 3 DOGS, it’ll café… naïve – 日本語 🎨!!",
+    "  double  spaces\tand\nlines ",
+    "<|startoftext|> inside <|endoftext|>",
+    "word " * 100,
+]
+
+
+def test_clip_s_vocabulary_gives_the_ids_of_transformers():
+    folder = published("clip_tokenizer")
+    theirs = CLIPTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True, max_length=77)
+    np.testing.assert_array_equal(load_tokenizer(folder)(TEXTS), np.array(theirs["input_ids"]))

@@ -1,0 +1,136 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from flax_pref.config import UserError, check_output_folder, dump_config, load_config, run_main
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    training: Training = Training()
+    w: tuple[float, ...] = (1.0, 2.0)
+    output: Path = Path("runs/x")
+    quick: bool = False
+
+    def __post_init__(self):
+        if any(w != w for w in self.w):
+            raise ValueError(f"w must be finite, got {self.w}")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(f"from {__name__} import Config, Training\nconfig = Config(training=Training(steps=7))\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
+def test_flags_change_what_the_file_says(file):
+    assert load_config([str(file)], Config) == Config(training=Training(steps=7))
+    changed = load_config([str(file), "--quick", "--w", "3", "--output", "there"], Config)
+    assert changed == Config(training=Training(steps=7), quick=True, w=(3.0,), output=Path("there"))
+
+
+MISTAKES = {
+    "no file": ([], "no config file; usage: python -m"),
+    "a flag first": (["--quick"], "no config file; usage: python -m"),
+    "a missing file": (["{folder}/smal.py"], "smal.py: no such config file; {folder} has small.py"),
+    "a missing folder": (["{folder}/none/x.py"], "no such config file; there are no config files in {folder}/none"),
+    "an unknown field": (["{file}", "--training.step", "4"], "perhaps you meant --training.steps"),
+    "a word for a number": (["{file}", "--training.steps", "many"], "--training.steps"),
+    "a w that is not finite": (["{file}", "--w", "nan"], "w must be finite, got (nan,)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(mistake, file, capsys):
+    arguments, message = MISTAKES[mistake]
+    names = {"file": file, "folder": file.parent}
+    with pytest.raises(SystemExit) as exit:
+        load_config([argument.format(**names) for argument in arguments], Config)
+    assert exit.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert message.format(**names) in printed.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "defines no name `config`"),
+        ("config = 3", "config is a int, but"),
+        ("x = 1\nconfig = undefined", ":2: NameError: name 'undefined' is not defined"),
+        ("config = (", ":1: SyntaxError"),
+        ("from {module} import Config\nconfig = Config(stepz=3)", ":2: TypeError"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line_with_its_place(content, message, file, capsys):
+    file.write_text(content.format(module=__name__))
+    with pytest.raises(SystemExit) as exit:
+        load_config([str(file)], Config)
+    assert exit.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert message in printed and str(file) in printed
+
+
+def test_help_describes_the_fields(file, capsys):
+    with pytest.raises(SystemExit) as exit:
+        load_config([str(file), "--help"], Config)
+    assert exit.value.code == 0
+    assert "--training.steps INT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("a\nb"), 1), (ValueError("c"), 1), (FileNotFoundError("d"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_a_program_ends_a_user_s_mistake_in_one_line(error, status, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program"])
+
+    def main(arguments):
+        raise error
+
+    assert run_main(main) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program"])
+
+    def main(arguments):
+        raise KeyError("defect")
+
+    with pytest.raises(KeyError):
+        run_main(main)
+
+
+def test_an_output_folder_is_made_and_left_empty(tmp_path):
+    folder = check_output_folder(tmp_path / "a" / "b")
+    assert folder.is_dir() and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_an_output_folder_that_cannot_be_written_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into this folder") as error:
+        check_output_folder(tmp_path / place)
+    assert place in str(error.value)
+
+
+def test_the_config_of_a_run_is_recorded(tmp_path):
+    dump_config(Config(), tmp_path / "config.json")
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded == {"training": {"steps": 3}, "w": [1.0, 2.0], "output": "runs/x", "quick": False}
