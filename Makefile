@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test lint format
 
 demo: .venv/installed
-	$(BIN)/python -m train.demo configs/demo/demo.py
+	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

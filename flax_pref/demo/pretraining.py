@@ -52,6 +52,10 @@ class Phase:
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is kept; 0 keeps the last weights."""
 
+    def __post_init__(self):
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
+
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with the phase's schedule; gradients are clipped to norm 1."""
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup_steps, self.steps)

@@ -37,7 +37,7 @@ def pgd(w: float, guidance_scale: float, fine_tuned: str = "dpo") -> tuple[Row, 
     Raises:
         ValueError: w or guidance_scale is not finite.
     """
-    return _combine(guidance_scale, {"base": 1.0}, {"base": -w, fine_tuned: w}, w=w)
+    return _combine(guidance_scale, {"base": 1 - w}, {fine_tuned: w}, w=w)
 
 
 def cpgd(w: float, guidance_scale: float, positive: str = "pos", negative: str = "neg") -> tuple[Row, ...]:

@@ -66,7 +66,7 @@ def sample(
         timesteps = jnp.full(num_rows * num_images, row.timesteps)
         predictions = predict(networks, model_input, timesteps, conditioning)
         predictions = predictions.astype(jnp.float32).reshape(num_rows, num_images, *shape)
-        # Full float32 everywhere: accelerators round the factors of a product otherwise, and guidance takes differences.
+        # Guidance takes differences of near equals: accelerators must not round the factors, as they would by default.
         noise_pred = jnp.einsum("r,rbhwc->bhwc", coefs, predictions, precision=jax.lax.Precision.HIGHEST)
         noise = _normal(keys, i, shape) if solver.stochastic else None
         return step(latents, noise_pred, row, noise), None

@@ -231,7 +231,7 @@ def _timesteps(schedule: NoiseSchedule, steps: int, spacing: str, steps_offset: 
         raise ValueError(f"solver: spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     if timesteps[-1] < 0 or timesteps[0] >= last:
         raise ValueError(
-            f"solver: {steps} steps with steps_offset={steps_offset} reach timesteps {timesteps[-1]} .. {timesteps[0]}, "
+            f"solver: {steps} steps with steps_offset={steps_offset} visit {timesteps[-1]:g} .. {timesteps[0]:g}, "
             f"outside the trained 0 .. {last - 1}; take fewer steps or another offset"
         )
     return timesteps.astype(np.float64)

@@ -176,5 +176,5 @@ def test_what_does_not_fit_is_refused():
         sample(predict, (("base", "null"),), np.ones(1), SOLVER, keys, TEXT, EMPTY, SHAPE)
     with pytest.raises(ValueError, match="prompt_id must lie in"):
         image_keys(0, [1, -1])
-    with pytest.raises(ValueError, match="seed must lie in .*, got 4294967296"):
+    with pytest.raises(ValueError, match=r"seed must lie in .*, got 4294967296"):
         image_key(2**32, 0)
