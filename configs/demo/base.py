@@ -46,6 +46,7 @@ config = BaseConfig(
         num_hidden_layers=2,
         num_attention_heads=4,
     ),
-    autoencoder=Phase(steps=1600, batch_size=32, learning_rate=2e-3, average_decay=0.99),
-    diffusion=Phase(steps=6000, batch_size=64, learning_rate=1e-3, warmup_steps=200, average_decay=0.999),
+    autoencoder=Phase(steps=5000, batch_size=8, learning_rate=2e-3, average_decay=0.995),
+    decoder=Phase(steps=5000, batch_size=8, learning_rate=1e-3, average_decay=0.995),
+    diffusion=Phase(steps=5500, batch_size=64, learning_rate=1e-3, warmup_steps=200, average_decay=0.999),
 )

@@ -2,7 +2,8 @@
 
 `score` is differentiable and written in jax.numpy, so that it can label pairs, rank candidates of one denoising step
 and guide by its gradient. It knows the world's palette and shapes, but nothing of how an image was made: an object is
-looked for everywhere in the image by matching templates, so a jittered or displaced object is still found.
+looked for everywhere in the image by matching templates, so a jittered or displaced object is still found, and one of
+the right colour but of another shape or size counts in part.
 
     faithfulness  = 0.8 * mean over objects of (found * place) + 0.2 * background
     aesthetics    = mean of edges, contrast, cleanness and composition
@@ -54,6 +55,9 @@ def question(captions: Sequence[str]) -> Question:
     return Question(*(c.astype(np.int32 if c.dtype.kind == "i" else np.float32) for c in columns))
 
 
+_PARTIAL = 0.3  # what an object of the right colour counts if its shape or size is wrong
+
+
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Coverage of every (size, shape) and of its neighbourhood, `[10, 64, 64]`, centred at the pixel corner (0, 0)."""
@@ -92,7 +96,8 @@ def _find(image, colour, template):
     # A square is also half a circle: count the match only as far as no other template matches better.
     best = jax.nn.logsumexp(60.0 * overlap.reshape(len(shapes), -1), axis=1) / 60.0
     right = jax.nn.softmax(40.0 * best)[template]
-    return jnp.clip(where @ match / 0.9, 0, 1) * right, where @ grid
+    found = _PARTIAL * jnp.clip(best.max() / 0.9, 0, 1) + (1 - _PARTIAL) * jnp.clip(where @ match / 0.9, 0, 1) * right
+    return found, where @ grid
 
 
 def _beyond(distance, tolerance, width):

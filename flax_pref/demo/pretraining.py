@@ -74,6 +74,7 @@ class BaseConfig:
     unet: UNetConfig
     text_encoder: CLIPTextConfig
     autoencoder: Phase
+    decoder: Phase
     diffusion: Phase
     examples: int = 40_000
     """Distinct images that the UNet and the text encoder learn from."""
@@ -89,7 +90,7 @@ def train_base(config: BaseConfig) -> Pipeline:
         print(f"using the autoencoder in {folder}")
         vae = load_vae(folder)
     else:
-        vae = train_autoencoder(config.vae, config.autoencoder, config.seed)
+        vae = train_autoencoder(config.vae, config.autoencoder, config.decoder, config.seed)
         save_network(vae, folder)
     captions = (scene.caption for scene, _ in zip(world.scenes("train", config.seed), range(5000), strict=False))
     tokenizer = train_tokenizer(captions, config.tokenizer_length)
@@ -110,29 +111,43 @@ def training_images(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray
         yield {"images": 2 * np.stack([world.training_example(rng)[0] for _ in range(batch_size)]) - 1}
 
 
-def train_autoencoder(config: VAEConfig, phase: Phase, seed: int) -> Network:
-    """The autoencoder, with `scaling_factor` set so that scaled latents have unit variance."""
+def train_autoencoder(config: VAEConfig, phase: Phase, decoder_phase: Phase, seed: int) -> Network:
+    """The autoencoder, with `scaling_factor` set so that scaled latents have unit variance.
+
+    The decoder learns on after the encoder is frozen, as that of Stable Diffusion did: sharp edges take it longest.
+    """
     vae = new_network(AutoencoderKL, config, seed)
 
     def objective(params, batch, key):
         module = nnx.merge(vae.graphdef, params)
         return autoencoding(module.encode, module.decode, batch, key)
 
+    params = _fit_images(objective, vae.params, phase, seed, "autoencoder")
+    frozen = {name: params.pop(name) for name in ("encoder", "quant_conv")}
+
+    def decoder_objective(decoder, batch, key):
+        return objective({**jax.lax.stop_gradient(frozen), **decoder}, batch, key)
+
+    params = frozen | _fit_images(decoder_objective, params, decoder_phase, seed + 1, "decoder")
+    encode = jax.jit(lambda params, images: nnx.merge(vae.graphdef, params).encode(images)[0])
+    latents = encode(params, next(training_images(512, seed + 2))["images"])
+    return vae._replace(
+        config=dataclasses.replace(config, scaling_factor=round(float(1 / latents.std()), 5)), params=params
+    )
+
+
+def _fit_images(objective, params: dict, phase: Phase, seed: int, label: str) -> dict:
     state, _ = fit(
         objective,
-        vae.params,
+        params,
         training_images(phase.batch_size, seed),
         optimizer=phase.optimizer(),
         steps=phase.steps,
         seed=seed,
         average_decay=phase.average_decay,
-        label="autoencoder",
+        label=label,
     )
-    encode = jax.jit(lambda params, images: nnx.merge(vae.graphdef, params).encode(images)[0])
-    latents = encode(state.average, next(training_images(512, seed + 1))["images"])
-    return vae._replace(
-        config=dataclasses.replace(config, scaling_factor=round(float(1 / latents.std()), 5)), params=state.average
-    )
+    return state.average
 
 
 def train_tokenizer(captions: Iterable[str], model_max_length: int) -> CLIPTokenizer:

@@ -154,7 +154,7 @@ def test_missing_and_damaged_files_are_named(vae_folder):
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_vae(vae_folder)
     (vae_folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match="no weights; expected diffusion_pytorch_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no weights; expected diffusion_pytorch_model\.safetensors"):
         load_vae(vae_folder)
     (vae_folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):

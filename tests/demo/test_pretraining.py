@@ -39,6 +39,7 @@ def test_the_base_recipe_writes_a_checkpoint_and_goes_on_from_its_autoencoder(tm
         output=tmp_path,
         examples=64,
         autoencoder=short,
+        decoder=short,
         diffusion=short,
         vae=dataclasses.replace(
             config.vae,

@@ -52,7 +52,7 @@ def test_a_published_scheduler_gives_the_schedule_of_stable_diffusion(path):
 TEXTS = [
     "",
     "a photo of an astronaut riding a horse on mars",
-    "It's 2024: 3 DOGS, it’ll café… naïve – 日本語 🎨!!",
+    "It's 2024: 3 DOGS, it\u2019ll café\u2026 naïve \u2013 日本語 🎨!!",
     "  double  spaces\tand\nlines ",
     "<|startoftext|> inside <|endoftext|>",
     "word " * 100,
