@@ -1,0 +1,73 @@
+"""What the README tells users to type."""
+
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import jax
+import pytest
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.models.lora import split_lora
+
+ROOT = Path(__file__).parents[1]
+BASE = resources.files("flax_pref.demo") / "base"
+
+# Each command of the README, and how it is run here: the same program and config, less work.
+COMMANDS = {
+    "make demo": "make demo ARGS='--quick --output {tmp}/demo'",
+    "make test": "make test --dry-run",  # these tests are what it runs
+    ".venv/bin/python -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output runs/small": (
+        "{python} -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output {tmp}/small --quick"
+    ),
+    ".venv/bin/python -m train.base configs/demo/base.py": (
+        "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
+        " --autoencoder.steps 2 --autoencoder.warmup-steps 1 --decoder.steps 2 --decoder.warmup-steps 1"
+        " --diffusion.steps 2 --diffusion.warmup-steps 1 --diffusion.batch-size 2"
+    ),
+}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_every_command_of_the_readme_is_run_here():
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert sorted(commands) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command, tmp_path):
+    if command == "make demo" and Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("would make a second environment, .venv")
+    shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
+    done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    unet = lora_network(load_pipeline(BASE).unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
+    _, lora = split_lora(unet.params)
+    for i, name in enumerate(("pos", "neg")):
+        save_lora(jax.tree.map(lambda leaf: leaf[i : i + 1], lora), tmp_path / f"{name}.safetensors", alpha=2)  # noqa: B023
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("python"):
+        for full, small in {
+            "stable-diffusion-v1-5": str(BASE),
+            "512": "64",
+            "50,": "2,",
+            "batch_size=4": "batch_size=1",
+        }.items():
+            block = block.replace(full, small)
+        exec(block, names)
+        assert names["images"].shape == (1, 64, 64, 3)
+
+
+def test_files_that_the_readme_links_to_exist():
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
