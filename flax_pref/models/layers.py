@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-# The forward pass of a deep residual network keeps its scale from layer to layer: weights ~ N(0, 1 / fan_in).
-lecun_normal = nnx.initializers.lecun_normal()
+
+def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype) -> jax.Array:
+    """Draws from N(0, std^2)."""
+    size = math.prod(shape)
+    # In powers of two: outside of jit JAX compiles a generator for every new size, half a second each.
+    draws = jax.random.normal(key, (2 ** (size - 1).bit_length(),))
+    return (std * draws[:size].reshape(shape)).astype(dtype)
+
+
+def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """N(0, 1 / fan_in): the forward pass of a deep network keeps its scale from layer to layer (LeCun et al., 1998)."""
+    return normal(key, shape, math.prod(shape[:-1]) ** -0.5, dtype)
 
 
 class Linear(nnx.Module):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_pref.models.layers import Conv, Linear
+from flax_pref.models.layers import Conv, Linear, normal
 
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
@@ -68,8 +68,8 @@ class LoRALayer(nnx.Module):
         self.bias = layer.bias
         self.dtype = layer.dtype
         *fan_in, features = layer.kernel.get_value().shape
-        init = nnx.initializers.normal(1 / rank)
-        self.lora_a = nnx.LoRAParam(init(rngs.params(), (len(modules), *fan_in, rank), param_dtype))
+        shape = (len(modules), *fan_in, rank)
+        self.lora_a = nnx.LoRAParam(normal(rngs.params(), shape, 1 / rank, param_dtype))
         self.lora_b = nnx.LoRAParam(jnp.zeros((len(modules), rank, features), param_dtype))
         self.modules = tuple(modules)
         self.scale = alpha / rank
