@@ -2,10 +2,10 @@
 
 `score` is differentiable and written in jax.numpy, so that it can label pairs, rank candidates of one denoising step
 and guide by its gradient. It knows the world's palette and shapes, but nothing of how an image was made: an object is
-looked for everywhere in the image by matching templates, so a jittered or displaced object is still found, and one of
-the right colour but of another shape or size counts in part.
+looked for everywhere in the image by matching templates, so a jittered or displaced object is still found. One at the
+wrong place counts half, one of the right colour but of another shape or size somewhat less.
 
-    faithfulness  = 0.8 * mean over objects of (found * place) + 0.2 * background
+    faithfulness  = 0.8 * mean over objects of (found * (1 + place) / 2) + 0.2 * background
     aesthetics    = mean of edges, contrast, cleanness and composition
     score         = 0.6 * faithfulness + 0.4 * aesthetics
 
@@ -117,7 +117,7 @@ def _judge(image, ask: Question):
         jnp.concatenate([ask.colour, ask.background[None]])
     )
     background = jnp.clip(member[-1].sum() / (1 - member[:2].max(0)).sum(), 0, 1)
-    faithfulness = 0.8 * (present * found * place).sum() + 0.2 * background
+    faithfulness = 0.8 * (present * found * (1 + place) / 2).sum() + 0.2 * background
 
     # Edges: sum |g|^2 / sum |g| is the height of the steps between neighbours; half of the nominal one, an
     # edge two pixels wide, counts as sharp.
