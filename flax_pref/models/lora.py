@@ -60,7 +60,9 @@ class LoRALayer(nnx.Module):
     """What adapted layers have in common; made from a layer, whose parameters keep their place and name.
 
     `lora_a [M, ..., in, r]` is drawn from N(0, 1 / r^2) and `lora_b [M, r, out]` is zero: a new module is the base
-    network (section 4.1; the spread of A is that of diffusers' training scripts, `init_lora_weights="gaussian"`).
+    network (section 4.1; the spread of A is that of diffusers' training scripts, `init_lora_weights="gaussian"`). All
+    modules of a bank begin with the same A, as fully trained networks begin with the same weights: in the difference of
+    a positive and a negative module, what both have learned in common then cancels.
     """
 
     def __init__(self, layer: Linear | Conv, modules: Sequence[str], *, rank: int, alpha: float, param_dtype, rngs):
@@ -68,8 +70,8 @@ class LoRALayer(nnx.Module):
         self.bias = layer.bias
         self.dtype = layer.dtype
         *fan_in, features = layer.kernel.get_value().shape
-        shape = (len(modules), *fan_in, rank)
-        self.lora_a = nnx.LoRAParam(normal(rngs.params(), shape, 1 / rank, param_dtype))
+        a = normal(rngs.params(), (*fan_in, rank), 1 / rank, param_dtype)
+        self.lora_a = nnx.LoRAParam(jnp.tile(a, (len(modules), *(1,) * a.ndim)))
         self.lora_b = nnx.LoRAParam(jnp.zeros((len(modules), rank, features), param_dtype))
         self.modules = tuple(modules)
         self.scale = alpha / rank

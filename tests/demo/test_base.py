@@ -18,7 +18,7 @@ from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 
 BASE = resources.files("flax_pref.demo") / "base"
-STEPS, SCALE = 12, 3.0
+STEPS, SCALE = 12, 5.0
 
 
 def scenes(split, count):
