@@ -2,9 +2,8 @@
 
 import sys
 
-from flax_pref.config import check_output_folder, load_config, run_main
-
 from flax_pref.checkpoints.diffusers import save_pipeline
+from flax_pref.config import check_output_folder, load_config, run_main
 from flax_pref.demo.pretraining import BaseConfig, train_base
 
 
