@@ -3,7 +3,8 @@
     python -m train.base configs/demo/base.py
 
 Trains a byte-pair tokenizer, an autoencoder (64 x 64 pixels to 8 x 8 x 8 latents), and a UNet with its text encoder,
-and writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by it.
+and writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by
+these settings from another draw of the initial weights: a new run gives another network of the same kind.
 """
 
 from pathlib import Path

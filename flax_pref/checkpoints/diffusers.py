@@ -8,10 +8,7 @@ transpositions, old names.
 
 import dataclasses
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
+from flax_pref.files import replacing
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
@@ -314,9 +312,7 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(folder) as unfinished:
         networks = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
         for kind, network in networks.items():
             save_network(network, unfinished / kind, dtype=dtype)
@@ -332,9 +328,6 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
             "requires_safety_checker": False,
         }
         _write_json(unfinished / "model_index.json", index)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_network(network: Network, folder: str | Path, *, dtype=jnp.float32) -> None:

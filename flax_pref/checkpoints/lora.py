@@ -5,9 +5,7 @@ A file holds one module: for each adapted layer `unet.<layer>.lora_A.weight [r, 
 """
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.diffusers import KERNEL_AXES, Network
+from flax_pref.files import replacing
 from flax_pref.models.lora import DEFAULT_TARGETS, add_lora, join_lora, split_lora, stack_lora
 
 KEY = re.compile(r"(?:unet\.)?(?P<layer>[\w.]+)\.lora_(?P<matrix>[AB])\.weight")
@@ -127,13 +126,8 @@ def save_lora(lora: dict, file: str | Path, *, alpha: float, dtype=jnp.float32) 
             # safetensors writes the bytes of a transposed array in the wrong order without complaint.
             array = np.ascontiguousarray(matrix.transpose(KERNEL_AXES[matrix.ndim]), dtype)
             tensors[f"unet.{layer}.lora_{name}.weight"] = array
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(file) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_lora(file: str | Path) -> tuple[dict, int, float]:

@@ -60,8 +60,17 @@ def encode_pairs(pipeline: Pipeline, pairs: Sequence[PreferencePair]) -> Encoded
     Args:
         pipeline: whose autoencoder and text encoder are used.
         pairs: N pairs; all images of one size.
+
+    Raises:
+        ValueError: an image cannot be decoded; names it.
     """
-    images = np.stack([decode_image(image) for pair in pairs for image in (pair.winner, pair.loser)])
+    images = np.stack(
+        [
+            decode_image(image, f"image {uid!r} of {pair.caption!r}")
+            for pair in pairs
+            for image, uid in ((pair.winner, pair.winner_uid), (pair.loser, pair.loser_uid))
+        ]
+    )
     latents = encode_images(pipeline.vae, images, label="encoding pairs")
     *text, empty = encode_prompts(pipeline, [*(pair.caption for pair in pairs), ""])
     return EncodedPairs(latents[0::2], latents[1::2], np.stack(text), empty)

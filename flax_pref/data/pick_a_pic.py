@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import io
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
+
+from flax_pref.files import replacing
 
 SCHEMA = pa.schema(
     {
@@ -136,21 +136,14 @@ def write_pairs(file: str | Path, pairs: Iterable[LabelledPair], *, rows_per_gro
     Raises:
         ValueError: a label is none of 0, 0.5 and 1.
     """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     rows = []
-    try:
-        with pq.ParquetWriter(unfinished, SCHEMA) as writer:
-            for index, pair in enumerate(pairs):
-                rows.append(_row(index, pair))
-                if len(rows) == rows_per_group:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    rows = []
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA) as writer:
+        for index, pair in enumerate(pairs):
+            rows.append(_row(index, pair))
+            if len(rows) == rows_per_group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
 
 
 def _row(index: int, pair: LabelledPair) -> dict:

@@ -31,7 +31,7 @@ _score = jax.jit(judge.score)
 
 MODULES = ("dpo", "pos", "neg")
 
-# Noise of different purposes never meets: each has its own seed, derived from the run's.
+# Noise of different purposes never meets: each has a number of its own, which `Demo.draw` adds to the run's seed.
 PAIR_SEEDS, EVALUATION_SEED, VALIDATION_SEED = (1, 2), 3, 4
 
 
@@ -89,6 +89,8 @@ class DemoConfig:
     def __post_init__(self):
         if self.held_out_prompts < 2 or self.train_prompts < 2 or self.validation_prompts < 2:
             raise ValueError("held_out_prompts, train_prompts and validation_prompts must be at least 2")
+        if self.pairs < 1 or not self.w_pgd or not self.w_cpgd:
+            raise ValueError("pairs, and the numbers of candidates in w_pgd and w_cpgd, must be at least 1")
         for w in (*self.w_pgd, *self.w_cpgd):
             if not np.isfinite(w):
                 raise ValueError(f"w must be finite, got {w} in w_pgd={self.w_pgd}, w_cpgd={self.w_cpgd}")
@@ -273,7 +275,7 @@ class Demo:
     def draw(self, captions: Sequence[str], rule: tuple[Row, ...], *, seed: int, label: str) -> np.ndarray:
         """One image per caption, `[N, 64, 64, 3]`; the noise of a caption depends on its number and the seed."""
         draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION,) * 2, self.config.batch_size)
-        return draw(captions, range(len(captions)), rule, seed=seed, label=label)
+        return draw(captions, range(len(captions)), rule, seed=10 * self.config.seed + seed, label=label)
 
     def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """The judge's scores, `[N]`."""

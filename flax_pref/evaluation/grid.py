@@ -1,13 +1,14 @@
 """Image grids: one row per prompt, one column per method."""
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from flax_pref.files import replacing
 
 TILE, GAP, MARGIN, CAPTION_WIDTH = 128, 10, 20, 190  # pixels
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (205, 205, 210)
@@ -42,10 +43,8 @@ def image_grid(images: Mapping[str, np.ndarray], captions: Sequence[str], file: 
         middle = MARGIN + header + row * (TILE + GAP) + TILE / 2
         text = _wrapped(caption, font, CAPTION_WIDTH - GAP)
         draw.multiline_text((MARGIN, middle), text, fill=INK, font=font, anchor="lm", spacing=5)
-    file = Path(file)
-    unfinished = file.with_name(f".{uuid.uuid4().hex}.png")
-    canvas.save(unfinished, optimize=True)
-    os.replace(unfinished, file)
+    with replacing(file) as unfinished:
+        canvas.save(unfinished, "PNG", optimize=True)
 
 
 def _tile(image: np.ndarray) -> Image.Image:

@@ -4,8 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +15,7 @@ from matplotlib.figure import Figure
 
 from flax_pref.evaluation.grid import image_grid
 from flax_pref.evaluation.statistics import bootstrap_interval, gains, wins
+from flax_pref.files import replacing
 
 LABELS = {"base": "base", "dpo": "DPO", "pgd": "PGD", "cpgd": "cPGD"}
 
@@ -183,12 +182,8 @@ def write_report(
 
 
 def _replace(file: Path, content: bytes) -> None:
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(file) as unfinished:
         unfinished.write_bytes(content)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 COLOURS = {"base": "#8a8a93", "dpo": "#2f6db3", "pgd": "#d9822b", "cpgd": "#2a8f5d"}
@@ -199,15 +194,17 @@ def _sweep_plot(sweep: Sweep, scorer: str) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, scores in sweep.constant.items():
-        axes.axhline(np.mean(scores), color=COLOURS[name], linestyle="--", label=LABELS[name], zorder=1)
+        axes.axhline(np.mean(scores), color=COLOURS.get(name), linestyle="--", label=LABELS.get(name, name), zorder=1)
     for name, by_w in sweep.scores.items():
         ws = sorted(by_w)
         means = [np.mean(by_w[w]) for w in ws]
         low, high = zip(*(bootstrap_interval(by_w[w]) for w in ws), strict=True)
-        axes.fill_between(ws, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
-        axes.plot(ws, means, color=COLOURS[name], marker="o", markersize=4, label=LABELS[name])
+        axes.fill_between(ws, low, high, color=COLOURS.get(name), alpha=0.15, linewidth=0)
+        axes.plot(ws, means, color=COLOURS.get(name), marker="o", markersize=4, label=LABELS.get(name, name))
         best = sweep.best(name)
-        axes.plot(best, np.mean(by_w[best]), "o", markersize=11, markerfacecolor="none", markeredgecolor=COLOURS[name])
+        axes.plot(
+            best, np.mean(by_w[best]), "o", markersize=11, markerfacecolor="none", markeredgecolor=COLOURS.get(name)
+        )
     axes.set_xlabel("w (circled: chosen)")
     axes.set_ylabel(scorer)
     axes.set_title("Validation prompts: mean and 95 % interval", loc="left", fontsize=10)
