@@ -46,15 +46,30 @@ def load_config(arguments: Sequence[str], kind: type[C]) -> C:
     config = _execute(Path(file))
     if not isinstance(config, kind):
         _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {kind.__name__}")
+    return _parse(kind, flags, f"{program} {file}", default=config, config=(tyro.conf.AvoidSubcommands,))
+
+
+def parse_flags(arguments: Sequence[str], kind: Any) -> Any:
+    """Reads the flags of a program that takes no config file.
+
+    Args:
+        arguments: `["--seed", "1"]`.
+        kind: dataclass of the flags, or a union of such with a name each, see `tyro.extras`.
+
+    Raises:
+        SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
+    """
+    return _parse(kind, arguments, f"python -m {_program()}")
+
+
+def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(
-                kind, args=flags, default=config, config=(tyro.conf.AvoidSubcommands,), prog=f"{program} {file}"
-            )
+            return tyro.cli(kind, args=flags, prog=program, **options)
     except SystemExit as exit:
         if exit.code:
-            _refuse(f"{_condense(messages.getvalue())}; see {program} {file} --help")
+            _refuse(f"{_condense(messages.getvalue())}; see {program} --help")
         raise
 
 

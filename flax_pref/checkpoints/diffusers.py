@@ -1,302 +1,167 @@
 """Stable Diffusion checkpoints as folders in the layout of diffusers, in and out, without torch.
 
-A folder holds `model_index.json` and one subfolder per component (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`,
-`scheduler/`); a network's subfolder holds `config.json` and its weights as safetensors. The modules of
-`flax_pref.models` carry the attribute names of the published weights, so the mapping is a short table: leaf names,
-transpositions, old names.
+A folder holds `model_index.json` and one subfolder per component: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`,
+`scheduler/`, and in SDXL `text_encoder_2/` and `tokenizer_2/`. How a network's folder is read is in
+`checkpoints/weights.py`; where a Hub id leads is in `checkpoints/hub.py`.
 """
 
 import dataclasses
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
-from flax_pref.files import replacing
-from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
-from flax_pref.models.unet import UNet2DCondition, UNetConfig
-from flax_pref.models.vae import AutoencoderKL, VAEConfig
+from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, Placement, load_network, save_network
+from flax_pref.files import new_folder, read_json, write_json
 
-
-class Network(NamedTuple):
-    """A network as data; `nnx.merge(graphdef, params)` is the module.
-
-    Attributes:
-        config: UNetConfig, VAEConfig or CLIPTextConfig.
-        graphdef: structure of the module, hashable.
-        params: nested dict of arrays.
-    """
-
-    config: Any
-    graphdef: nnx.GraphDef
-    params: dict
+# Folders of the text encoders and tokenizers of each supported pipeline class.
+FAMILIES = {
+    "StableDiffusionPipeline": (("text_encoder", "tokenizer"),),
+    "StableDiffusionXLPipeline": (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The parts of a Stable Diffusion checkpoint; `scheduler_config` is scheduler/scheduler_config.json as it is."""
+    """The parts of a Stable Diffusion checkpoint.
+
+    Attributes:
+        unet: predicts the noise.
+        vae: between images and latents.
+        text_encoders: one (SD1.5), or two (SDXL).
+        tokenizers: of the text encoders.
+        scheduler_config: scheduler/scheduler_config.json as it is.
+        force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros in place of an encoded
+            empty prompt.
+    """
 
     unet: Network
     vae: Network
-    text_encoder: Network
-    tokenizer: CLIPTokenizer
+    text_encoders: tuple[Network, ...]
+    tokenizers: tuple[CLIPTokenizer, ...]
     scheduler_config: dict[str, Any]
+    force_zeros_for_empty_prompt: bool = False
+
+    @property
+    def class_name(self) -> str:
+        """The class of diffusers that loads this checkpoint."""
+        return next(name for name, folders in FAMILIES.items() if len(folders) == len(self.text_encoders))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The mapping
-
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
-KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """How one kind of network is stored.
-
-    Attributes:
-        config: dataclass of its config.json.
-        module: class of the network.
-        library: package and class that load it, as model_index.json names them.
-        stem: name of its weight files.
-        old_names: (pattern, replacement) pairs that turn names of older or newer files into those of our modules.
-        ignored: pattern of stored names that are no weights.
-    """
-
-    config: type
-    module: type[nnx.Module]
-    library: Callable[[Any], tuple[str, str]]
-    stem: str
-    old_names: tuple[tuple[str, str], ...] = ()
-    ignored: str = r"$^"
-
-
-COMPONENTS = {
-    "unet": Component(
-        config=UNetConfig,
-        module=UNet2DCondition,
-        library=lambda config: ("diffusers", "UNet2DConditionModel"),
-        stem="diffusion_pytorch_model",
-    ),
-    "vae": Component(
-        config=VAEConfig,
-        module=AutoencoderKL,
-        library=lambda config: ("diffusers", "AutoencoderKL"),
-        stem="diffusion_pytorch_model",
-        old_names=(
-            (r"\.query\.", ".to_q."),
-            (r"\.key\.", ".to_k."),
-            (r"\.value\.", ".to_v."),
-            (r"\.proj_attn\.", ".to_out.0."),
-        ),
-    ),
-    "text_encoder": Component(
-        config=CLIPTextConfig,
-        module=CLIPTextModel,
-        library=lambda config: ("transformers", config.architectures[0]),
-        stem="model",
-        # transformers 5 leaves out the prefix that the files on the Hub have.
-        old_names=((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
-        ignored=r"\.position_ids$",
-    ),
-}
-
-
-def to_stored(params: Mapping) -> dict[str, np.ndarray]:
-    """Parameters (or their gradients) under the names and in the axes of published checkpoints.
-
-    Raises:
-        ValueError: a leaf that published checkpoints have not, e.g. a LoRA matrix.
-    """
-    return {_stored_name(path): _to_torch_axes(path[-1], np.asarray(leaf)) for path, leaf in _flatten(params)}
-
-
-def _stored_name(path: tuple) -> str:
-    if path[-1] not in LEAF_NAMES:
-        raise ValueError(
-            f"parameter {'.'.join(map(str, path))!r} is not part of a published checkpoint; "
-            "split or merge adapters first"
-        )
-    return ".".join(map(str, (*path[:-1], LEAF_NAMES[path[-1]])))
-
-
-def _flatten(params: Mapping, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _to_torch_axes(leaf: str, array: np.ndarray) -> np.ndarray:
-    return array.transpose(KERNEL_AXES[array.ndim]) if leaf == "kernel" else array
-
-
-def _from_torch_axes(leaf: str, array: np.ndarray) -> np.ndarray:
-    return array.transpose(np.argsort(KERNEL_AXES[array.ndim])) if leaf == "kernel" else array
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def load_pipeline(folder: str | Path, dtype=jnp.float32, *, param_dtype=None) -> Pipeline:
-    """Reads a Stable Diffusion checkpoint.
+def load_pipeline(
+    folder: str | Path,
+    dtype=jnp.float32,
+    *,
+    param_dtype=None,
+    variant: str | None = None,
+    place: Placement | None = None,
+) -> Pipeline:
+    """Reads a Stable Diffusion 1.x, 2.x or XL checkpoint.
 
     Args:
-        folder: contains model_index.json.
-        dtype: what the networks compute in.
+        folder: contains model_index.json; see `hub.find_checkpoint` for Hub ids.
+        dtype: what the networks compute in. An autoencoder that needs float32's range (`force_upcast`) computes in
+            float32 where float16 is asked for.
         param_dtype: what their parameters are kept in; None: as `dtype`.
+        variant: of the weight files, e.g. "fp16"; None: the full ones if they are there, else the half ones.
+        place: says where each parameter goes; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the pipeline, a config field or a weight is not what these networks need.
+        ValueError: the pipeline, a config field or a weight is not what these networks need, or a file is damaged.
     """
     folder = Path(folder)
-    index = _read_json(folder / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
+    if folder.is_file():
+        raise ValueError(f"{folder}: {_not_a_folder(folder)}")
+    index_file = folder / "model_index.json"
+    index = read_json(index_file, expected=LAYOUT)
+    class_name = index.get("_class_name")
+    if class_name not in FAMILIES:
         raise ValueError(
-            f"{folder / 'model_index.json'}: _class_name={index.get('_class_name')!r} is not supported; supported: "
-            "'StableDiffusionPipeline'"
+            f"{index_file}: _class_name={class_name!r} is not supported; supported: {' or '.join(map(repr, FAMILIES))}"
         )
-    return Pipeline(
-        unet=load_unet(folder / "unet", dtype, param_dtype=param_dtype),
-        vae=load_vae(folder / "vae", dtype, param_dtype=param_dtype),
-        text_encoder=load_text_encoder(folder / "text_encoder", dtype, param_dtype=param_dtype),
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
+    options = {"param_dtype": param_dtype, "variant": variant, "place": place}
+    pipeline = Pipeline(
+        unet=load_unet(folder / "unet", dtype, **options),
+        vae=load_vae(folder / "vae", dtype, **options),
+        text_encoders=tuple(load_text_encoder(folder / name, dtype, **options) for name, _ in FAMILIES[class_name]),
+        tokenizers=tuple(load_tokenizer(folder / name) for _, name in FAMILIES[class_name]),
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
+        # The default of the class in diffusers; published SDXL folders say true.
+        force_zeros_for_empty_prompt=class_name == "StableDiffusionXLPipeline"
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
+    _check_parts(pipeline, folder)
+    return pipeline
+
+
+def _not_a_folder(file: Path) -> str:
+    pickle = "" if file.suffix == ".safetensors" else "may hold code that runs when it is read, and "
+    return (
+        f"{pickle}is a single file, expected {LAYOUT}; where you trust it, convert it with diffusers: "
+        "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
     )
 
 
-def load_unet(folder: str | Path, dtype=jnp.float32, *, param_dtype=None) -> Network:
-    """Reads a `unet/` folder; arguments and errors as in `load_pipeline`."""
-    return _load("unet", folder, dtype, param_dtype)
-
-
-def load_vae(folder: str | Path, dtype=jnp.float32, *, param_dtype=None) -> Network:
-    """Reads a `vae/` folder; arguments and errors as in `load_pipeline`."""
-    return _load("vae", folder, dtype, param_dtype)
-
-
-def load_text_encoder(folder: str | Path, dtype=jnp.float32, *, param_dtype=None) -> Network:
-    """Reads a `text_encoder/` or `text_encoder_2/` folder; arguments and errors as in `load_pipeline`."""
-    return _load("text_encoder", folder, dtype, param_dtype)
-
-
-def _load(kind: str, folder: str | Path, dtype, param_dtype) -> Network:
-    folder, component = Path(folder), COMPONENTS[kind]
-    param_dtype = dtype if param_dtype is None else param_dtype
-    config_file = folder / "config.json"
-    try:
-        config = component.config.from_dict(_read_json(config_file))
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from error
-    module = nnx.eval_shape(
-        lambda: component.module(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(params=0))
-    )
-    graphdef, state = nnx.split(module)
-    params = nnx.to_pure_dict(state)
-    _fill(params, folder, component)
-    return Network(config, graphdef, params)
-
-
-def _fill(params: dict, folder: Path, component: Component) -> None:
-    """Replaces the shapes in `params` by the stored weights, one tensor at a time."""
-    wanted = {_stored_name(path): (path, leaf) for path, leaf in _flatten(params)}
-    stored = {}  # name in our modules -> (file, name in the file)
-    for name, file in _weight_files(folder, component.stem).items():
-        if not re.search(component.ignored, name):
-            stored[_current_name(name, component)] = (file, name)
-    source = folder if len({file for file, _ in stored.values()}) > 1 else next(iter(stored.values()), [folder])[0]
-    if missing := sorted(wanted.keys() - stored.keys()):
+def _check_parts(pipeline: Pipeline, folder: Path) -> None:
+    """That the parts of a pipeline fit each other; each is fine by itself."""
+    unet, vae, encoders = pipeline.unet.config, pipeline.vae.config, [part.config for part in pipeline.text_encoders]
+    where = folder / "unet" / "config.json"
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
         raise ValueError(
-            f"{source}: no weight {missing[0]!r} ({_count(missing)} missing); config.json describes a network that has "
-            "it: check that config and weights belong together"
+            f"{where}: in_channels={unet.in_channels} and out_channels={unet.out_channels} are not supported with the "
+            f"{vae.latent_channels} latent_channels of vae/config.json; supported: networks for text to image, "
+            "none for inpainting (9 channels), depth or editing"
         )
-    if surplus := sorted(stored.keys() - wanted.keys()):
+    if (width := sum(encoder.hidden_size for encoder in encoders)) != unet.cross_attention_dim:
         raise ValueError(
-            f"{source}: weight {stored[surplus[0]][1]!r} ({_count(surplus)} too many) has no place in the network that "
-            "config.json describes: check that config and weights belong together"
+            f"{where}: cross_attention_dim={unet.cross_attention_dim}, but the text encoders give {width} "
+            "(hidden_size in their config.json): check that the folders belong together"
         )
-    for file in sorted({file for file, _ in stored.values()}):
-        with _open(file) as tensors:
-            for name, (path, abstract) in wanted.items():
-                if stored[name][0] == file:
-                    array = tensors.get_tensor(stored[name][1])
-                    shape = _to_torch_axes(path[-1], np.broadcast_to(0, abstract.shape)).shape
-                    if array.shape != shape:
-                        raise ValueError(
-                            f"{file}: weight {stored[name][1]!r} has shape {list(array.shape)}, expected {list(shape)} "
-                            "from config.json: check that config and weights belong together"
-                        )
-                    _set(params, path, jnp.asarray(_from_torch_axes(path[-1], array), abstract.dtype))
+    if (len(encoders) == 2) != (unet.addition_embed_type == "text_time"):
+        raise ValueError(
+            f"{where}: addition_embed_type={unet.addition_embed_type!r} does not go with {pipeline.class_name}: check "
+            "that the folders belong together"
+        )
+    if len(encoders) == 2:
+        pooled = encoders[1].projection_dim if encoders[1].with_projection else 0
+        if pooled + 6 * unet.addition_time_embed_dim != unet.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"{where}: projection_class_embeddings_input_dim={unet.projection_class_embeddings_input_dim}, but the "
+                f"pooled prompt of text_encoder_2 has {pooled} and the six sizes {unet.addition_time_embed_dim} each: "
+                "check that the folders belong together"
+            )
+    for (name, tokenizer_name), encoder, tokenizer in zip(
+        FAMILIES[pipeline.class_name], encoders, pipeline.tokenizers, strict=True
+    ):
+        if tokenizer.model_max_length > encoder.max_position_embeddings or max(tokenizer.vocab.values()) >= (
+            encoder.vocab_size
+        ):
+            raise ValueError(
+                f"{folder / tokenizer_name}: {len(tokenizer.vocab)} tokens and texts of {tokenizer.model_max_length}, "
+                f"but {name}/config.json says vocab_size={encoder.vocab_size} and max_position_embeddings="
+                f"{encoder.max_position_embeddings}: check that the folders belong together"
+            )
 
 
-def _current_name(name: str, component: Component) -> str:
-    for pattern, replacement in component.old_names:
-        name = re.sub(pattern, replacement, name)
-    return name
+def load_unet(folder: str | Path, dtype=jnp.float32, **options) -> Network:
+    """Reads a `unet/` folder; arguments and errors as in `weights.load_network`."""
+    return load_network("unet", folder, dtype, **options)
 
 
-def _count(names: list[str]) -> str:
-    return f"{len(names)} weight" + "s" * (len(names) > 1)
+def load_vae(folder: str | Path, dtype=jnp.float32, **options) -> Network:
+    """Reads a `vae/` folder; arguments and errors as in `weights.load_network`."""
+    return load_network("vae", folder, dtype, **options)
 
 
-def _set(params: dict, path: tuple, value: jax.Array) -> None:
-    for key in path[:-1]:
-        params = params[key]
-    params[path[-1]] = value
-
-
-def _weight_files(folder: Path, stem: str) -> dict[str, Path]:
-    """The file that holds each stored weight: one file or shards with an index, full or half precision."""
-    for variant in ("", ".fp16"):
-        if (file := folder / f"{stem}{variant}.safetensors").is_file():
-            with _open(file) as tensors:
-                return dict.fromkeys(tensors.keys(), file)
-        if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-            return {name: folder / shard for name, shard in _read_json(index)["weight_map"].items()}
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise FileNotFoundError(
-        f"{folder}: no weights; expected {stem}.safetensors, {stem}.fp16.safetensors or a shard index, found {found}. "
-        "Weights in .bin files can be converted with diffusers: save_pretrained(folder, safe_serialization=True)"
-    )
-
-
-def _open(file: Path) -> safe_open:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing, although the shard index of its folder names it")
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected a folder in the layout of diffusers")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
+def load_text_encoder(folder: str | Path, dtype=jnp.float32, **options) -> Network:
+    """Reads a `text_encoder/` or `text_encoder_2/` folder; arguments and errors as in `weights.load_network`."""
+    return load_network("text_encoder", folder, dtype, **options)
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) -> None:
-    """Writes a folder that `StableDiffusionPipeline.from_pretrained` of diffusers and `load_pipeline` read.
+    """Writes a folder that `DiffusionPipeline.from_pretrained` of diffusers and `load_pipeline` read.
 
     The folder appears under its name only when it is complete.
 
@@ -309,41 +174,28 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
         FileExistsError: `folder` holds something.
         ValueError: a network holds parameters that its published form has not, e.g. LoRA matrices.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
-    with replacing(folder) as unfinished:
-        networks = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-        for kind, network in networks.items():
-            save_network(network, unfinished / kind, dtype=dtype)
-        pipeline.tokenizer.save(unfinished / "tokenizer")
-        _write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler_config)
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            **{kind: list(COMPONENTS[kind].library(network.config)) for kind, network in networks.items()},
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", pipeline.scheduler_config["_class_name"]],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-        _write_json(unfinished / "model_index.json", index)
+    folders = FAMILIES[pipeline.class_name]
+    networks = {"unet": pipeline.unet, "vae": pipeline.vae}
+    networks |= {name: network for (name, _), network in zip(folders, pipeline.text_encoders, strict=True)}
+    index = {
+        "_class_name": pipeline.class_name,
+        **{name: list(_library(network)) for name, network in networks.items()},
+        **{name: ["transformers", "CLIPTokenizer"] for _, name in folders},
+        "scheduler": ["diffusers", pipeline.scheduler_config["_class_name"]],
+    }
+    if pipeline.class_name == "StableDiffusionXLPipeline":
+        index["force_zeros_for_empty_prompt"] = pipeline.force_zeros_for_empty_prompt
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    with new_folder(folder) as unfinished:
+        for name, network in networks.items():
+            save_network(network, unfinished / name, dtype=dtype)
+        for (_, name), tokenizer in zip(folders, pipeline.tokenizers, strict=True):
+            tokenizer.save(unfinished / name)
+        write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler_config)
+        write_json(unfinished / "model_index.json", index)
 
 
-def save_network(network: Network, folder: str | Path, *, dtype=jnp.float32) -> None:
-    """Writes the component folder (config.json and one safetensors file) of one network.
-
-    Raises:
-        ValueError: the network holds parameters that its published form has not, e.g. LoRA matrices.
-    """
-    folder = Path(folder)
+def _library(network: Network) -> tuple[str, str]:
     component = next(component for component in COMPONENTS.values() if isinstance(network.config, component.config))
-    # safetensors writes the bytes of a transposed array in the wrong order without complaint.
-    tensors = {name: np.ascontiguousarray(array, dtype) for name, array in to_stored(network.params).items()}
-    _write_json(folder / "config.json", network.config.to_dict())
-    save_file(tensors, folder / f"{component.stem}.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return component.library(network.config)

@@ -1,13 +1,20 @@
-"""LoRA files in the format of PEFT and diffusers, in and out, and networks with a bank of adapters.
+"""LoRA files of diffusers and of kohya's sd-scripts, in and out, and networks with a bank of adapters.
 
-A file holds one module: for each adapted layer `unet.<layer>.lora_A.weight [r, in]` and `unet.<layer>.lora_B.weight
-[out, r]`, with two more axes if the layer is a convolution. `StableDiffusionPipeline.load_lora_weights` reads it.
+A file holds one module: two matrices for each adapted layer of a UNet, with two more axes if it is a convolution.
+
+    layout       lora_a [r, in]                         lora_b [out, r]                      alpha
+    diffusers    unet.<layer>.lora_A.weight             unet.<layer>.lora_B.weight           in the metadata
+    kohya        lora_unet_<layer>.lora_down.weight     lora_unet_<layer>.lora_up.weight     lora_unet_<layer>.alpha
+
+In kohya's layout the dots of `<layer>` are underscores, and layers of SDXL go by the names of the original code
+(`input_blocks_4_1_proj_in`), as in the files that sd-scripts writes. Reading takes both names for every network.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +24,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flax_pref.checkpoints.diffusers import KERNEL_AXES, Network
+from flax_pref.checkpoints.weights import KERNEL_AXES, Network
 from flax_pref.files import replacing
-from flax_pref.models.lora import DEFAULT_TARGETS, add_lora, join_lora, split_lora, stack_lora
-
-KEY = re.compile(r"(?:unet\.)?(?P<layer>[\w.]+)\.lora_(?P<matrix>[AB])\.weight")
-METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, as JSON
-# Settings of PEFT under which a delta is not `alpha / r A B`, or not with the same alpha in all layers.
-UNSUPPORTED = ("alpha_pattern", "lora_bias", "use_dora", "use_rslora")
-
+from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, add_lora, join_lora, stack_lora
+from flax_pref.models.unet import UNetConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks
@@ -58,124 +60,437 @@ def _adapted(network: Network, modules, rank, alpha, targets, key) -> nnx.Module
 def load_lora_network(network: Network, files: Mapping[str, str | Path]) -> Network:
     """The network with a bank of stored adapters, e.g. `{"pos": "pos.safetensors", "neg": "neg.safetensors"}`.
 
-    The bank's alpha is its rank; the scales of the files are multiplied into B.
+    The bank's rank is the largest of the files, and its alpha is its rank: the scales `alpha / rank` of the files are
+    multiplied into B, and smaller ranks are filled up with zeros. Files are read as by `load_lora`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not understood or does not fit the network, or the files differ in layers or rank.
+        ValueError: no files, a file is not understood or does not fit the network, the files adapt different layers,
+            or the network has adapters already.
     """
-    banks = []
-    for file in files.values():
-        lora, rank, alpha = load_lora(file)
-        flat = flatten_dict(lora)
-        banks.append(
-            unflatten_dict({path: flat[path] * (alpha / rank if path[-1] == "lora_b" else 1) for path in flat})
-        )
-    names = ", ".join(map(str, files.values()))
-    try:
-        lora = stack_lora(banks)
-        targets = sorted({".".join(map(str, path[:-1])) for path in flatten_dict(lora)})
-        key = jax.random.key(0)  # of shapes only
-        module = nnx.eval_shape(lambda: _adapted(network, tuple(files), rank, rank, targets, key))
-    except ValueError as error:
-        raise ValueError(f"{names}: {error}") from error
-    graphdef, state = nnx.split(module)
-    _, expected = split_lora(nnx.to_pure_dict(state))
-    stored = flatten_dict(lora)
-    for path, leaf in flatten_dict(expected).items():
-        if stored[path].shape != leaf.shape:
+    if not files:
+        raise ValueError("load_lora_network: files is empty, expected a file for each module")
+    stored = {Path(file): _read_adapters(Path(file), network) for file in files.values()}
+    first = next(iter(stored))
+    for file, adapters in stored.items():
+        if differing := sorted(map(_dotted, adapters.keys() ^ stored[first].keys())):
             raise ValueError(
-                f"{names}: {'.'.join(map(str, path))} has shape {list(stored[path].shape)}, expected "
-                f"{list(leaf.shape)} [module, ...]: the adapters belong to another network"
+                f"{file}: adapts other layers than {first}, e.g. only one adapts {differing[0]!r}; expected the same "
+                "layers in all modules of a bank: load files that were trained with the same targets"
             )
-    return network._replace(graphdef=graphdef, params=join_lora(network.params, lora))
+    rank = max(adapter.rank for adapters in stored.values() for adapter in adapters.values())
+    lora = stack_lora([_bank(_even(stored[Path(file)], rank)) for file in files.values()])
+    targets = sorted(map(_dotted, stored[first]))
+    key = jax.random.key(0)  # of shapes only
+    module = nnx.eval_shape(lambda: _adapted(network, tuple(files), rank, rank, targets, key))
+    return network._replace(graphdef=nnx.split(module)[0], params=join_lora(network.params, lora))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# Names
+
+# How the names of A and of B end in the layouts that are written.
+LAYOUTS = {
+    "diffusers": (".lora_A.weight", ".lora_B.weight"),
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+}
+PAIRS = (
+    *LAYOUTS.values(),
+    (".lora.down.weight", ".lora.up.weight"),  # diffusers before PEFT
+    ("_lora.down.weight", "_lora.up.weight"),  # and before that: `<attention>.processor.to_q_lora.down.weight`
+)
+ALPHA = ".alpha"
+# What a name holds by its ending, and the ending of the name that has to be there too.
+ENDINGS = {a: "lora_a" for a, _ in PAIRS} | {b: "lora_b" for _, b in PAIRS} | {ALPHA: "alpha"}
+PARTNERS = dict(PAIRS) | {b: a for a, b in PAIRS} | {ALPHA: LAYOUTS["kohya"][0]}
+
+# Layers of a resnet in the original code of Stable Diffusion.
+ORIGINAL_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+# Why a weight has no place here, by its name.
+REFUSED = (
+    (r"^(lora_te\d?_|text_encoder(_2)?\.)", "text encoder adapters are not supported: train or save the UNet's alone"),
+    (r"dora_scale|lora_magnitude_vector", "DoRA is not supported: train or save it as plain LoRA"),
+    (r"hada_w|lokr_|lora_mid|oft_|\.(diff|on_input)$", "LyCORIS is not supported: train or save it as plain LoRA"),
+    (
+        "|".join(f"{re.escape(ending)}$" for ending in ENDINGS),
+        "this network has no such layer: check that the file was made for it",
+    ),
+    (
+        "",
+        "expected names such as unet.<layer>.lora_A.weight or lora_unet_<layer>.lora_down.weight: take a file of plain "
+        "LoRA from diffusers or kohya's sd-scripts",
+    ),
+)
 
 
-def save_lora(lora: dict, file: str | Path, *, alpha: float, dtype=jnp.float32) -> None:
+def _original_blocks(config: UNetConfig) -> dict[str, str]:
+    """The original names of the parts of a UNet; its code numbers the layers of all blocks through."""
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_out": "out.2",
+    }
+    step = config.layers_per_block + 1  # a down block has one resnet less than an up block, and the downsampling
+    for i, up_block in enumerate(config.up_block_types):
+        for j in range(step):
+            for index, part in enumerate(("resnets", "attentions")):
+                names[f"down_blocks.{i}.{part}.{j}"] = f"input_blocks.{i * step + j + 1}.{index}"
+                names[f"up_blocks.{i}.{part}.{j}"] = f"output_blocks.{i * step + j}.{index}"
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * step}.0.op"
+        index = 2 if up_block.startswith("CrossAttn") else 1
+        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * step - 1}.{index}"
+    return names
+
+
+def _original_name(layer: str, blocks: Mapping[str, str]) -> str:
+    block = next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
+    if block is None:
+        raise ValueError(f"layer {layer!r} is not part of a UNet of this config: check that they belong together")
+    inner = layer[len(block) + 1 :]
+    return ".".join(filter(None, (blocks[block], ORIGINAL_RESNET.get(inner, inner))))
+
+
+def _kohya_names(layers: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """Names of layers in files of sd-scripts: for SDXL after the original code, for SD1.5 and SD2 after diffusers."""
+    blocks = _original_blocks(config)
+    sdxl = config.addition_embed_type == "text_time"
+    return {layer: _flat(_original_name(layer, blocks) if sdxl else layer) for layer in layers}
+
+
+def _flat(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+def _layers_by_name(network: Network) -> dict[str, tuple]:
+    """The path of each linear layer and convolution by all names that it may have in a file."""
+    paths = {_dotted(path[:-1]): path[:-1] for path in flatten_dict(network.params) if path[-1] == "kernel"}
+    blocks = _original_blocks(network.config)
+    names = {}
+    for layer, path in paths.items():
+        processor = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?$", r".processor.\1", layer)
+        dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}")
+        names |= dict.fromkeys((*dotted, _flat(layer), _flat(_original_name(layer, blocks))), path)
+    return names
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, as JSON
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def save_lora(
+    lora: dict,
+    file: str | Path,
+    *,
+    alpha: float,
+    dtype=jnp.float32,
+    layout: str = "diffusers",
+    config: UNetConfig | None = None,
+) -> None:
     """Writes one module; the file appears under its name only when it is complete.
 
-    The scale `alpha / rank` is multiplied into B, so that the file means the same to every reader: diffusers looks for
-    alpha in a file's metadata, while its older versions and other programs take alpha to be the rank. `load_lora`
-    gives back the same deltas, with alpha = rank.
+    A, B and alpha are stored as they are, so that `load_lora` gives back the same numbers; multiplying `alpha / rank`
+    into B would be exact for powers of two only. In the layout of diffusers alpha is in the metadata, as in its own
+    files. Programs that do not read metadata (older versions of diffusers, ComfyUI) take alpha to be the rank: for them
+    train with alpha = rank, or choose kohya's layout, where alpha is a tensor that ComfyUI, A1111 and diffusers read.
 
     Args:
         lora: nested parameters of M = 1 module; see `split_lora` and `select_lora`.
         file: e.g. `pos.safetensors`; replaced if it exists.
-        alpha: as given to `add_lora`.
-        dtype: of the stored matrices.
+        alpha: as given to `add_lora`. Kohya's layout keeps it in float32.
+        dtype: of the stored matrices: float32, float16 or bfloat16.
+        layout: "diffusers" or "kohya".
+        config: of the UNet; kohya's names depend on it.
 
     Raises:
-        ValueError: `lora` holds other parameters, no module or several.
+        ValueError: `lora` is not one module of one rank, a number is not finite in `dtype`, or an argument is none of
+            those above.
     """
-    file, flat, tensors = Path(file), flatten_dict(lora), {}
-    if not flat or any(path[-1] not in ("lora_a", "lora_b") or len(leaf) != 1 for path, leaf in flat.items()):
-        raise ValueError(
-            f"{file}: expected the adapters of one module, lora_a [1, ..., r] and lora_b [1, r, out]; split_lora takes "
-            "them from the parameters of a network, and select_lora one module from a bank"
-        )
-    for path in (path for path in flat if path[-1] == "lora_a"):
-        a, b = (np.asarray(flat[*path[:-1], leaf][0], np.float32) for leaf in ("lora_a", "lora_b"))
-        b = b * np.float32(alpha / len(b))
+    file, dtype = Path(file), jnp.dtype(dtype)
+    if layout not in LAYOUTS:
+        raise ValueError(f"{file}: layout={layout!r}, expected {' or '.join(map(repr, LAYOUTS))}")
+    if layout == "kohya" and config is None:
+        raise ValueError(f"{file}: layout='kohya' without config, expected the UNetConfig, for names depend on it")
+    if dtype.name not in DTYPES.values():
+        raise ValueError(f"{file}: dtype={dtype.name}, expected {' or '.join(DTYPES.values())}")
+    if not _is_scale(alpha):
+        raise ValueError(f"{file}: alpha={alpha!r}, expected a positive number")
+    adapters = _one_module(file, lora)
+    rank = next(len(b) for _, b in adapters.values())
+    try:
+        names = _kohya_names(adapters, config) if layout == "kohya" else {layer: f"unet.{layer}" for layer in adapters}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+    tensors, metadata = {}, {"format": "pt"}
+    for layer, (a, b) in adapters.items():
         b = b.reshape((1,) * (a.ndim - 2) + b.shape)  # of a convolution: 1x1
-        layer = ".".join(map(str, path[:-1]))
-        for name, matrix in (("A", a), ("B", b)):
+        for ending, matrix in zip(LAYOUTS[layout], (a, b), strict=True):
             # safetensors writes the bytes of a transposed array in the wrong order without complaint.
-            array = np.ascontiguousarray(matrix.transpose(KERNEL_AXES[matrix.ndim]), dtype)
-            tensors[f"unet.{layer}.lora_{name}.weight"] = array
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(matrix.transpose(KERNEL_AXES[matrix.ndim]), dtype)
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"{file}: weight {names[layer] + ending!r} is not finite in {dtype.name}; expected finite numbers: "
+                    "save as float32, and if that fails too, look at the training run"
+                )
+            tensors[names[layer] + ending] = array
+    if layout == "kohya":
+        tensors |= {name + ALPHA: np.array(alpha, np.float32) for name in names.values()}
+    else:
+        peft = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(adapters)}
+        metadata[METADATA] = json.dumps({f"unet.{key}": value for key, value in peft.items()})
     with replacing(file) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_file(tensors, unfinished, metadata=metadata)
 
 
-def load_lora(file: str | Path) -> tuple[dict, int, float]:
-    """Reads one module as `save_lora`, or diffusers with PEFT, has written it.
+def _one_module(file: Path, lora: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`a [..., in, r]` and `b [r, out]` of each layer in float32."""
+    flat = flatten_dict(lora)
+    layers = {path[:-1] for path in flat}
+    expected = {(*path, leaf) for path in layers for leaf in LEAVES}
+    ranks = {leaf.shape[-1 if path[-1] == "lora_a" else 1] for path, leaf in flat.items() if path in expected}
+    if not flat or flat.keys() != expected or len(ranks) != 1 or {len(leaf) for leaf in flat.values()} != {1}:
+        raise ValueError(
+            f"{file}: expected the adapters of one module, lora_a [1, ..., r] and lora_b [1, r, out] of one rank for "
+            "each layer; split_lora takes them from the parameters of a network, and select_lora one module from a bank"
+        )
+    module = {}
+    for path in sorted(layers, key=_dotted):
+        module[_dotted(path)] = tuple(np.asarray(flat[*path, leaf][0], np.float32) for leaf in LEAVES)
+    return module
 
-    Alpha is what the file's metadata say, and the rank where they say nothing.
+
+def _is_scale(value) -> bool:
+    # Of float32; by comparison, for integers in a damaged file may be too large to become floats.
+    return not isinstance(value, str | bool | list | dict | None) and bool(1e-37 < value < 3e38)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# Settings of PEFT under which a delta is not `alpha / r A B`, or not with the same alpha in all layers.
+UNSUPPORTED = ("alpha_pattern", "lora_bias", "use_dora", "use_rslora")
+
+
+class Adapter(NamedTuple):
+    """A layer's adapter in float32: `a [..., in, r]`, `b [r, out]`; the delta is `alpha / r A B`."""
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return len(self.b)
+
+
+def load_lora(file: str | Path, network: Network) -> tuple[dict, int, float]:
+    """Reads one module from a file of `save_lora`, diffusers (any version) or kohya's sd-scripts.
+
+    Alpha is what the file says, and the rank where it says nothing. Layers may differ in rank and alpha: then
+    `alpha / rank` is multiplied into B, and smaller ranks are filled up with zeros, which change nothing.
+
+    Args:
+        file: a safetensors file.
+        network: the UNet that the file was made for, with or without adapters; names and shapes are held against it.
 
     Returns:
         (nested parameters of M = 1 module in float32, rank, alpha).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds other than plain LoRA of one rank for a UNet.
+        ValueError: the file is damaged or a pickle, holds other than plain LoRA for a UNet, or does not fit the
+            network.
     """
-    file = Path(file)
+    adapters = _read_adapters(Path(file), network)
+    if len({(adapter.rank, adapter.alpha) for adapter in adapters.values()}) > 1:
+        adapters = _even(adapters, max(adapter.rank for adapter in adapters.values()))
+    first = next(iter(adapters.values()))
+    return _bank(adapters), first.rank, first.alpha
+
+
+def _even(adapters: Mapping[tuple, Adapter], rank: int) -> dict[tuple, Adapter]:
+    """The same deltas with this rank and with alpha = rank."""
+    even = {}
+    for path, (a, b, alpha) in adapters.items():
+        more = rank - len(b)
+        a = np.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, more),))
+        b = np.pad(b * np.float32(alpha / len(b)), ((0, more), (0, 0)))
+        even[path] = Adapter(a, b, float(rank))
+    return even
+
+
+def _bank(adapters: Mapping[tuple, Adapter]) -> dict:
+    leaves = {path: dict(zip(LEAVES, (adapter.a, adapter.b), strict=True)) for path, adapter in adapters.items()}
+    return unflatten_dict({(*path, leaf): jnp.asarray(x)[None] for path in leaves for leaf, x in leaves[path].items()})
+
+
+def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
+    stored, peft_alpha = _read(file)
+    kernels = flatten_dict(network.params)
+    adapters = {}
+    for path, names in _names_by_layer(file, stored, network).items():
+        *kernel_size, fan_in, features = kernels[*path, "kernel"].shape
+        a, b = (stored[names[leaf]] for leaf in LEAVES)
+        rank = max((1, *a.shape[:1]))
+        a = _matrix(file, names["lora_a"], a, (rank, fan_in, *kernel_size))
+        b = _matrix(file, names["lora_b"], b, (features, rank, *(1 for _ in kernel_size)))
+        b = b.reshape(rank, features)
+        alpha = rank if peft_alpha is None else peft_alpha
+        if "alpha" in names:
+            if peft_alpha is not None:
+                raise ValueError(
+                    f"{file}: {names['alpha']!r} and {METADATA!r} in the metadata both give alpha; expected one of "
+                    "them: download or export the file again"
+                )
+            alpha = _stored_alpha(file, names["alpha"], stored[names["alpha"]])
+        if not float(np.abs(b).max()) * alpha / rank < float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"{file}: alpha={alpha:g} makes {names['lora_b']!r} too large for float32; the file is damaged: "
+                "download or export it again"
+            )
+        adapters[path] = Adapter(a, b, float(alpha))
+    return adapters
+
+
+def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
+    """The finite tensors of a file, and alpha if the metadata name it."""
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder, expected a safetensors file of LoRA weights: name a file in it")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a safetensors file of LoRA weights")
+    if file.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{file}: refused, for a {file.suffix} file is a pickle, which can run code while it is read; expected "
+            "safetensors: ask its author for that, or convert it where it can do no harm, with "
+            "torch.load(file, weights_only=True) and safetensors.torch.save_file"
+        )
+    stored = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
-            metadata = (tensors.metadata() or {}).get(METADATA, "{}")
-            stored = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error})") from error
-
-    lora = {}
-    for name, array in stored.items():
-        match = KEY.fullmatch(name)
-        if match is None or array.ndim not in KERNEL_AXES:
-            raise ValueError(
-                f"{file}: weight {name!r} with shape {list(array.shape)} is not understood; expected "
-                "unet.<layer>.lora_A.weight and unet.<layer>.lora_B.weight, as save_lora_weights of diffusers writes"
-            )
-        leaf = {"A": "lora_a", "B": "lora_b"}[match["matrix"]]
-        matrix = array.transpose(np.argsort(KERNEL_AXES[array.ndim]))
-        if leaf == "lora_b":
-            matrix = matrix.reshape(matrix.shape[-2:])
-        layer = (int(key) if key.isdigit() else key for key in match["layer"].split("."))
-        lora[*layer, leaf] = jnp.asarray(matrix, jnp.float32)[None]
-
-    layers = {path[:-1] for path in lora}
-    ranks = {leaf.shape[-1 if path[-1] == "lora_a" else 1] for path, leaf in lora.items()}
-    if len(lora) != 2 * len(layers) or len(ranks) != 1:
+            metadata = tensors.metadata() or {}
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                dtype = tensors.get_slice(name).get_dtype()
+                expected = (*DTYPES, *INTEGERS, "F64") if name.endswith(ALPHA) else tuple(DTYPES)
+                if dtype not in expected:
+                    raise ValueError(
+                        f"{file}: weight {name!r} has dtype {dtype}, expected {' or '.join(expected)}; if the file is "
+                        "not damaged, save it as float32"
+                    )
+                stored[name] = tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file}: expected lora_A and lora_B of one rank for each layer, found {len(lora)} matrices of ranks "
-            f"{sorted(ranks)} for {len(layers)} layers"
+            f"{file}: not a complete safetensors file ({_one_line(error)}): download or export it again"
+        ) from error
+    if not stored:
+        raise ValueError(f"{file}: holds no weights, expected those of a LoRA: download or export it again")
+    for name, array in stored.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{file}: weight {name!r} holds NaN or infinity, expected finite numbers; the file is damaged or its "
+                "training failed: take another"
+            )
+    return stored, _peft_alpha(file, metadata)
+
+
+def _peft_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
+    try:
+        config = json.loads(metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {METADATA!r} in the metadata is not valid JSON ({_one_line(error)}): download or export the file "
+            "again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{file}: {METADATA!r} in the metadata is no JSON object, expected PEFT's configuration: download or "
+            "export the file again"
         )
-    rank = ranks.pop()
-    config = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()}
-    if used := [f"{key}={config[key]!r}" for key in UNSUPPORTED if config.get(key)]:
-        raise ValueError(f"{file}: {used[0]} is not supported; supported: plain LoRA with one alpha for all layers")
-    return unflatten_dict(lora), rank, float(config.get("lora_alpha", rank))
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    if used := [key for key in UNSUPPORTED if config.get(key)]:
+        raise ValueError(
+            f"{file}: {used[0]!r} in the metadata is not supported; expected plain LoRA with one alpha for all layers: "
+            "train or save it as such"
+        )
+    alpha = config.get("lora_alpha")
+    if alpha is not None and not _is_scale(alpha):
+        raise ValueError(
+            f"{file}: 'lora_alpha' in the metadata is no positive number, expected one: download or export the file "
+            "again"
+        )
+    return alpha
+
+
+def _names_by_layer(file: Path, stored: Iterable[str], network: Network) -> dict[tuple, dict[str, str]]:
+    """The stored names of lora_a, lora_b and perhaps alpha of each adapted layer."""
+    layers, found = _layers_by_name(network), {}
+    for name in stored:
+        ending = next(filter(name.endswith, ENDINGS), "")
+        path = layers.get(name.removesuffix(ending)) if ending else None
+        if path is None:
+            reason = next(reason for pattern, reason in REFUSED if re.search(pattern, name))
+            raise ValueError(f"{file}: weight {name!r} has no place in the UNet; {reason}")
+        names = found.setdefault(path, {})
+        if other := names.get(ENDINGS[ending]):
+            raise ValueError(
+                f"{file}: weights {other!r} and {name!r} are the same of layer {_dotted(path)!r}, expected one of "
+                "them: download or export the file again"
+            )
+        names[ENDINGS[ending]] = name
+    for names in found.values():
+        if missing := [leaf for leaf in LEAVES if leaf not in names]:
+            name = names.get(LEAVES[1 - LEAVES.index(missing[0])], names.get("alpha"))
+            ending = next(filter(name.endswith, ENDINGS))
+            raise ValueError(
+                f"{file}: no weight {name.removesuffix(ending) + PARTNERS[ending]!r}, expected with {name!r}; the file "
+                "is incomplete: download or export it again"
+            )
+    return found
+
+
+def _matrix(file: Path, name: str, array: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+    """The matrix or convolution in our axes and in float32."""
+    # The same numbers make a matrix and a 1x1 convolution; files have either for layers that can be both.
+    shape, same = (shape[:2] if shape[2:] == (1, 1) else shape for shape in (array.shape, expected))
+    if shape != same:
+        raise ValueError(
+            f"{file}: weight {name!r} has shape {list(array.shape)}, expected {list(expected)}; the file is damaged or "
+            "was made for another network: check that they belong together"
+        )
+    return array.reshape(expected).transpose(np.argsort(KERNEL_AXES[len(expected)])).astype(np.float32)
+
+
+def _stored_alpha(file: Path, name: str, array: np.ndarray) -> float:
+    value = array.reshape(-1)[0].item() if array.size == 1 else None
+    if not _is_scale(value):
+        raise ValueError(
+            f"{file}: {name!r} has shape {list(array.shape)}{'' if value is None else f' and is {value:g}'}, expected "
+            "one positive number: download or export the file again"
+        )
+    # The shortest decimal that rounds to the stored float: 0.3 comes back as 0.3.
+    return float(str(array.reshape(-1)[0]))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

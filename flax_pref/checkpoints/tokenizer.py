@@ -9,6 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from flax_pref.files import read_json
+
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MERGES_HEADER = "#version: 0.2"
 
@@ -68,10 +70,20 @@ class CLIPTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, int32 `[B, model_max_length]`: start token, text (cut where too long), end token, padding."""
+        ids = [encoding.ids for encoding in self._encode(texts)]
+        return np.array(ids, dtype=np.int32).reshape(len(ids), self.model_max_length)
+
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """What of each text does not fit into a row and is not seen; empty where all of it is."""
+        starts = [
+            encoding.overflowing[0].offsets[1][0] if encoding.overflowing else None for encoding in self._encode(texts)
+        ]
+        return ["" if start is None else text[start:] for text, start in zip(texts, starts, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         if isinstance(texts, str):
             raise TypeError("CLIPTokenizer takes a list of texts, not one string; write tokenizer([text])")
-        ids = [encoding.ids for encoding in self._encoder.encode_batch(list(texts))]
-        return np.array(ids, dtype=np.int32).reshape(len(ids), self.model_max_length)
+        return self._encoder.encode_batch(list(texts))
 
     def save(self, folder: str | Path) -> None:
         """Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json into `folder`."""
@@ -105,34 +117,55 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
 
     Raises:
         FileNotFoundError: neither form of the vocabulary is there.
-        ValueError: a special token is not in the vocabulary, or no usable length is given.
+        ValueError: a file is damaged, a special token is not in the vocabulary, or no usable length is given.
     """
     folder = Path(folder)
-    vocab, merges = _read_vocabulary(folder)
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    source, vocab, merges = _read_vocabulary(folder)
+    settings = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
+    config_file = folder / "tokenizer_config.json"
     chosen = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         if settings.get(name) is not None:
             value = settings[name]
-            chosen[name] = value["content"] if isinstance(value, dict) else value
+            chosen[name] = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(chosen[name], str):
+                raise ValueError(f"{config_file}: {name}={value!r}; expected a token of the vocabulary")
     length = settings.get("model_max_length", 77)
     # Some exports write 1e30 for "not limited"; the position table of the encoder is limited all the same.
-    if not 2 <= length <= 2**16:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length={length}; expected 77 for CLIP")
-    return CLIPTokenizer(vocab, merges, model_max_length=int(length), **chosen)
+    if not isinstance(length, int | float) or not 2 <= length <= 2**16:
+        raise ValueError(f"{config_file}: model_max_length={length!r}; expected 77 for CLIP")
+    try:
+        return CLIPTokenizer(vocab, merges, model_max_length=int(length), **chosen)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ValueError(f"{source}: {error}; download it again") from error
 
 
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _settings(file: Path) -> dict:
+    return read_json(file, expected="settings of a tokenizer") if file.is_file() else {}
+
+
+def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str, str]]]:
+    """(the file to blame, ids, merges)."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-        return _read_json(folder / "vocab.json"), [(left, right) for left, right in pairs]
-    if (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json")["model"]
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return model["vocab"], [(left, right) for left, right in pairs]
-    raise FileNotFoundError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        source, merges_file = folder / "vocab.json", folder / "merges.txt"
+        vocab = read_json(source, expected="the vocabulary of a tokenizer")
+        try:
+            lines = merges_file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{merges_file}: not a text file ({error}); download it again") from error
+        merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        source = merges_file = folder / "tokenizer.json"
+        model = read_json(source, expected="a tokenizer").get("model")
+        vocab, merges = (model.get(key) for key in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
+        if not isinstance(merges, list):
+            raise ValueError(f"{source}: no byte-pair model with vocab and merges; expected CLIP's; download it again")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    else:
+        raise FileNotFoundError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
+    if not isinstance(vocab, dict) or not all(isinstance(index, int) and index >= 0 for index in vocab.values()):
+        raise ValueError(f"{source}: expected an id for each token; download it again")
+    for number, pair in enumerate(merges, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"{merges_file}: merge {number} is {pair!r}, expected two pieces; download it again")
+    return source, vocab, [(left, right) for left, right in merges]

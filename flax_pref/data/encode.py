@@ -3,15 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from tqdm import tqdm
 
-from flax_pref.checkpoints.diffusers import Network, Pipeline
+from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.data.pick_a_pic import PreferencePair, decode_image
-from flax_pref.diffusion.text_to_image import chunks, encode_prompts
+from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
+from flax_pref.diffusion.latents import encode_images
 
 
 class EncodedPairs(NamedTuple):
@@ -19,8 +16,8 @@ class EncodedPairs(NamedTuple):
 
     winner: np.ndarray  # [N, h, w, Z]
     loser: np.ndarray  # [N, h, w, Z]
-    text: np.ndarray  # [N, T, D]
-    empty: np.ndarray  # [T, D] the encoded empty caption
+    text: dict[str, np.ndarray]  # [N, ...] each, see diffusion.conditioning
+    empty: dict[str, np.ndarray]  # [...] the same of no caption
 
     def batches(self, batch_size: int, *, caption_dropout: float, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """Endless batches `{"winner", "loser", "text"}`: shuffled epochs, a share of the captions left out."""
@@ -30,28 +27,11 @@ class EncodedPairs(NamedTuple):
             while len(order) < batch_size:
                 order = np.concatenate([order, rng.permutation(len(self.winner))])
             rows, order = order[:batch_size], order[batch_size:]
-            dropped = rng.random((batch_size, 1, 1)) < caption_dropout
-            yield {
-                "winner": self.winner[rows],
-                "loser": self.loser[rows],
-                "text": np.where(dropped, self.empty, self.text[rows]),
-            }
-
-
-def encode_images(vae: Network, images: np.ndarray, *, batch_size: int = 64, label: str = "encoding") -> np.ndarray:
-    """Scaled latents `[N, h, w, Z]`, the means of their posterior, of images `[N, H, W, 3]` in [0, 1]."""
-
-    @jax.jit
-    def encode(params, images):
-        mean, _ = nnx.merge(vae.graphdef, params).encode(2 * images - 1)
-        return vae.config.scaling_factor * mean.astype(jnp.float32)
-
-    latents = []
-    with tqdm(total=len(images), desc=label, unit="image") as progress:
-        for chosen, n in chunks(len(images), batch_size):
-            latents.append(np.asarray(encode(vae.params, images[chosen]))[:n])
-            progress.update(n)
-    return np.concatenate(latents)
+            text = {name: array[rows] for name, array in self.text.items()}
+            dropped = rng.random(batch_size) < caption_dropout
+            for name, array in self.empty.items():
+                text[name][dropped] = array
+            yield {"winner": self.winner[rows], "loser": self.loser[rows], "text": text}
 
 
 def encode_pairs(pipeline: Pipeline, pairs: Sequence[PreferencePair]) -> EncodedPairs:
@@ -72,5 +52,5 @@ def encode_pairs(pipeline: Pipeline, pairs: Sequence[PreferencePair]) -> Encoded
         ]
     )
     latents = encode_images(pipeline.vae, images, label="encoding pairs")
-    *text, empty = encode_prompts(pipeline, [*(pair.caption for pair in pairs), ""])
-    return EncodedPairs(latents[0::2], latents[1::2], np.stack(text), empty)
+    text = encode_prompts(pipeline, [pair.caption for pair in pairs])
+    return EncodedPairs(latents[0::2], latents[1::2], text, encode_empty(pipeline))

@@ -17,10 +17,11 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.encode import EncodedPairs, encode_pairs
 from flax_pref.data.pick_a_pic import LabelledPair, PairReader, encode_image, write_pairs
 from flax_pref.demo import judge, world
+from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Row, cfg, cpgd, pgd
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
-from flax_pref.diffusion.text_to_image import TextToImage, chunks
+from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.evaluation.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
 from flax_pref.objectives.denoising import positive_negative

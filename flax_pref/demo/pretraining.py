@@ -15,8 +15,9 @@ from flax import nnx
 from tokenizers import models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from flax_pref.checkpoints.diffusers import Network, Pipeline, load_vae, save_network
+from flax_pref.checkpoints.diffusers import Pipeline, load_vae
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
+from flax_pref.checkpoints.weights import Network, save_network
 from flax_pref.demo import world
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
@@ -95,7 +96,7 @@ def train_base(config: BaseConfig) -> Pipeline:
     captions = (scene.caption for scene, _ in zip(world.scenes("train", config.seed), range(5000), strict=False))
     tokenizer = train_tokenizer(captions, config.tokenizer_length)
     unet, text_encoder = train_diffusion(config, vae, tokenizer)
-    return Pipeline(unet, vae, text_encoder, tokenizer, SCHEDULER)
+    return Pipeline(unet, vae, (text_encoder,), (tokenizer,), SCHEDULER)
 
 
 def new_network(module: type[nnx.Module], config: Any, seed: int) -> Network:

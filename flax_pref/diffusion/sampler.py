@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_pref.diffusion.solvers import Solver, step
+from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
 
 # (networks, latents [R B, H, W, C], timesteps [R B], conditioning of [R B, ...]) -> noise_pred [R B, H, W, C], where
 # networks is a static tuple of R names: of each group of B rows, in order.
@@ -35,8 +35,8 @@ def sample(
     Args:
         predict: the networks, see `Predict`. It is called with all rows in one batch, once per step.
         layout: `(network, prompt)` for each of R rows, prompt being "text" or "empty"; see `guidance.layout`.
-        coefficients: `[R]`, or `[S, R]` to vary over the steps; see `guidance.coefficients`.
-        solver: of S steps.
+        coefficients: `[R]`, or `[S, R]` to vary over the solver's rows; see `guidance.coefficients`.
+        solver: of S rows.
         keys: `[B]`, one per image; see `image_keys`.
         text: conditioning on the prompts. `[B, T, D]` hidden states, or any pytree of `[B, ...]` arrays that predict
             takes, such as hidden states, `text_embeds` and `time_ids` of SDXL.
@@ -49,6 +49,58 @@ def sample(
     Raises:
         ValueError: coefficients or text do not fit, or the layout names another prompt.
     """
+    return _walk(lambda *_: None, predict, layout, coefficients, solver, keys, text, empty, shape)[1]
+
+
+def sample_trajectory(
+    predict: Predict,
+    layout: tuple[tuple[str, str], ...],
+    coefficients: jax.Array,
+    solver: Solver,
+    keys: jax.Array,
+    text: Any,
+    empty: Any,
+    shape: tuple[int, int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """Draws the latents that `sample` draws, and returns all that lie on the way, with their log-probabilities.
+
+    Online training needs these: the probability of each step, guidance included, under the networks that took it. It
+    keeps S + 1 times the memory of the latents. The arguments are those of `sample`; the solver must be stochastic.
+
+    Returns:
+        latents, float32 `[S + 1, B, H, W, C]`, from the initial noise to what `sample` returns, and log_probs, float32
+        `[S, B]`, where row i is that of the step from latents i to i + 1; see `solvers.log_prob`.
+
+    Raises:
+        ValueError: the solver is not stochastic, or as for `sample`.
+    """
+    if not solver.stochastic:
+        raise ValueError(
+            "sample_trajectory: the solver draws no noise, so its steps have no probabilities; take ddim with eta > 0"
+        )
+
+    def observe(latents, noise_pred, row, next_latents):
+        return next_latents, log_prob(next_latents, latents, noise_pred, row)
+
+    start, _, (visited, log_probs) = _walk(observe, predict, layout, coefficients, solver, keys, text, empty, shape)
+    return jnp.concatenate([start[None], visited]), log_probs
+
+
+def _walk(
+    observe: Callable[[jax.Array, jax.Array, Solver, jax.Array], Any],
+    predict: Predict,
+    layout: tuple[tuple[str, str], ...],
+    coefficients: jax.Array,
+    solver: Solver,
+    keys: jax.Array,
+    text: Any,
+    empty: Any,
+    shape: tuple[int, int, int],
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The scan of `sample`: the first latents, the last ones, and stacked over the steps what observe returns.
+
+    observe is called in each step as `observe(latents, noise_pred, row, next_latents)`.
+    """
     networks = tuple(network for network, _ in layout)
     num_rows, num_images, num_steps = len(layout), len(keys), len(solver.timesteps)
     conditioning = _gather(layout, text, empty, num_images)
@@ -60,7 +112,8 @@ def sample(
         )
     coefficients = jnp.broadcast_to(coefficients, (num_steps, num_rows))
 
-    def denoise(latents, table):
+    def denoise(carry, table):
+        latents, history = carry
         i, row, coefs = table
         model_input = jnp.tile(row.input_scale * latents, (num_rows, 1, 1, 1))
         timesteps = jnp.full(num_rows * num_images, row.timesteps)
@@ -69,11 +122,13 @@ def sample(
         # Guidance takes differences of near equals: accelerators must not round the factors, as they would by default.
         noise_pred = jnp.einsum("r,rbhwc->bhwc", coefs, predictions, precision=jax.lax.Precision.HIGHEST)
         noise = _normal(keys, i, shape) if solver.stochastic else None
-        return step(latents, noise_pred, row, noise), None
+        next_latents, history = step(latents, noise_pred, row, noise, history)
+        return (next_latents, history), observe(latents, noise_pred, row, next_latents)
 
-    latents = solver.init_noise_sigma * _normal(keys, 0, shape)
-    latents, _ = jax.lax.scan(denoise, latents, (jnp.arange(1, num_steps + 1), solver, coefficients))
-    return latents
+    start = solver.init_noise_sigma * _normal(keys, 0, shape)
+    carry = (start, no_history(solver, start))
+    (latents, _), observed = jax.lax.scan(denoise, carry, (jnp.arange(1, num_steps + 1), solver, coefficients))
+    return start, latents, observed
 
 
 def image_key(seed: int, prompt_id: int) -> jax.Array:

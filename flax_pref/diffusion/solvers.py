@@ -1,10 +1,12 @@
 """Solvers of the sampling equation, as tables.
 
-Every step of DDIM (arXiv:2010.02502) and of Euler's method on the probability flow (arXiv:2206.00364) is linear:
+Every step of DDIM (arXiv:2010.02502), of Euler's method (arXiv:2206.00364), of PNDM without its Runge-Kutta start
+(arXiv:2202.09778) and of DPM-Solver++ 2M (arXiv:2211.01095) is linear in the latents x and in the last few estimates m:
 
-    x' = a x + b noise_pred + c z,    z ~ N(0, 1)
+    m_i = r x_i + u noise_pred_i
+    x_{i+1} = a x_i + b_0 m_i + b_1 m_{i-1} + ... + c z,    z ~ N(0, 1)
 
-so a solver is the table of a, b and c over its steps. What the network predicts, noise or velocity, is folded in.
+so a solver is the table of r, u, a, b and c over its steps. What the network predicts, noise or velocity, is folded in.
 """
 
 import dataclasses
@@ -23,16 +25,18 @@ SPACINGS = ("leading", "trailing", "linspace")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A table with one row per step, float32 `[S]` each, in the order of sampling.
+    """A table with one row per step, float32 `[S]` where nothing else is said, in the order of sampling.
 
     All its arrays have the steps as leading axis, so `lax.scan` runs over it as it is and sees one row, a Solver of
-    scalars, at a time.
+    scalars, at a time. Solvers of one kind and number of steps share what is compiled for them.
 
     Attributes:
-        timesteps: what the network is told; whole numbers except in Euler's "linspace".
+        timesteps: what the network is told; whole numbers except in Euler's "linspace" and with its Karras sigmas.
         input_scale: the network sees `input_scale * latents`.
+        estimate_from_latents: r, of the latents in the estimate.
+        estimate_from_pred: u, of the network's prediction in the estimate.
         latents_coef: a, of the latents.
-        noise_coef: b, of the network's prediction.
+        estimate_coefs: b, `[S, K]`: of the step's own estimate and of the K - 1 before it, latest first.
         fresh_noise_coef: c, of newly drawn noise.
         init_noise_sigma: standard deviation of the latents at the start.
         stochastic: whether any step draws noise; static, so that deterministic solvers draw none.
@@ -40,27 +44,89 @@ class Solver:
 
     timesteps: jax.Array
     input_scale: jax.Array
+    estimate_from_latents: jax.Array
+    estimate_from_pred: jax.Array
     latents_coef: jax.Array
-    noise_coef: jax.Array
+    estimate_coefs: jax.Array
     fresh_noise_coef: jax.Array
     init_noise_sigma: float = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
 
-def step(latents: jax.Array, noise_pred: jax.Array, row: Solver, noise: jax.Array | None = None) -> jax.Array:
-    """One step of sampling, `x' = a x + b noise_pred + c z`.
+def no_history(solver: Solver, latents: jax.Array) -> tuple[jax.Array, ...]:
+    """What `step` takes as history at the first step: K - 1 arrays like latents, none for DDIM and Euler."""
+    return (jnp.zeros_like(latents),) * (solver.estimate_coefs.shape[-1] - 1)
+
+
+def step(
+    latents: jax.Array,
+    noise_pred: jax.Array,
+    row: Solver,
+    noise: jax.Array | None = None,
+    history: tuple[jax.Array, ...] = (),
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """One step of sampling: `m = r x + u noise_pred`, then `x' = a x + sum_k b_k m_k + c z`.
 
     Args:
         latents: x, `[B, H, W, C]`.
         noise_pred: `[B, H, W, C]`, the network's prediction as it is, be it noise or velocity.
-        row: one row of a solver.
-        noise: z, `[B, H, W, C]`; None for a solver that is not stochastic.
+        row: one row of a solver; or one of each image, that is, with a leading axis B.
+        noise: z, `[B, H, W, C]`; None for the mean of the step, all there is to a solver that is not stochastic.
+        history: the estimates of the K - 1 steps before, latest first, each `[B, H, W, C]`; see `no_history`.
 
     Returns:
-        x', `[B, H, W, C]`.
+        x', `[B, H, W, C]`, and the history for the next step.
+
+    Raises:
+        ValueError: the history is not as long as the solver needs it.
     """
-    latents = row.latents_coef * latents + row.noise_coef * noise_pred
-    return latents if noise is None else latents + row.fresh_noise_coef * noise
+    num_estimates = row.estimate_coefs.shape[-1]
+    if len(history) != num_estimates - 1:
+        raise ValueError(
+            f"step: this solver needs the estimates of the last {num_estimates - 1} steps, got {len(history)}; "
+            "start with no_history and pass on what step returns"
+        )
+    estimate = _per_image(row.estimate_from_latents) * latents + _per_image(row.estimate_from_pred) * noise_pred
+    estimates = (estimate, *history)
+    latents = _per_image(row.latents_coef) * latents
+    for k, estimate in enumerate(estimates):
+        latents = latents + _per_image(row.estimate_coefs[..., k]) * estimate
+    if noise is not None:
+        latents = latents + _per_image(row.fresh_noise_coef) * noise
+    return latents, estimates[:-1]
+
+
+def log_prob(next_latents: jax.Array, latents: jax.Array, noise_pred: jax.Array, row: Solver) -> jax.Array:
+    """Log-probability that a stochastic step leads from latents to next_latents.
+
+    The step draws from `N(mean, c^2)`; the log-density is averaged, not summed, over the dimensions of an image, as in
+    the released code of DDPO (arXiv:2305.13301) and D3PO (arXiv:2311.13231):
+
+        -(x' - mean)^2 / (2 c^2) - log c - log(2 pi) / 2
+
+    A step that draws no noise (c = 0: the last one where it ends without noise) has one outcome and no density. It
+    counts as 0 with gradient 0, so that it neither adds to sums nor moves ratios of probabilities.
+
+    Args:
+        next_latents: x', `[B, H, W, C]`.
+        latents: x, `[B, H, W, C]`.
+        noise_pred: `[B, H, W, C]`, the network's prediction as it is, be it noise or velocity.
+        row: one row of a stochastic solver; or one of each image, that is, with a leading axis B.
+
+    Returns:
+        float32 `[B]`.
+
+    Raises:
+        ValueError: the solver is not stochastic.
+    """
+    if not row.stochastic:
+        raise ValueError("log_prob: the solver draws no noise, so its steps have no density; take ddim with eta > 0")
+    mean, _ = step(latents.astype(jnp.float32), noise_pred.astype(jnp.float32), row)
+    draws = row.fresh_noise_coef > 0
+    # A harmless deviation where none is drawn: what jnp.where leaves out must still have finite gradients.
+    deviation = jnp.where(draws, row.fresh_noise_coef, 1)
+    distance = jnp.square((next_latents.astype(jnp.float32) - mean) / _per_image(deviation)).mean((1, 2, 3))
+    return jnp.where(draws, -distance / 2 - jnp.log(deviation) - np.log(2 * np.pi) / 2, 0)
 
 
 def ddim(
@@ -94,28 +160,29 @@ def ddim(
         raise ValueError(f"ddim: eta must lie in [0, 1], got {eta}")
     timesteps = _timesteps(schedule, steps, spacing, steps_offset).round().astype(int)
     # A whole stride below each timestep, whatever the spacing: so diffusers defines it, and its images depend on it.
-    next_timesteps = timesteps - schedule.num_train_timesteps // steps
-
+    next_abar = _abar(schedule, timesteps - schedule.num_train_timesteps // steps, set_alpha_to_one)
     abar = schedule.alphas_cumprod[timesteps]
-    final_abar = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0]
-    next_abar = np.where(next_timesteps >= 0, schedule.alphas_cumprod[np.maximum(next_timesteps, 0)], final_abar)
     sigma = eta * np.sqrt((1 - next_abar) / (1 - abar) * (1 - abar / next_abar))
-
     latents_coef = np.sqrt(next_abar / abar)
     eps_coef = np.sqrt(1 - next_abar - sigma**2) - latents_coef * np.sqrt(1 - abar)
-    eps_from_latents, eps_from_pred = _eps(schedule, abar)
-    return Solver(
-        timesteps=jnp.asarray(timesteps, jnp.float32),
-        input_scale=jnp.ones(steps, jnp.float32),
-        latents_coef=jnp.asarray(latents_coef + eps_coef * eps_from_latents, jnp.float32),
-        noise_coef=jnp.asarray(eps_coef * eps_from_pred, jnp.float32),
-        fresh_noise_coef=jnp.asarray(sigma, jnp.float32),
-        init_noise_sigma=1.0,
+    return _solver(
+        timesteps=timesteps,
+        estimate=_eps(schedule, abar),
+        latents_coef=latents_coef,
+        estimate_coefs=eps_coef[:, None],
+        fresh_noise_coef=sigma,
         stochastic=eta > 0,
     )
 
 
-def euler(schedule: NoiseSchedule, steps: int, *, spacing: str = "linspace", steps_offset: int = 0) -> Solver:
+def euler(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    spacing: str = "linspace",
+    steps_offset: int = 0,
+    karras: bool = False,
+) -> Solver:
     """Euler's method on `dx/dsigma = eps` (arXiv:2206.00364, algorithm 1 with no noise), down to sigma = 0.
 
     Here latents are `x = x_0 + sigma eps` with `sigma = sqrt((1 - abar) / abar)`; the network, which knows latents of
@@ -128,46 +195,205 @@ def euler(schedule: NoiseSchedule, steps: int, *, spacing: str = "linspace", ste
         steps: S, from 1 to the number of training timesteps.
         spacing: "leading", "trailing" or "linspace" (arXiv:2305.08891, table 2).
         steps_offset: added to the timesteps of "leading" spacing.
+        karras: whether to go from the first to the last sigma of the spacing as arXiv:2206.00364, equation 5, does.
 
     Raises:
         ValueError: an argument out of its range.
     """
     timesteps = _timesteps(schedule, steps, spacing, steps_offset)
-    trained_sigmas = np.sqrt(1 / schedule.alphas_cumprod - 1)
-    sigma = np.interp(timesteps, np.arange(len(trained_sigmas)), trained_sigmas)
+    sigma = np.interp(timesteps, np.arange(schedule.num_train_timesteps), _sigmas(schedule))
+    if karras:
+        sigma = _karras(sigma[0], sigma[-1], steps)
+        timesteps = _sigma_timesteps(schedule, sigma)
     sigma_step = np.append(sigma[1:], 0.0) - sigma
-
     input_scale = 1 / np.sqrt(sigma**2 + 1)
     eps_from_input, eps_from_pred = _eps(schedule, input_scale**2)
-    return Solver(
-        timesteps=jnp.asarray(timesteps, jnp.float32),
-        input_scale=jnp.asarray(input_scale, jnp.float32),
-        latents_coef=jnp.asarray(1 + sigma_step * eps_from_input * input_scale, jnp.float32),
-        noise_coef=jnp.asarray(sigma_step * eps_from_pred, jnp.float32),
-        fresh_noise_coef=jnp.zeros(steps, jnp.float32),
+    return _solver(
+        timesteps=timesteps,
+        input_scale=input_scale,
+        estimate=(eps_from_input * input_scale, eps_from_pred),
+        latents_coef=np.ones(steps),
+        estimate_coefs=sigma_step[:, None],
         # As in diffusers: pure noise where sampling starts at the last timestep, noise and unit signal elsewhere.
         init_noise_sigma=float(np.sqrt(sigma[0] ** 2 + 1) if spacing == "leading" else sigma[0]),
-        stochastic=False,
+    )
+
+
+# Of the estimates at one row of PNDM, latest first. The second row predicts at the point that the first row reached,
+# only to take the first step once more; no later row uses that prediction again, which is why columns are skipped.
+PNDM_WEIGHTS = np.array(
+    [
+        [1, 0, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0, 0],
+        [3 / 2, 0, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 0, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0],
+    ]
+)
+
+
+def pndm(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    spacing: str = "leading",
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = False,
+) -> Solver:
+    """PNDM as Stable Diffusion 1.5 ships it: linear multistep (arXiv:2202.09778, equations 9 and 12), no Runge-Kutta.
+
+    A step is that of `ddim` with eta = 0 whose eps is a combination of the last four predictions, in the manner of
+    Adams and Bashforth. The first step is taken twice, the second time with the mean of the predictions at both of its
+    ends, so S steps are S + 1 rows.
+
+    Args:
+        schedule: that the network was trained with.
+        steps: S, from 1 to the number of training timesteps.
+        spacing: "leading", "trailing" or "linspace" (arXiv:2305.08891, table 2).
+        steps_offset: added to the timesteps of "leading" spacing.
+        set_alpha_to_one: whether the last step ends without noise, or with that of timestep 0.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    timesteps = _timesteps(schedule, steps, spacing, steps_offset).round().astype(int)
+    timesteps = np.insert(timesteps, 1, timesteps[1:2])
+    stride = schedule.num_train_timesteps // steps
+    start = timesteps.copy()
+    start[1:2] += stride
+    next_abar = _abar(schedule, start - stride, set_alpha_to_one)
+    abar = schedule.alphas_cumprod[start]
+    latents_coef = np.sqrt(next_abar / abar)
+    eps_coef = np.sqrt(1 - next_abar) - latents_coef * np.sqrt(1 - abar)
+
+    # Predictions are combined as they are, and a velocity is turned into noise after that: so does diffusers.
+    eps_from_latents, eps_from_pred = _eps(schedule, abar)
+    latents_coef = latents_coef + eps_coef * eps_from_latents
+    pred_coefs = (eps_coef * eps_from_pred)[:, None] * PNDM_WEIGHTS[np.minimum(np.arange(len(start)), 5)]
+    if steps > 1:
+        # The second row starts where the first one did, at x = (x' - b m) / a in terms of what the first row left.
+        pred_coefs[1, 1] -= latents_coef[1] * pred_coefs[0, 0] / latents_coef[0]
+        latents_coef[1] /= latents_coef[0]
+    return _solver(
+        timesteps=timesteps,
+        estimate=(np.zeros(len(start)), np.ones(len(start))),
+        latents_coef=latents_coef,
+        estimate_coefs=pred_coefs,
+    )
+
+
+def dpmpp(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    spacing: str = "linspace",
+    steps_offset: int = 0,
+    karras: bool = False,
+    final_sigmas_type: str = "zero",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Solver:
+    """DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
+
+    With `alpha = sqrt(abar)`, `sigma = sqrt((1 - abar) / abar)`, `h = log(sigma / sigma')` and `h_-1` that of the step
+    before, x_0 being what a prediction says of the clean latents:
+
+        D = x_0 + h / (2 h_-1) (x_0 - x_0 of the step before)
+        x' = (alpha' sigma') / (alpha sigma) x + alpha' (1 - sigma' / sigma) D
+
+    The first step, and the last where the arguments below say so, is of first order: `D = x_0`.
+
+    Args:
+        schedule: that the network was trained with.
+        steps: S, from 1 to the number of training timesteps; one less unless the spacing is "trailing".
+        spacing: "leading", "trailing" or "linspace" (arXiv:2305.08891, table 2); without their last point where that
+            would be the first training timestep.
+        steps_offset: added to the timesteps of "leading" spacing.
+        karras: whether to go from the largest to the smallest trained sigma as arXiv:2206.00364, equation 5, does,
+            instead of by the spacing.
+        final_sigmas_type: "zero" to end without noise, the last step being of first order; "sigma_min" to end with
+            that of timestep 0.
+        lower_order_final: whether the last of fewer than 15 steps is of first order.
+        euler_at_final: whether the last step is of first order.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    if final_sigmas_type not in ("zero", "sigma_min"):
+        raise ValueError(
+            f"dpm++: final_sigmas_type={final_sigmas_type!r} is not supported; supported: 'zero' or 'sigma_min'"
+        )
+    timesteps = _timesteps(schedule, steps, spacing, steps_offset, leave_out_last=True).round()
+    trained_sigmas = _sigmas(schedule)
+    sigma = trained_sigmas[timesteps.astype(int)]
+    if karras:
+        sigma = _karras(trained_sigmas[-1], trained_sigmas[0], steps)
+        timesteps = _sigma_timesteps(schedule, sigma).round()
+    next_sigma = np.append(sigma[1:], 0.0 if final_sigmas_type == "zero" else trained_sigmas[0])
+    alpha, next_alpha = (1 / np.sqrt(sigmas**2 + 1) for sigmas in (sigma, next_sigma))
+
+    first_order = next_alpha * (1 - next_sigma / sigma)
+    ends_in_first_order = final_sigmas_type == "zero" or euler_at_final or (lower_order_final and steps < 15)
+    i = np.arange(1, steps - ends_in_first_order)
+    second_order = np.zeros(steps)
+    second_order[i] = first_order[i] / 2 * np.log(sigma[i] / next_sigma[i]) / np.log(sigma[i - 1] / sigma[i])
+    return _solver(
+        timesteps=timesteps,
+        estimate=_x_0(schedule, alpha**2),
+        latents_coef=next_alpha * next_sigma / (alpha * sigma),
+        estimate_coefs=np.stack([first_order + second_order, -second_order], axis=1),
     )
 
 
 # The solver of each scheduler class, the defaults of fields that a file may leave out, and values that are refused.
-SOLVERS = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler"}
+SOLVERS = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++",
+    "EulerDiscreteScheduler": "euler",
+    "PNDMScheduler": "pndm",
+}
 DEFAULTS = {
     "ddim": {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True},
-    "euler": {"timestep_spacing": "linspace", "steps_offset": 0},
+    "dpm++": {
+        "timestep_spacing": "linspace",
+        "steps_offset": 0,
+        "use_karras_sigmas": False,
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
+    "euler": {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False},
+    "pndm": {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": False},
 }
 SUPPORTED = {
     "ddim": {"clip_sample": (False,)},
+    "dpm++": {
+        "algorithm_type": ("dpmsolver++",),
+        "lambda_min_clipped": (-float("inf"),),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "use_beta_sigmas": (None, False),
+        "use_dynamic_shifting": (None, False),
+        "use_exponential_sigmas": (None, False),
+        "use_flow_sigmas": (None, False),
+        "use_lu_lambdas": (None, False),
+        "variance_type": (None,),
+    },
     "euler": {
         "final_sigmas_type": (None, "zero"),
         "interpolation_type": (None, "linear"),
+        "sigma_max": (None,),
+        "sigma_min": (None,),
         "timestep_type": (None, "discrete"),
         "use_beta_sigmas": (None, False),
         "use_exponential_sigmas": (None, False),
-        "use_karras_sigmas": (None, False),
     },
+    "pndm": {"skip_prk_steps": (True,)},
 }
+BUILDERS = {"ddim": ddim, "dpm++": dpmpp, "euler": euler, "pndm": pndm}
+ARGUMENTS = {"timestep_spacing": "spacing", "use_karras_sigmas": "karras"}
+NAMES = ("ddim", "dpm++", "dpm++_karras", "euler", "euler_karras", "pndm")
 
 
 def from_config(
@@ -181,7 +407,8 @@ def from_config(
     Args:
         scheduler_config: the parsed `scheduler_config.json`.
         steps: S, from 1 to the number of training timesteps.
-        name: "ddim" or "euler"; None for the one that the file's `_class_name` names.
+        name: "ddim", "dpm++" (DPM-Solver++ 2M), "euler" or "pndm"; "dpm++_karras" or "euler_karras" for Karras sigmas
+            when the file does not ask for them; None for the one that the file's `_class_name` names.
         eta: of DDIM, see `ddim`.
 
     Raises:
@@ -191,18 +418,23 @@ def from_config(
     if name is None and class_name not in SOLVERS:
         raise ValueError(
             f"scheduler_config: _class_name={class_name!r} is not supported; supported: "
-            f'{" or ".join(SOLVERS)}; pass name="ddim" or name="euler" to sample with one of these instead'
+            f"{' or '.join(SOLVERS)}; pass as name one of {', '.join(NAMES)} to sample with that instead"
         )
     name = name or SOLVERS[class_name]
-    if name not in DEFAULTS:
-        raise ValueError(f'solver: name must be "ddim" or "euler", got {name!r}')
+    if name not in NAMES:
+        raise ValueError(f"solver: name must be one of {', '.join(NAMES)}, got {name!r}")
     if name != "ddim" and eta:
-        raise ValueError(f"solver: eta={eta} applies to ddim only; {name} draws no noise")
+        raise ValueError(f'solver: eta={eta} applies to ddim only, {name} draws no noise; pass name="ddim"')
 
     values = dict(scheduler_config)
+    if name.endswith("_karras"):
+        name = name.removesuffix("_karras")
+        values["use_karras_sigmas"] = True
+    # Defaults of diffusers that are refused: a file without the field must be as well.
     if class_name == "DDIMScheduler":
-        # Clipping is this class's default; classes without the field do not clip.
+        # Classes other than this one do not clip where the field is missing.
         values.setdefault("clip_sample", True)
+    values.setdefault("skip_prk_steps", False)
     for field, supported in SUPPORTED[name].items():
         if field in values and values[field] not in supported:
             raise ValueError(
@@ -211,30 +443,92 @@ def from_config(
             )
 
     schedule = NoiseSchedule.from_dict(scheduler_config)
-    options = {field: values.get(field, default) for field, default in DEFAULTS[name].items()}
-    options["spacing"] = options.pop("timestep_spacing")
-    return ddim(schedule, steps, eta=eta, **options) if name == "ddim" else euler(schedule, steps, **options)
+    options = {ARGUMENTS.get(field, field): values.get(field, default) for field, default in DEFAULTS[name].items()}
+    if name == "ddim":
+        options["eta"] = eta
+    return BUILDERS[name](schedule, steps, **options)
 
 
-def _timesteps(schedule: NoiseSchedule, steps: int, spacing: str, steps_offset: int) -> np.ndarray:
-    """Descending timesteps float64 `[steps]` (arXiv:2305.08891, table 2), to the last bit as in diffusers."""
+def _solver(
+    *,
+    timesteps: np.ndarray,
+    estimate: tuple[np.ndarray, np.ndarray],
+    latents_coef: np.ndarray,
+    estimate_coefs: np.ndarray,
+    input_scale: np.ndarray | None = None,
+    fresh_noise_coef: np.ndarray | None = None,
+    init_noise_sigma: float = 1.0,
+    stochastic: bool = False,
+) -> Solver:
+    """The table of float64 columns, rounded here and nowhere else."""
+    columns = {
+        "timesteps": timesteps,
+        "input_scale": np.ones(len(timesteps)) if input_scale is None else input_scale,
+        "estimate_from_latents": estimate[0],
+        "estimate_from_pred": estimate[1],
+        "latents_coef": latents_coef,
+        "estimate_coefs": estimate_coefs,
+        "fresh_noise_coef": np.zeros(len(timesteps)) if fresh_noise_coef is None else fresh_noise_coef,
+    }
+    columns = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
+    return Solver(**columns, init_noise_sigma=init_noise_sigma, stochastic=stochastic)
+
+
+def _per_image(coef: jax.Array) -> jax.Array:
+    """A coefficient, scalar or `[B]`, such that it multiplies `[B, H, W, C]`."""
+    return coef[..., None, None, None]
+
+
+def _timesteps(
+    schedule: NoiseSchedule, steps: int, spacing: str, steps_offset: int, *, leave_out_last: bool = False
+) -> np.ndarray:
+    """Descending timesteps float64 `[steps]` (arXiv:2305.08891, table 2), to the last bit as in diffusers.
+
+    With `leave_out_last`, "leading" and "linspace" are laid out over one step more, whose timestep is left out.
+    """
     last = schedule.num_train_timesteps
-    if not 1 <= steps <= last:
-        raise ValueError(f"solver: steps must lie in 1 .. {last} (num_train_timesteps), got {steps}")
+    extra = int(leave_out_last and spacing != "trailing")
+    if not 1 <= steps <= last - extra:
+        raise ValueError(f"solver: steps must lie in 1 .. {last - extra} (num_train_timesteps={last}), got {steps}")
+    points = steps + extra
     if spacing == "leading":
-        timesteps = np.arange(steps)[::-1] * (last // steps) + steps_offset
+        timesteps = np.arange(points)[::-1] * (last // points) + steps_offset
     elif spacing == "trailing":
-        timesteps = np.arange(last, 0, -last / steps)[:steps].round() - 1
+        timesteps = np.arange(last, 0, -last / points).round() - 1
     elif spacing == "linspace":
-        timesteps = np.linspace(0, last - 1, steps)[::-1]
+        timesteps = np.linspace(0, last - 1, points)[::-1]
     else:
         raise ValueError(f"solver: spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    timesteps = timesteps[:steps]
     if timesteps[-1] < 0 or timesteps[0] >= last:
         raise ValueError(
             f"solver: {steps} steps with steps_offset={steps_offset} visit {timesteps[-1]:g} .. {timesteps[0]:g}, "
             f"outside the trained 0 .. {last - 1}; take fewer steps or another offset"
         )
     return timesteps.astype(np.float64)
+
+
+def _abar(schedule: NoiseSchedule, timesteps: np.ndarray, set_alpha_to_one: bool) -> np.ndarray:
+    """`abar` at the timesteps stepped to; below 0 the images are done, with `abar` 1 or that of timestep 0."""
+    final = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0]
+    return np.where(timesteps >= 0, schedule.alphas_cumprod[np.maximum(timesteps, 0)], final)
+
+
+def _sigmas(schedule: NoiseSchedule) -> np.ndarray:
+    """`sigma = sqrt((1 - abar) / abar)` of the training timesteps, float64 `[T]`, rising."""
+    # diffusers has the betas in float32. With Karras sigmas a timestep may lie so close to one half (18 steps of
+    # Stable Diffusion visit 575.5) that this decides which way it is rounded.
+    return np.sqrt(1 / np.cumprod(1 - schedule.betas.astype(np.float32), dtype=np.float64) - 1)
+
+
+def _karras(sigma_max: float, sigma_min: float, steps: int) -> np.ndarray:
+    """Falling sigmas, float64 `[steps]`, evenly spaced after the seventh root (arXiv:2206.00364, equation 5)."""
+    return sigma_max * (1 + np.linspace(0, 1, steps) * ((sigma_min / sigma_max) ** (1 / 7) - 1)) ** 7
+
+
+def _sigma_timesteps(schedule: NoiseSchedule, sigma: np.ndarray) -> np.ndarray:
+    """The timesteps with these sigmas, fractional: linear in log(sigma) between the trained ones, as in diffusers."""
+    return np.interp(np.log(sigma), np.log(_sigmas(schedule)), np.arange(schedule.num_train_timesteps))
 
 
 def _eps(schedule: NoiseSchedule, abar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,3 +540,13 @@ def _eps(schedule: NoiseSchedule, abar: np.ndarray) -> tuple[np.ndarray, np.ndar
     if schedule.prediction_type == "epsilon":
         return np.zeros_like(abar), np.ones_like(abar)
     return np.sqrt(1 - abar), np.sqrt(abar)
+
+
+def _x_0(schedule: NoiseSchedule, abar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The coefficients of `x_0 = r x + u noise_pred`, x of variance one: `x_0 = (x - sqrt(1 - abar) eps) / sqrt(abar)`.
+
+    Of a velocity, `x_0 = sqrt(abar) x - sqrt(1 - abar) v` (arXiv:2202.00512, appendix D).
+    """
+    if schedule.prediction_type == "epsilon":
+        return 1 / np.sqrt(abar), -np.sqrt(1 / abar - 1)
+    return np.sqrt(abar), -np.sqrt(1 - abar)

@@ -1,42 +1,22 @@
-"""From prompts to images: text encoder, sampler and decoder of one checkpoint, with any guidance rule."""
+"""From prompts to images: text encoders, sampler and decoder of one checkpoint, with any guidance rule."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.diffusion.conditioning import chunks, encode_empty, encode_prompts, size_ids
 from flax_pref.diffusion.guidance import Row, coefficients, layout
+from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.lora import bank_predict
-
-
-def chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """`(indices [size], n)` that cover `range(count)`; the last chunk is filled up by repeating its first index.
-
-    All chunks have one size, so that a function compiled for one serves all; the first n results are wanted.
-    """
-    for start in range(0, count, size):
-        wanted = np.arange(start, min(start + size, count))
-        yield np.concatenate([wanted, np.full(size - len(wanted), start)]), len(wanted)
-
-
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
-    """Hidden states of the text encoder, float32 `[N, T, D]`; equal prompts are encoded once."""
-    encoder = pipeline.text_encoder
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    ids = pipeline.tokenizer(list(place))
-    states = [
-        np.asarray(_encode(encoder.graphdef, encoder.params, ids[chosen]))[:n]
-        for chosen, n in chunks(len(ids), batch_size)
-    ]
-    return np.concatenate(states)[[place[prompt] for prompt in prompts]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +28,25 @@ class TextToImage:
         solver: of the sampling steps.
         size: height and width of the images in pixels.
         batch_size: images per call of the sampler.
+        original_size: for SDXL, height and width that the image pretends to have had before it was resized; None: as
+            `size`.
+        crop_top_left: for SDXL, where the image pretends to have been cropped.
+        watch_steps: whether the progress bar counts steps, not images. The program then calls back to the host in every
+            step, and such programs are not kept in JAX's compilation cache.
     """
 
     pipeline: Pipeline
     solver: Solver
     size: tuple[int, int]
     batch_size: int
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] = (0, 0)
+    watch_steps: bool = False
+
+    def __post_init__(self):
+        factor = self.pipeline.vae.config.downscale_factor
+        if any(side < 1 or side % factor for side in self.size):
+            raise ValueError(f"size={self.size}: height and width must be multiples of {factor}")
 
     def __call__(
         self,
@@ -62,6 +55,7 @@ class TextToImage:
         rows: tuple[Row, ...],
         *,
         seed: int,
+        negative_prompts: Sequence[str] | None = None,
         label: str = "sampling",
     ) -> np.ndarray:
         """Draws one image per prompt.
@@ -71,6 +65,8 @@ class TextToImage:
             prompt_ids: N numbers; the noise of an image is a function of its id and the seed alone.
             rows: the guidance rule, see `diffusion.guidance`.
             seed: of all noise.
+            negative_prompts: N texts that the "empty" rows of the rule see; None: what the checkpoint means by no
+                prompt.
             label: of the progress bar.
 
         Returns:
@@ -78,33 +74,65 @@ class TextToImage:
         """
         unet, vae = self.pipeline.unet, self.pipeline.vae
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
-        *text, empty = encode_prompts(self.pipeline, [*prompts, ""])
-        text, prompt_ids = np.stack(text), np.asarray(prompt_ids)
+        text, empty = self.conditioning(prompts, negative_prompts)
+        prompt_ids = np.asarray(prompt_ids)
         images = []
-        with tqdm(total=len(prompts), desc=label, unit="image") as progress:
-            for chosen, n in chunks(len(prompts), self.batch_size):
+        batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
+        total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
+        with tqdm(total=total, desc=label, unit=unit) as progress, _watched(progress, self.watch_steps) as bar:
+            for chosen, n in batches:
                 keys = image_keys(seed, prompt_ids[chosen])
                 guidance = (layout(rows), coefficients(rows))
-                latents = _sample(unet.graphdef, unet.params, *guidance, self.solver, keys, text[chosen], empty, shape)
-                images.append(np.asarray(_decode(vae.graphdef, vae.params, latents / vae.config.scaling_factor))[:n])
-                progress.update(n)
+                prompt, no_prompt = ({name: array[chosen] for name, array in part.items()} for part in (text, empty))
+                given = (*guidance, self.solver, keys, prompt, no_prompt, shape)
+                latents = _sample(unet.graphdef, unet.params, *given, bar)
+                images.append(decode_latents(vae, latents)[:n])
+                if not self.watch_steps:
+                    progress.update(n)
         return np.concatenate(images)
+
+    def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
+        """What the rows "text" and "empty" see, `[N, ...]` each; see `diffusion.conditioning`."""
+        text = encode_prompts(self.pipeline, prompts)
+        if negative_prompts is None:
+            empty = {
+                name: np.broadcast_to(array, (len(prompts), *array.shape))
+                for name, array in encode_empty(self.pipeline).items()
+            }
+        else:
+            empty = encode_prompts(self.pipeline, negative_prompts)
+        if self.pipeline.unet.config.addition_embed_type == "text_time":
+            sizes = size_ids(self.original_size or self.size, self.crop_top_left, self.size)
+            text["time_ids"] = empty["time_ids"] = np.tile(sizes, (len(prompts), 1))
+        return text, empty
+
+
+_bars: dict[int, tqdm] = {}
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def _watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
+    """The number under which a running program finds its progress bar: compiled programs outlive bars."""
+    if not watch:
+        yield None
+        return
+    number = next(_numbers)
+    _bars[number] = bar
+    try:
+        yield np.int32(number)
+    finally:
+        jax.effects_barrier()
+        del _bars[number]
 
 
 # At module level, so that what is compiled outlives a TextToImage: a checkpoint with other weights compiles nothing.
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, input_ids):
-    return nnx.merge(graphdef, params)(input_ids).last_hidden_state.astype(jnp.float32)
-
-
 @partial(jax.jit, static_argnums=(0, 2, 8))
-def _sample(graphdef, params, layout, coefficients, solver, keys, text, empty, shape):
-    return sample(bank_predict(graphdef, params), layout, coefficients, solver, keys, text, empty, shape)
+def _sample(graphdef, params, layout, coefficients, solver, keys, text, empty, shape, bar):
+    predict = bank_predict(graphdef, params)
 
+    def watched(*arguments):
+        jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
+        return predict(*arguments)
 
-@partial(jax.jit, static_argnums=0)
-def _decode(graphdef, params, latents):
-    images = nnx.merge(graphdef, params).decode(latents)
-    return jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)
+    return sample(predict if bar is None else watched, layout, coefficients, solver, keys, text, empty, shape)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_pref.models import config as config_io
-from flax_pref.models.layers import Embedding, LayerNorm, Linear, attention
+from flax_pref.models.attention import attention
+from flax_pref.models.layers import Embedding, LayerNorm, Linear
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

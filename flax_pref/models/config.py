@@ -1,6 +1,8 @@
 """Reading and writing the JSON configs of published checkpoints as typed dataclasses."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ def from_json(cls: type[C], values: Mapping[str, Any], *, only: Mapping[str, tup
     Raises:
         ValueError: a value or key that is not supported; names the field, the value and what is supported.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = typing.get_type_hints(cls)
     chosen = {}
     for key, value in values.items():
         if key.startswith("_"):
@@ -30,12 +32,30 @@ def from_json(cls: type[C], values: Mapping[str, Any], *, only: Mapping[str, tup
             supported = " or ".join(repr(v) for v in only[key])
             raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; supported: {supported}")
         if key in fields:
+            if not _is_a(value, fields[key]):
+                kind = fields[key].__name__ if isinstance(fields[key], type) else fields[key]
+                raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; supported: a value of type {kind}")
             chosen[key] = value
         elif strict and key not in only and value not in (None, False):
             raise ValueError(
                 f"{cls.__name__}: unknown field {key}={value!r}; remove it if it has no effect on the network"
             )
     return cls(**chosen)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, e.g. `int | tuple[int, ...]`; booleans are no numbers."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item, *rest = typing.get_args(kind)
+        kinds = (item,) * len(value) if rest == [...] and isinstance(value, tuple) else (item, *rest)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is int:
+        return type(value) is int
+    return isinstance(value, kind)
 
 
 def to_json(config: Any, **extra: Any) -> dict[str, Any]:

@@ -318,13 +318,14 @@ def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
     """The bank as one function, `predict(networks, latents, timesteps, text) -> noise_pred`.
 
     `networks` names the network of each of R equal groups of rows, `("base", "base", "pos", "pos")`; latents
-    `[R B, H, W, C]`, timesteps `[R B]`, text `[R B, T, D]`. To be called while jax traces. It is what samplers and
-    objectives take; a UNet without adapters is a bank of "base" alone.
+    `[R B, H, W, C]`, timesteps `[R B]`, text the other arguments of the UNet by name, `[R B, ...]` each: see
+    `diffusion.conditioning`. To be called while jax traces. It is what samplers and objectives take; a UNet without
+    adapters is a bank of "base" alone.
     """
 
     def predict(networks, latents, timesteps, text):
         module = nnx.merge(graphdef, params)
         set_rows(module, tuple((network, latents.shape[0] // len(networks)) for network in networks))
-        return module(latents, timesteps, text)
+        return module(latents, timesteps, **text)
 
     return predict

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_pref.models import config as config_io
-from flax_pref.models.layers import Conv, Downsample2D, GroupNorm, Linear, ResnetBlock2D, Upsample2D, attention
+from flax_pref.models.attention import attention
+from flax_pref.models.layers import Conv, Downsample2D, GroupNorm, Linear, ResnetBlock2D, Upsample2D
 
 EPSILON = 1e-6
 
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Resnet, attention, resnet at the lowest resolution."""
+    """Resnet, resnet at the lowest resolution."""
 
     def __init__(self, channels: int, *, add_attention: bool, num_groups: int, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"num_groups": num_groups, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -2,24 +2,28 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from flax_pref.checkpoints.diffusers import (
-    Network,
     Pipeline,
     load_pipeline,
     load_text_encoder,
+    load_unet,
     load_vae,
-    save_network,
     save_pipeline,
 )
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
+from flax_pref.checkpoints.weights import Network, save_network, to_stored
+from flax_pref.diffusion.solvers import from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
@@ -59,8 +63,8 @@ def pipeline():
     return Pipeline(
         unet=network(UNet2DCondition, UNET),
         vae=network(AutoencoderKL, VAE),
-        text_encoder=network(CLIPTextModel, text),
-        tokenizer=tokenizer,
+        text_encoders=(network(CLIPTextModel, text),),
+        tokenizers=(tokenizer,),
         scheduler_config=SCHEDULER,
     )
 
@@ -81,12 +85,12 @@ def same(ours, theirs, **tolerance):
 def test_a_pipeline_comes_back_as_it_was_saved(pipeline, tmp_path):
     save_pipeline(pipeline, tmp_path / "saved")
     loaded = load_pipeline(tmp_path / "saved")
-    for part in ("unet", "vae", "text_encoder"):
-        before, after = getattr(pipeline, part), getattr(loaded, part)
+    parts = [(p.unet, p.vae, *p.text_encoders) for p in (pipeline, loaded)]
+    for before, after in zip(*parts, strict=True):
         assert after.config == before.config
         same(after.params, before.params, rtol=0)
     assert loaded.scheduler_config == SCHEDULER
-    np.testing.assert_array_equal(loaded.tokenizer(["a"]), pipeline.tokenizer(["a"]))
+    np.testing.assert_array_equal(loaded.tokenizers[0](["a"]), pipeline.tokenizers[0](["a"]))
 
 
 def test_half_precision_weights_load_into_the_dtype_that_is_asked_for(pipeline, tmp_path):
@@ -115,15 +119,15 @@ def test_sharded_fp16_and_old_attention_names_load(pipeline, vae_folder):
 
 
 def test_text_encoder_files_of_the_hub_load(pipeline, tmp_path):
-    save_network(pipeline.text_encoder, tmp_path)
+    save_network(pipeline.text_encoders[0], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert all(name.startswith("text_model.") for name in tensors)
     tensors["text_model.embeddings.position_ids"] = np.arange(8)[None]
     save_file(tensors, tmp_path / "model.safetensors")
-    same(load_text_encoder(tmp_path).params, pipeline.text_encoder.params, rtol=0)
+    same(load_text_encoder(tmp_path).params, pipeline.text_encoders[0].params, rtol=0)
     without = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     save_file(without, tmp_path / "model.safetensors")
-    same(load_text_encoder(tmp_path).params, pipeline.text_encoder.params, rtol=0)
+    same(load_text_encoder(tmp_path).params, pipeline.text_encoders[0].params, rtol=0)
 
 
 def change_config(folder, **change):
@@ -173,3 +177,140 @@ def test_nothing_is_left_of_a_save_that_fails(pipeline, tmp_path):
     with pytest.raises(TypeError):
         save_pipeline(broken, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_go_where_the_sharding_says_whatever_the_number_of_devices(vae_folder, pipeline):
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+
+    def place(path, shape):
+        return NamedSharding(mesh, PartitionSpec("fsdp") if shape[0] % len(jax.devices()) == 0 else PartitionSpec())
+
+    loaded = load_vae(vae_folder, place=place)
+    same(loaded.params, pipeline.vae.params, rtol=0)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(loaded.params))
+
+
+def test_a_large_network_is_written_in_shards_that_diffusers_and_we_read(pipeline, tmp_path):
+    save_network(pipeline.unet, tmp_path / "unet", shard_bytes=20_000)
+    names = sorted(path.name for path in (tmp_path / "unet").glob("*.safetensors"))
+    assert len(names) > 2
+    assert max(path.stat().st_size for path in (tmp_path / "unet").glob("*.safetensors")) < 30_000
+    same(load_unet(tmp_path / "unet").params, pipeline.unet.params, rtol=0)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    ours = to_stored(pipeline.unet.params)
+    assert theirs.keys() == ours.keys()
+    assert all((theirs[name].numpy() == ours[name]).all() for name in ours)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_single_file_is_refused_with_the_way_to_a_folder(suffix, tmp_path):
+    file = tmp_path / f"v1-5{suffix}"
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is a single file, expected a folder.*from_single_file") as error:
+        load_pipeline(file)
+    assert ("may hold code" in str(error.value)) == (suffix == ".ckpt")
+
+
+def test_pickled_weights_are_refused_and_said_how_to_convert(vae_folder):
+    (vae_folder / WEIGHTS).rename(vae_folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pickle files are refused.*safe_serialization=True"):
+        load_vae(vae_folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusion3Pipeline"},
+            "'StableDiffusion3Pipeline' is not supported",
+        ),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported"),
+        ("unet/config.json", {"cross_attention_dim": 16}, "shape"),
+        ("vae/config.json", {"latent_channels": "four"}, "latent_channels='four' is not supported"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
+        ("unet/config.json", {"block_out_channels": [8, 8]}, "down_block_types"),
+    ],
+)
+def test_other_architectures_are_refused_by_file_and_field(part, change, message, pipeline, tmp_path):
+    save_pipeline(pipeline, tmp_path / "saved")
+    file = tmp_path / "saved" / part
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_pipeline(tmp_path / "saved")
+    assert str(file.parent) in str(error.value)
+
+
+def test_an_inpainting_network_is_refused_as_such(pipeline, tmp_path):
+    inpainting = network(UNet2DCondition, dataclasses.replace(UNET, in_channels=9))
+    save_pipeline(dataclasses.replace(pipeline, unet=inpainting), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"unet/config.json: in_channels=9 .* none for inpainting"):
+        load_pipeline(tmp_path / "saved")
+
+
+def test_parts_that_do_not_belong_together_are_refused(pipeline, tmp_path):
+    wide = dataclasses.replace(UNET, cross_attention_dim=12)
+    save_pipeline(dataclasses.replace(pipeline, unet=network(UNet2DCondition, wide)), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"unet/config.json: cross_attention_dim=12, but the text encoders give 8"):
+        load_pipeline(tmp_path / "saved")
+
+
+def damage(rng, folder):
+    """One fault of a random kind in a random file of a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    file = files[rng.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    kind = rng.integers(6)
+    if kind == 0:
+        file.unlink()
+    elif kind == 1:
+        file.write_bytes(content[: rng.integers(len(content))])
+    elif kind == 2:  # in the header, if it is a weight file
+        content[rng.integers(min(len(content), 3000))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+    elif kind == 3:
+        file.write_bytes(rng.bytes(rng.integers(1, 200)))
+    elif kind == 4 and file.suffix == ".json":
+        values = json.loads(content)
+        names = sorted(values) or ["x"]
+        junk = [None, -1, 0, 3, 2.5, "x", [], [1, 2], {}, True, 10**30]
+        values[names[rng.integers(len(names))]] = junk[rng.integers(len(junk))]
+        file.write_text(json.dumps(values))
+    elif file.suffix == ".safetensors":
+        tensors = load_file(file)
+        name = sorted(tensors)[rng.integers(len(tensors))]
+        tensor = tensors.pop(name)
+        match rng.integers(5):
+            case 0:
+                tensors[name + ".extra"] = tensor
+            case 1:
+                tensors[name] = np.concatenate([tensor, tensor])
+            case 2:
+                tensors[name] = tensor.astype(np.int32)
+            case 3:
+                tensors[name] = np.full_like(tensor, np.nan)
+        save_file(tensors, file)
+    else:
+        file.rename(file.with_suffix(".bin"))
+    return file
+
+
+def test_a_damaged_checkpoint_gives_one_line_that_names_a_file_or_loads(pipeline, tmp_path):
+    save_pipeline(pipeline, tmp_path / "whole")
+    rng, refused = np.random.default_rng(0), 0
+    for i in range(100):
+        folder = tmp_path / f"{i}"
+        shutil.copytree(tmp_path / "whole", folder)
+        damage(rng, folder)
+        before = sorted(folder.rglob("*"))
+        try:
+            loaded = load_pipeline(folder)
+            from_config(loaded.scheduler_config, 3)
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            message = str(error)
+            assert str(folder) in message or message.startswith(("NoiseSchedule:", "scheduler_config:", "solver:"))
+            assert "\n" not in message.strip()
+        assert sorted(folder.rglob("*")) == before
+        shutil.rmtree(folder)
+    assert refused > 50

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from flax_pref.diffusion.guidance import cfg, coefficients, cpgd, layout, pgd
-from flax_pref.diffusion.sampler import image_key, image_keys, sample
+from flax_pref.diffusion.sampler import image_key, image_keys, sample, sample_trajectory
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import ddim, euler
+from flax_pref.diffusion.solvers import ddim, dpmpp, euler, log_prob, pndm
 
 SHAPE, TOKENS, FEATURES = (4, 3, 2), 5, 6
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -39,18 +39,25 @@ def draw(rows, solver=SOLVER, ids=IDS, text=TEXT, seed=0, predict=predict):
 def loop(rows, solver, noises):
     """The sampler as a Python loop over steps and rows in float64, given its noise `[1 + S, B, H, W, C]`."""
     x = solver.init_noise_sigma * noises[0]
-    empty = np.broadcast_to(EMPTY, TEXT.shape)
+    empty, estimates = np.broadcast_to(EMPTY, TEXT.shape), []
     for i in range(len(solver.timesteps)):
-        row = jax.tree.map(lambda table, i=i: float(table[i]), solver)
+        row = jax.tree.map(lambda table, i=i: np.asarray(table[i], np.float64), solver)
         noise_pred = 0
         for name, prompt, coefficient in rows:
             t = np.full(len(x), row.timesteps)
             noise_pred += coefficient * network(name, row.input_scale * x, t, TEXT if prompt == "text" else empty)
-        x = row.latents_coef * x + row.noise_coef * noise_pred + row.fresh_noise_coef * noises[i + 1]
+        estimates.insert(0, row.estimate_from_latents * x + row.estimate_from_pred * noise_pred)
+        x = row.latents_coef * x + row.fresh_noise_coef * noises[i + 1]
+        # There are fewer estimates than coefficients in the first steps.
+        x = x + sum(coef * estimate for coef, estimate in zip(row.estimate_coefs, estimates, strict=False))
     return x
 
 
-@pytest.mark.parametrize("solver", [SOLVER, STOCHASTIC, euler(SCHEDULE, 5)], ids=["ddim", "ddim eta=1", "euler"])
+@pytest.mark.parametrize(
+    "solver",
+    [SOLVER, STOCHASTIC, euler(SCHEDULE, 5), dpmpp(SCHEDULE, 6, spacing="leading"), pndm(SCHEDULE, 6, steps_offset=1)],
+    ids=["ddim", "ddim eta=1", "euler", "dpm++", "pndm"],
+)
 @pytest.mark.parametrize("rows", [cfg(3.0), pgd(1.7, 3.0), cpgd(2.0, 3.0)], ids=["cfg", "pgd", "cpgd"])
 def test_the_scan_is_the_loop_of_the_paper(solver, rows):
     keys = [image_key(0, i) for i in IDS]
@@ -125,17 +132,79 @@ def test_a_solver_may_be_an_argument_of_the_compiled_function():
     np.testing.assert_allclose(run(STOCHASTIC), draw(rows, STOCHASTIC), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "solvers",
+    [
+        [dpmpp(SCHEDULE, 6, karras=karras) for karras in (False, True)],
+        [euler(SCHEDULE, 6, karras=karras) for karras in (False, True)],
+        [ddim(SCHEDULE, 6, eta=eta) for eta in (0.2, 1.0)],
+        [pndm(SCHEDULE, 6, spacing=spacing) for spacing in ("leading", "trailing")],
+    ],
+    ids=["dpm++", "euler", "ddim", "pndm"],
+)
+def test_solvers_of_one_kind_and_length_compile_once(solvers):
+    traces, rows, keys = [], cfg(3.0), image_keys(0, IDS)
+
+    @jax.jit
+    def run(solver):
+        traces.append(solver)
+        return sample(predict, layout(rows), coefficients(rows), solver, keys, TEXT, EMPTY, SHAPE)
+
+    one, other = map(run, solvers)
+    assert len(traces) == 1
+    assert np.abs(one - other).max() > 1e-3
+
+
+def scans(solver):
+    jaxpr = jax.make_jaxpr(
+        lambda text: sample(predict, (("base", "text"),), [1.0], solver, image_keys(0, IDS), text, EMPTY, SHAPE)
+    )(TEXT)
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+
+
+@pytest.mark.parametrize(
+    ("solver", "carried"),
+    [(SOLVER, 1), (STOCHASTIC, 1), (euler(SCHEDULE, 5), 1), (dpmpp(SCHEDULE, 5), 2), (pndm(SCHEDULE, 5), 5)],
+    ids=["ddim", "ddim eta=1", "euler", "dpm++", "pndm"],
+)
+def test_the_scan_carries_no_more_latents_than_the_solver_needs_and_keeps_none(solver, carried):
+    (scan,) = scans(solver)
+    assert [out.aval.shape for out in scan.outvars] == [(len(IDS), *SHAPE)] * carried
+
+
 def test_only_a_stochastic_solver_draws_noise_in_its_steps():
     def drawn(solver):
-        keys = image_keys(0, IDS)
-        sampler = jax.make_jaxpr(
-            lambda text: sample(predict, (("base", "text"),), [1.0], solver, keys, text, EMPTY, SHAPE)
-        )
-        (scan,) = [eqn for eqn in sampler(TEXT).eqns if eqn.primitive.name == "scan"]
+        (scan,) = scans(solver)
         return "random_bits" in str(scan)
 
     assert drawn(STOCHASTIC)
     assert not drawn(SOLVER)
+
+
+def test_the_trajectory_leads_to_the_image_and_its_log_probabilities_are_those_of_its_steps():
+    rows, keys = cpgd(2.0, 3.0), image_keys(0, IDS)
+    args = (predict, layout(rows), coefficients(rows), STOCHASTIC, keys, TEXT, EMPTY, SHAPE)
+    latents, log_probs = sample_trajectory(*args)
+    steps = len(STOCHASTIC.timesteps)
+    assert latents.shape == (steps + 1, len(IDS), *SHAPE)
+    assert log_probs.shape == (steps, len(IDS))
+    np.testing.assert_allclose(latents[-1], sample(*args), rtol=1e-6, atol=1e-6)
+    empty = np.broadcast_to(EMPTY, TEXT.shape)
+    for i in range(steps):
+        row, x = jax.tree.map(lambda table, i=i: table[i], STOCHASTIC), latents[i]
+        t = np.full(len(IDS), row.timesteps)
+        noise_pred = sum(
+            coefficient * network(name, x, t, TEXT if prompt == "text" else empty) for name, prompt, coefficient in rows
+        )
+        np.testing.assert_allclose(log_probs[i], log_prob(latents[i + 1], x, noise_pred, row), rtol=1e-3, atol=1e-3)
+        # z^2 averages to 1 over the dimensions of all images, which is what the density of each step is made of.
+        assert np.mean(log_probs[i] + np.log(row.fresh_noise_coef)) == pytest.approx(-1.42, abs=0.35)
+
+
+def test_a_trajectory_of_a_solver_that_draws_no_noise_is_refused():
+    rows = cfg(3.0)
+    with pytest.raises(ValueError, match=r"sample_trajectory: the solver draws no noise.*take ddim with eta > 0"):
+        sample_trajectory(predict, layout(rows), coefficients(rows), SOLVER, image_keys(0, IDS), TEXT, EMPTY, SHAPE)
 
 
 def test_coefficients_may_vary_over_the_steps():

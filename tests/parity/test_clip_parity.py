@@ -7,7 +7,8 @@ from flax import nnx
 from torch_reference import CLIP, gradient_errors, randomised, relative_error
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from flax_pref.checkpoints.diffusers import load_text_encoder, to_stored
+from flax_pref.checkpoints.diffusers import load_text_encoder
+from flax_pref.checkpoints.weights import to_stored
 
 # Two end tokens in the first text, padded with the end token as SD1.5 does; padding with token 0 in the second.
 INPUT_IDS = np.array([[97, 5, 6, 98, 98, 98, 98, 98], [97, 3, 4, 5, 6, 7, 98, 0]], np.int32)

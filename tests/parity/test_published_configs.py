@@ -1,5 +1,6 @@
 """The config files that Stable Diffusion 1.5 and SDXL are published with."""
 
+import csv
 import json
 
 import jax
@@ -11,7 +12,9 @@ from transformers import CLIPTokenizer
 
 from flax_pref.checkpoints.tokenizer import load_tokenizer
 from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.solvers import from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
+from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 
@@ -42,6 +45,20 @@ def test_a_published_config_builds_the_network_of_the_published_size(path, kind,
     assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_presets_are_the_published_configs(family):
+    preset = FAMILIES[family]
+    assert UNetConfig.from_dict(read(f"{family}/unet")) == preset.unet
+    assert VAEConfig.from_dict(read(f"{family}/vae")) == preset.vae
+    for suffix, encoder in zip(("", "_2"), preset.text_encoders, strict=False):
+        assert CLIPTextConfig.from_dict(read(f"{family}/text_encoder{suffix}")) == encoder
+    published_solver = from_config(read(f"{family}/scheduler"), 7)
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (from_config(preset.scheduler_config, 7), published_solver)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("path", ["sd15/scheduler", "sdxl/scheduler"])
 def test_a_published_scheduler_gives_the_schedule_of_stable_diffusion(path):
     schedule = NoiseSchedule.from_dict(read(path))
@@ -57,6 +74,23 @@ TEXTS = [
     "<|startoftext|> inside <|endoftext|>",
     "word " * 100,
 ]
+
+
+def test_partiprompts_have_the_ids_of_transformers_and_none_is_cut_unnoticed():
+    folder = published("clip_tokenizer")
+    with open(next(published("prompts").glob("*.tsv")), encoding="utf-8", newline="") as file:
+        prompts = [row["Prompt"] for row in csv.DictReader(file, delimiter="\t")]
+    assert len(prompts) > 1600
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    padded = theirs(prompts, padding="max_length", truncation=True, max_length=77)
+    np.testing.assert_array_equal(tokenizer(prompts), np.array(padded["input_ids"]))
+    long = [prompt + " and so on" * 30 for prompt in prompts[:50]]
+    for prompt, cut in zip(long, tokenizer.cut(long), strict=True):
+        seen = prompt.removesuffix(cut)
+        assert len(theirs(seen)["input_ids"]) == 77
+        assert theirs(seen)["input_ids"][:-1] == theirs(prompt, truncation=True, max_length=77)["input_ids"][:-1]
+    assert not any(tokenizer.cut(["short", ""]))
 
 
 def test_clip_s_vocabulary_gives_the_ids_of_transformers():

@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from flax import nnx
 from torch_reference import SD15_UNET, SDXL_UNET, gradient_errors, nchw, nhwc, randomised, relative_error
 
-from flax_pref.checkpoints.diffusers import load_unet, to_stored
+from flax_pref.checkpoints.diffusers import load_unet
+from flax_pref.checkpoints.weights import to_stored
 
 
 # The second size is not a multiple of the downsampling: the up path has to crop.
@@ -22,7 +23,7 @@ def test_a_loaded_unet_predicts_and_differentiates_as_in_diffusers(config, size,
     timesteps = np.array([3, 981], np.int32)
     text = rng.standard_normal((2, 5, config["cross_attention_dim"]), dtype=np.float32)
     cotangent = rng.standard_normal((2, *size, 4), dtype=np.float32)
-    added_cond = None
+    added_cond = {}
     if "addition_embed_type" in config:
         added_cond = {
             "text_embeds": rng.standard_normal((2, 10), dtype=np.float32),
@@ -40,7 +41,7 @@ def test_a_loaded_unet_predicts_and_differentiates_as_in_diffusers(config, size,
     @jax.jit
     def predict(params):
         def loss(params):
-            noise_pred = nnx.merge(unet.graphdef, params)(latents, timesteps, text, added_cond)
+            noise_pred = nnx.merge(unet.graphdef, params)(latents, timesteps, text, **added_cond)
             return jnp.sum(noise_pred * cotangent), noise_pred
 
         gradients, noise_pred = jax.grad(loss, has_aux=True)(params)

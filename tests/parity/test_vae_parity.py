@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL
 from flax import nnx
 from torch_reference import VAE, gradient_errors, nchw, nhwc, randomised, relative_error
 
-from flax_pref.checkpoints.diffusers import load_vae, to_stored
+from flax_pref.checkpoints.diffusers import load_vae
+from flax_pref.checkpoints.weights import to_stored
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,373 @@
+"""Networks as component folders of a diffusers checkpoint, in and out: config.json and safetensors files.
+
+The modules of `flax_pref.models` carry the attribute names of the published weights, so the mapping is a short table:
+leaf names, transpositions, old names. Weights pass one by one, so a network never lies in host memory twice.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flax_pref.files import new_folder, read_json, write_json
+from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
+from flax_pref.models.unet import UNet2DCondition, UNetConfig
+from flax_pref.models.vae import AutoencoderKL, VAEConfig
+
+LAYOUT = "a folder in the layout of diffusers"
+# `(path of a parameter, its shape) -> sharding`, e.g. from rules by path.
+Placement = Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding]
+
+
+class Network(NamedTuple):
+    """A network as data; `nnx.merge(graphdef, params)` is the module.
+
+    Attributes:
+        config: UNetConfig, VAEConfig or CLIPTextConfig.
+        graphdef: structure of the module, hashable.
+        params: nested dict of arrays.
+    """
+
+    config: Any
+    graphdef: nnx.GraphDef
+    params: dict
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mapping
+
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
+KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+STORED_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """How one kind of network is stored.
+
+    Attributes:
+        config: dataclass of its config.json.
+        module: class of the network.
+        library: package and class that load it, as model_index.json names them.
+        stem: name of its weight files.
+        old_names: (pattern, replacement) pairs that turn names of older or newer files into those of our modules.
+        ignored: pattern of stored names that are no weights.
+        compute_dtype: what a network computes in, from its config and the dtype that is asked for.
+    """
+
+    config: type
+    module: type[nnx.Module]
+    library: Callable[[Any], tuple[str, str]]
+    stem: str
+    old_names: tuple[tuple[str, str], ...] = ()
+    ignored: str = r"$^"
+    compute_dtype: Callable[[Any, Any], Any] = lambda config, dtype: dtype
+
+
+def _vae_dtype(config: VAEConfig, dtype) -> Any:
+    """SDXL's decoder exceeds the range of float16; its config says `force_upcast`."""
+    return jnp.float32 if config.force_upcast and jnp.dtype(dtype) == jnp.float16 else dtype
+
+
+COMPONENTS = {
+    "unet": Component(
+        config=UNetConfig,
+        module=UNet2DCondition,
+        library=lambda config: ("diffusers", "UNet2DConditionModel"),
+        stem="diffusion_pytorch_model",
+    ),
+    "vae": Component(
+        config=VAEConfig,
+        module=AutoencoderKL,
+        library=lambda config: ("diffusers", "AutoencoderKL"),
+        stem="diffusion_pytorch_model",
+        old_names=(
+            (r"\.query\.", ".to_q."),
+            (r"\.key\.", ".to_k."),
+            (r"\.value\.", ".to_v."),
+            (r"\.proj_attn\.", ".to_out.0."),
+        ),
+        compute_dtype=_vae_dtype,
+    ),
+    "text_encoder": Component(
+        config=CLIPTextConfig,
+        module=CLIPTextModel,
+        library=lambda config: ("transformers", config.architectures[0]),
+        stem="model",
+        # transformers 5 leaves out the prefix that the files on the Hub have.
+        old_names=((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
+        ignored=r"\.position_ids$",
+    ),
+}
+
+
+def to_stored(params: Mapping) -> dict[str, np.ndarray]:
+    """Parameters (or their gradients) under the names and in the axes of published checkpoints.
+
+    Raises:
+        ValueError: a leaf that published checkpoints have not, e.g. a LoRA matrix.
+    """
+    return {_stored_name(path): _to_torch_axes(path[-1], np.asarray(leaf)) for path, leaf in _flatten(params)}
+
+
+def _stored_name(path: tuple) -> str:
+    if path[-1] not in LEAF_NAMES:
+        raise ValueError(
+            f"parameter {'.'.join(map(str, path))!r} is not part of a published checkpoint; "
+            "split or merge adapters first"
+        )
+    return ".".join(map(str, (*path[:-1], LEAF_NAMES[path[-1]])))
+
+
+def _flatten(params: Mapping, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _to_torch_axes(leaf: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(KERNEL_AXES[array.ndim]) if leaf == "kernel" else array
+
+
+def _from_torch_axes(leaf: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(np.argsort(KERNEL_AXES[array.ndim])) if leaf == "kernel" else array
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def abstract_network(kind: str, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
+    """A network with shapes in place of weights; arguments as in `load_network`.
+
+    Raises:
+        ValueError: fields of the config contradict each other.
+    """
+    component = COMPONENTS[kind]
+    kinds = {
+        "dtype": component.compute_dtype(config, dtype),
+        "param_dtype": dtype if param_dtype is None else param_dtype,
+    }
+    try:
+        module = nnx.eval_shape(lambda: component.module(config, **kinds, rngs=nnx.Rngs(params=0)))
+    except (TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{type(config).__name__}: describes no network that can be built ({error})") from error
+    graphdef, state = nnx.split(module)
+    return Network(config, graphdef, nnx.to_pure_dict(state))
+
+
+def load_network(
+    kind: str,
+    folder: str | Path,
+    dtype=jnp.float32,
+    *,
+    param_dtype=None,
+    variant: str | None = None,
+    place: Placement | None = None,
+) -> Network:
+    """Reads a component folder.
+
+    Args:
+        kind: "unet", "vae" or "text_encoder".
+        folder: contains config.json and the weights.
+        dtype: what the network computes in.
+        param_dtype: what its parameters are kept in; None: as `dtype`.
+        variant: of the weight files, e.g. "fp16"; None: the full ones if they are there, else any variant.
+        place: says where each parameter goes; None: the default device.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a config field or a weight is not what the network needs, or a file is damaged.
+    """
+    folder, component = Path(folder), COMPONENTS[kind]
+    config_file = folder / "config.json"
+    values = read_json(config_file, expected=LAYOUT)
+    try:
+        network = abstract_network(kind, component.config.from_dict(values), dtype, param_dtype=param_dtype)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    _fill(network.params, folder, component, variant, place)
+    return network
+
+
+def _fill(params: dict, folder: Path, component: Component, variant: str | None, place: Placement | None) -> None:
+    """Replaces the shapes in `params` by the stored weights, one tensor at a time."""
+    wanted = {_stored_name(path): (path, leaf) for path, leaf in _flatten(params)}
+    stored = {}  # name in our modules -> (file, name in the file)
+    for name, file in _weight_files(folder, component.stem, variant).items():
+        if not re.search(component.ignored, name):
+            stored[_current_name(name, component)] = (file, name)
+    source = folder if len({file for file, _ in stored.values()}) > 1 else next(iter(stored.values()), [folder])[0]
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise ValueError(
+            f"{source}: no weight {missing[0]!r} ({_count(missing)} missing); config.json describes a network that has "
+            "it: check that config and weights belong together"
+        )
+    if surplus := sorted(stored.keys() - wanted.keys()):
+        raise ValueError(
+            f"{source}: weight {stored[surplus[0]][1]!r} ({_count(surplus)} too many) has no place in the network that "
+            "config.json describes: check that config and weights belong together"
+        )
+    for file in sorted({file for file, _ in stored.values()}):
+        names = {there: name for name, (holder, there) in stored.items() if holder == file}
+        for there, array in _read_tensors(file, list(names)):
+            path, abstract = wanted[names[there]]
+            shape = _to_torch_axes(path[-1], np.broadcast_to(0, abstract.shape)).shape
+            if array.shape != shape:
+                raise ValueError(
+                    f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from config.json: "
+                    "check that config and weights belong together"
+                )
+            array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
+            _set(params, path, _put(array, place and place(path, abstract.shape)))
+
+
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+REOPEN_AFTER = 256 * 2**20  # bytes
+
+
+def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file, one by one.
+
+    The file is mapped into memory, and what has been read of it stays there until it is closed: it is opened anew now
+    and then, or a file of 10 GB would take 10 GB beside the weights.
+    """
+    while names:
+        with _open(file) as tensors:
+            size = 0
+            while names and size < REOPEN_AFTER:
+                name = names.pop(0)
+                try:
+                    array = tensors.get_tensor(name)
+                except (SafetensorError, TypeError, ValueError, KeyError) as error:
+                    raise ValueError(f"{file}: weight {name!r} cannot be read ({error}); download it again") from error
+                if array.dtype.name not in STORED_DTYPES:
+                    raise ValueError(
+                        f"{file}: weight {name!r} is stored as {array.dtype.name}, expected one of "
+                        f"{', '.join(STORED_DTYPES)}: quantised weights are not supported"
+                    )
+                if not np.isfinite(array).all():
+                    raise ValueError(
+                        f"{file}: weight {name!r} holds numbers that are not finite: the file is damaged or comes from "
+                        "a failed training; download it again"
+                    )
+                size += array.nbytes
+                yield name, array
+
+
+def _current_name(name: str, component: Component) -> str:
+    for pattern, replacement in component.old_names:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} weight" + "s" * (len(names) > 1)
+
+
+def _set(params: dict, path: tuple, value: jax.Array) -> None:
+    for key in path[:-1]:
+        params = params[key]
+    params[path[-1]] = value
+
+
+def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[str, Path]:
+    """The file that holds each stored weight: one file, or shards with an index."""
+    for suffix in ("", ".fp16") if variant is None else (f".{variant}",):
+        if (file := folder / f"{stem}{suffix}.safetensors").is_file():
+            with _open(file) as tensors:
+                return dict.fromkeys(tensors.keys(), file)
+        if (index := folder / f"{stem}.safetensors.index{suffix}.json").is_file():
+            shards = read_json(index, expected="the index of a network in shards").get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(
+                    f"{index}: no weight_map that names the file of each weight: the index is damaged; download it "
+                    "again"
+                )
+            return {name: folder / shard for name, shard in shards.items()}
+    found = sorted(path.name for path in folder.iterdir())
+    expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"
+    advice = "download the folder again"
+    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in found):
+        advice = (
+            "weights in pickle files are refused, because reading one can run any code it holds; where you trust it, "
+            "convert it with diffusers: from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
+        )
+    raise FileNotFoundError(
+        f"{folder}: no weights; expected {expected}, found {', '.join(found) or 'nothing'}; {advice}"
+    )
+
+
+def _open(file: Path) -> safe_open:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing, although the shard index of its folder names it; download it again")
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+SHARD_BYTES = 5 * 10**9
+
+
+def save_network(network: Network, folder: str | Path, *, dtype=jnp.float32, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the component folder of one network, as `from_pretrained` of diffusers or transformers reads it.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+        network: what to write.
+        folder: must not exist, or be empty.
+        dtype: of the stored weights, e.g. `jnp.float16`.
+        shard_bytes: larger networks are written as several files of at most this size, with an index.
+
+    Raises:
+        FileExistsError: `folder` holds something.
+        ValueError: the network holds parameters that its published form has not, e.g. LoRA matrices.
+    """
+    component = next(component for component in COMPONENTS.values() if isinstance(network.config, component.config))
+    leaves = {_stored_name(path): (path[-1], leaf) for path, leaf in _flatten(network.params)}
+    shards, size = [[]], 0
+    for name, (_, leaf) in leaves.items():
+        nbytes = leaf.size * jnp.dtype(dtype).itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    with new_folder(folder) as unfinished:
+        write_json(unfinished / "config.json", network.config.to_dict())
+        files = [f"{component.stem}.safetensors"]
+        if len(shards) > 1:
+            files = [f"{component.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            index = {
+                "metadata": {"total_size": sum(leaf.size for _, leaf in leaves.values()) * jnp.dtype(dtype).itemsize},
+                "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+            }
+            write_json(unfinished / f"{component.stem}.safetensors.index.json", index)
+        for file, names in zip(files, shards, strict=True):
+            # safetensors writes the bytes of a transposed array in the wrong order without complaint.
+            tensors = {
+                name: np.ascontiguousarray(_to_torch_axes(leaves[name][0], np.asarray(leaves[name][1])), dtype)
+                for name in names
+            }
+            save_file(tensors, unfinished / file, metadata={"format": "pt"})

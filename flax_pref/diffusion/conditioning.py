@@ -1,0 +1,96 @@
+"""What a UNet is told beside latents and timestep: encoded prompts, and in SDXL pooled prompts and image sizes.
+
+Conditioning is a dict of arrays under the names of the UNet's arguments: `encoder_hidden_states`, and in SDXL
+`text_embeds` and `time_ids` too.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_pref.checkpoints.diffusers import Pipeline
+
+QUOTED = 5  # cut prompts that a warning quotes
+
+
+def chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """`(indices [size], n)` that cover `range(count)`; the last chunk is filled up by repeating its first index.
+
+    All chunks have one size, so that a function compiled for one serves all; the first n results are wanted.
+    """
+    for start in range(0, count, size):
+        wanted = np.arange(start, min(start + size, count))
+        yield np.concatenate([wanted, np.full(size - len(wanted), start)]), len(wanted)
+
+
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64) -> dict[str, np.ndarray]:
+    """Encodes prompts; equal ones once.
+
+    Args:
+        pipeline: a checkpoint with one text encoder, of which the UNet sees the last states (SD1.5), or with two, of
+            which it sees the last but one (SDXL, arXiv:2307.01952, section 2.1).
+        prompts: N texts. What does not fit into the tokenizer's length is cut, with a warning that quotes it.
+        batch_size: texts per call of an encoder.
+
+    Returns:
+        `encoder_hidden_states` float32 `[N, T, D]`, and for two encoders `text_embeds` float32 `[N, P]`, the pooled
+        and projected prompts.
+    """
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    _warn_of_cuts(pipeline, list(place))
+    last = len(pipeline.text_encoders) == 1
+    encoded = []
+    for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
+        ids = tokenizer(list(place))
+        parts = [
+            [np.asarray(x)[:n] for x in _encode(encoder.graphdef, last, encoder.params, ids[chosen])]
+            for chosen, n in chunks(len(ids), batch_size)
+        ]
+        encoded.append([np.concatenate(part) for part in zip(*parts, strict=True)])
+    rows = [place[prompt] for prompt in prompts]
+    conditioning = {"encoder_hidden_states": np.concatenate([states for states, *_ in encoded], axis=-1)[rows]}
+    if not last:
+        conditioning["text_embeds"] = encoded[-1][1][rows]
+    return conditioning
+
+
+def encode_empty(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """The conditioning of the unconditional prediction, without leading axis: the empty prompt, or zeros in SDXL."""
+    conditioning = {name: array[0] for name, array in encode_prompts(pipeline, [""], batch_size=1).items()}
+    if pipeline.force_zeros_for_empty_prompt:
+        return {name: np.zeros_like(array) for name, array in conditioning.items()}
+    return conditioning
+
+
+def size_ids(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> np.ndarray:
+    """SDXL's `time_ids`, float32 `[6]` (arXiv:2307.01952, section 2.2); sizes are (height, width) in pixels."""
+    return np.array([*original_size, *crop_top_left, *target_size], np.float32)
+
+
+def _warn_of_cuts(pipeline: Pipeline, prompts: list[str]) -> None:
+    tokenizer = pipeline.tokenizers[0]
+    cuts = {prompt: cut for prompt, cut in zip(prompts, tokenizer.cut(prompts), strict=True) if cut}
+    if not cuts:
+        return
+    quoted = "; ".join(f"{cut.strip()!r} of {prompt!r}" for prompt, cut in list(cuts.items())[:QUOTED])
+    more = f"; and the ends of {len(cuts) - QUOTED} other prompts" if len(cuts) > QUOTED else ""
+    warnings.warn(
+        f"the text encoder reads {tokenizer.model_max_length - 2} tokens, so this is cut and has no effect: "
+        f"{quoted}{more}",
+        stacklevel=3,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(graphdef: nnx.GraphDef, last: bool, params: dict, input_ids: jax.Array) -> list[jax.Array]:
+    output = nnx.merge(graphdef, params)(input_ids)
+    states = output.last_hidden_state if last else output.penultimate_hidden_state
+    kept = [states] if output.projected is None else [states, output.projected]
+    return [x.astype(jnp.float32) for x in kept]

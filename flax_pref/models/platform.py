@@ -1,0 +1,12 @@
+"""What a program is being compiled for, where the fastest way to compute something depends on it."""
+
+import jax
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the mesh in use (`jax.set_mesh`), else of JAX's default device.
+
+    The mesh comes first because programs can be compiled for TPUs on a machine that has none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,0 +1,81 @@
+"""The autoencoder between images and latents, a few images at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_pref.checkpoints.weights import abstract_network
+from flax_pref.diffusion import latents as module
+from flax_pref.diffusion.latents import decode_latents, encode_images
+from flax_pref.models.vae import VAEConfig
+
+CONFIG = VAEConfig(
+    block_out_channels=(8, 8),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    norm_num_groups=4,
+    scaling_factor=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    network = abstract_network("vae", CONFIG)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * rng.standard_normal(leaf.shape, dtype=np.float32))
+
+    return network._replace(params=jax.tree.map(draw, network.params))
+
+
+IMAGES = np.random.default_rng(1).random((5, 16, 16, 3), dtype=np.float32)
+
+
+def test_encoding_takes_the_mode_or_samples_each_image_from_its_own_key(vae, monkeypatch):
+    mode = encode_images(vae, IMAGES)
+    assert mode.shape == (5, 8, 8, 4)
+    keys = jax.random.split(jax.random.key(0), 5)
+    sampled = encode_images(vae, IMAGES, keys=keys)
+    assert np.abs(sampled - mode).max() > 0.01
+    # An image's latent does not depend on the images beside it.
+    np.testing.assert_allclose(encode_images(vae, IMAGES[3:], keys=keys[3:]), sampled[3:], atol=1e-6)
+    many = np.mean([encode_images(vae, IMAGES[:1], keys=jax.random.split(jax.random.key(i), 1)) for i in range(100)], 0)
+    assert np.abs(many - mode[:1]).mean() < 0.3 * np.abs(sampled[:1] - mode[:1]).mean()
+
+
+def test_decoding_in_chunks_gives_the_same_images(vae, monkeypatch):
+    latents = jnp.asarray(np.random.default_rng(2).standard_normal((5, 8, 8, 4), dtype=np.float32))
+    whole = decode_latents(vae, latents)
+    assert whole.shape == (5, 16, 16, 3)
+    assert whole.min() >= 0 and whole.max() <= 1
+    monkeypatch.setattr(module, "PIXELS", 2 * 16 * 16)
+    np.testing.assert_allclose(decode_latents(vae, latents), whole, atol=1e-6)
+
+
+def test_a_larger_batch_does_not_need_more_memory_to_decode():
+    network = abstract_network("vae", CONFIG)
+
+    def peak(images):
+        calls = []
+
+        def record(graphdef, params, latents):
+            calls.append(latents.shape[0])
+            return np.zeros((latents.shape[0], 1024, 1024, 3), np.float32)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_decode", record)
+            decode_latents(network, np.zeros((images, 512, 512, 4), np.float32))
+        return max(calls)
+
+    assert peak(1) == peak(8) == 1
+
+
+@pytest.mark.parametrize(("dtype", "computes"), [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)])
+def test_an_autoencoder_that_needs_range_does_not_compute_in_float16(dtype, computes):
+    from flax import nnx
+
+    network = abstract_network("vae", CONFIG, dtype)
+    assert nnx.merge(network.graphdef, network.params).decoder.conv_in.dtype == computes
+    assert {leaf.dtype for leaf in jax.tree.leaves(network.params)} == {jnp.dtype(dtype)}

@@ -1,0 +1,73 @@
+"""Kernels of attention: the same numbers and gradients, whichever is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_pref.models import attention as kernels
+from flax_pref.models.attention import attention
+from flax_pref.models.layers import FEW_POSITIONS, convolve
+from flax_pref.models.unet import CPU_BLOCK, FeedForward, UNet2DCondition, UNetConfig, set_attention
+
+
+def heads(length, keys=None, features=40, batch=2):
+    shapes = [(batch, n, 2, features) for n in (length, keys or length, keys or length)]
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+# Long enough for the loop over blocks, not a multiple of a block, short, and cross-attention.
+@pytest.mark.parametrize("shape", [(1024, None), (1100, None), (64, None), (1024, 77)])
+def test_blocks_of_queries_give_what_all_at_once_give(shape):
+    qkv = heads(*shape)
+
+    def value_and_gradients(kernel):
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sin(attention(*qkv, kernel=kernel)).sum(), (0, 1, 2)))(*qkv)
+
+    for ours, reference in zip(*map(jax.tree.leaves, map(value_and_gradients, ("blocked", "xla"))), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
+
+
+def test_the_tpu_kernel_gives_what_xla_gives():
+    qkv = heads(1024, batch=1)
+    np.testing.assert_allclose(kernels._flash(*qkv, interpret=True), attention(*qkv, kernel="xla"), atol=2e-6)
+
+
+def test_half_precision_stays_half_precision():
+    qkv = [x.astype(jnp.bfloat16) for x in heads(64)]
+    for kernel in ("blocked", "xla", "auto"):
+        out = attention(*qkv, kernel=kernel)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), attention(*heads(64), kernel="xla"), atol=0.03)
+
+
+def test_an_unknown_kernel_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="kernel must be one of auto, xla, cudnn, flash, blocked, got 'fast'"):
+        attention(*heads(8), kernel="fast")
+    unet = nnx.eval_shape(lambda: UNet2DCondition(UNetConfig(block_out_channels=(32,) * 4), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        set_attention(unet, "fast")
+    set_attention(unet, "xla")
+    assert {
+        layer.kernel
+        for _, layer in nnx.iter_modules(unet)
+        if hasattr(layer, "kernel") and layer.__class__.__name__ == "Attention"
+    } == {"xla"}
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "padding"), [(8, 3, (1, 1)), (9, 3, (0, 1)), (16, 1, (0, 0))])
+def test_convolutions_of_few_positions_are_those_of_xla(size, kernel_size, padding):
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 5))
+    kernel = jax.random.normal(jax.random.key(1), (kernel_size, kernel_size, 5, 7))
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert x.size // 5 <= FEW_POSITIONS or kernel_size == 1
+    np.testing.assert_allclose(convolve(x, kernel, 1, padding), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_feed_forward_layer_is_the_short_one_on_every_position():
+    layer = FeedForward(8, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 2 * CPU_BLOCK, 8))
+    np.testing.assert_allclose(layer(x), layer.transform(x), atol=1e-6)

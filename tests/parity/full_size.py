@@ -1,0 +1,202 @@
+"""Networks of full size with random weights, against diffusers and transformers: `make parity`.
+
+Every network of Stable Diffusion 1.5 and SDXL is written as a checkpoint folder, loaded by both sides in processes of
+their own, and run on the same inputs in float32. Needs 24 GB of memory and 11 GB of disk; writes docs/parity.md.
+"""
+
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+COMMAND = "make parity"
+TOLERANCE = 1e-4  # relative to the largest value
+PARTS = ("sd15 unet", "sd15 vae", "sd15 text_encoder", "sdxl unet", "sdxl vae", "sdxl text_encoder_2")
+
+
+def main(parts) -> int:
+    rows = []
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            child("write", part, folder)
+            theirs = json.loads(child("theirs", part, folder))
+            ours = json.loads(child("ours", part, folder))
+            errors = {
+                name: relative_error(np.load(f"{folder}/ours-{name}.npy"), np.load(f"{folder}/theirs-{name}.npy"))
+                for name in ours.pop("outputs")
+            }
+        rows.append((part, errors, ours, theirs))
+        print(part, {name: f"{error:.1e}" for name, error in errors.items()}, ours, theirs, flush=True)
+    if set(parts) == set(PARTS):
+        Path("docs/parity.md").write_text(page(rows))
+    return int(any(error > TOLERANCE for _, errors, _, _ in rows for error in errors.values()))
+
+
+def child(job: str, part: str, folder: str) -> str:
+    """A job in a process of its own: a process remembers its memory peak."""
+    command = [sys.executable, "-m", "tests.parity.full_size", "--child", job, part, folder]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip().splitlines()[-1:][0]
+
+
+def relative_error(ours, theirs) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def inputs(part: str) -> dict[str, np.ndarray]:
+    from flax_pref.models.presets import FAMILIES
+    from sample.bench import random_inputs
+
+    family, kind = part.split()
+    family = FAMILIES[family]
+    rng = np.random.default_rng(2)
+    size = family.resolution // 8
+    if kind == "unet":
+        return random_inputs(family, 1, size)
+    if kind == "vae":
+        return {
+            "images": rng.uniform(-1, 1, (1, 8 * size, 8 * size, 3)).astype(np.float32),
+            "latents": rng.standard_normal((1, size, size, 4), dtype=np.float32),
+        }
+    ids = rng.integers(1000, 40000, (2, 77)).astype(np.int32)
+    ids[:, 0], ids[0, 9:], ids[1, -1] = 49406, 49407, 49407
+    return {"input_ids": ids}
+
+
+def write(part: str, folder: str) -> None:
+    from flax_pref.checkpoints.weights import save_network
+    from flax_pref.models.presets import FAMILIES
+    from sample.bench import random_network
+
+    family, kind = part.split()
+    family = FAMILIES[family]
+    if kind.startswith("text_encoder"):
+        network = random_network("text_encoder", family.text_encoders[-1 if kind.endswith("_2") else 0])
+    else:
+        network = random_network(kind, getattr(family, kind))
+    save_network(network, Path(folder) / kind)
+    print("written")
+
+
+def ours(part: str, folder: str) -> None:
+    import jax
+    from flax import nnx
+
+    from flax_pref.checkpoints.weights import load_network
+
+    kind, given = part.split()[1], inputs(part)
+    started = time.perf_counter()
+    network = load_network(kind.removesuffix("_2"), Path(folder) / kind)
+    loaded = time.perf_counter()
+
+    def run(params, given):
+        module = nnx.merge(network.graphdef, params)
+        if kind == "unet":
+            return {"noise_pred": module(**given)}
+        if kind == "vae":
+            mean, logvar = module.encode(given["images"])
+            return {"mean": mean, "logvar": logvar, "decoded": module.decode(given["latents"])}
+        output = module(given["input_ids"])
+        return {"last": output.last_hidden_state, "penultimate": output.penultimate_hidden_state} | (
+            {} if output.projected is None else {"projected": output.projected}
+        )
+
+    compiled = jax.jit(run).lower(network.params, given).compile()
+    ready = time.perf_counter()
+    outputs = jax.device_get(compiled(network.params, given))
+    report("ours", folder, outputs, load=loaded - started, compile=ready - loaded, run=time.perf_counter() - ready)
+
+
+def theirs(part: str, folder: str) -> None:
+    import diffusers
+    import torch
+    import transformers
+
+    kind, given = part.split()[1], {name: torch.from_numpy(array) for name, array in inputs(part).items()}
+    source = Path(folder) / kind
+    started = time.perf_counter()
+    if kind == "unet":
+        model = diffusers.UNet2DConditionModel.from_pretrained(source)
+    elif kind == "vae":
+        model = diffusers.AutoencoderKL.from_pretrained(source)
+    elif kind.endswith("_2"):
+        model = transformers.CLIPTextModelWithProjection.from_pretrained(source, dtype=torch.float32)
+    else:
+        model = transformers.CLIPTextModel.from_pretrained(source, dtype=torch.float32)
+    model.eval()
+    loaded = time.perf_counter()
+    with torch.inference_mode():
+        if kind == "unet":
+            added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+            states, steps = given["encoder_hidden_states"], given["timesteps"]
+            out = model(nchw(given["latents"]), steps, states, added_cond_kwargs=added or None).sample
+            outputs = {"noise_pred": nhwc(out)}
+        elif kind == "vae":
+            posterior = model.encode(nchw(given["images"])).latent_dist
+            decoded = model.decode(nchw(given["latents"])).sample
+            outputs = {"mean": nhwc(posterior.mean), "logvar": nhwc(posterior.logvar), "decoded": nhwc(decoded)}
+        else:
+            out = model(given["input_ids"].long(), output_hidden_states=True)
+            outputs = {"last": out.last_hidden_state.numpy(), "penultimate": out.hidden_states[-2].numpy()}
+            if kind.endswith("_2"):
+                outputs["projected"] = out.text_embeds.numpy()
+    report("theirs", folder, outputs, load=loaded - started, run=time.perf_counter() - loaded)
+
+
+def nchw(tensor):
+    return tensor.permute(0, 3, 1, 2)
+
+
+def nhwc(tensor):
+    return tensor.permute(0, 2, 3, 1).numpy()
+
+
+def report(side: str, folder: str, outputs: dict, **seconds: float) -> None:
+    for name, array in outputs.items():
+        np.save(f"{folder}/{side}-{name}.npy", array)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    figures = {name: round(value, 1) for name, value in seconds.items()} | {"peak_gb": round(peak, 1)}
+    print(json.dumps(figures | ({"outputs": list(outputs)} if side == "ours" else {})))
+
+
+def page(rows) -> str:
+    from importlib.metadata import version
+
+    import jax
+
+    lines = [
+        "# Parity at full size",
+        "",
+        "Random weights, written as a checkpoint folder and loaded by both sides; float32 on the CPU; UNet and",
+        "autoencoder at 512 pixels (SD1.5) and 1024 (SDXL), batch 1. The error is the largest difference relative to",
+        f"the largest value of the reference; more than {TOLERANCE:g} fails. SDXL's first text encoder is SD1.5's.",
+        "",
+        f"`{COMMAND}`, {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"jax {jax.__version__}, torch {version('torch')}, diffusers {version('diffusers')}, "
+        f"transformers {version('transformers')}.",
+        "",
+        "| network | relative error | ours: load, compile, run [s] | peak [GB] | torch: load, run [s] | peak [GB] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part, errors, mine, reference in rows:
+        worst = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        lines.append(
+            f"| {part} | {worst} | {mine['load']}, {mine['compile']}, {mine['run']} | {mine['peak_gb']} | "
+            f"{reference['load']}, {reference['run']} | {reference['peak_gb']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        {"write": write, "ours": ours, "theirs": theirs}[sys.argv[2]](*sys.argv[3:])
+    else:
+        sys.exit(main(sys.argv[1:] or PARTS))
