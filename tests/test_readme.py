@@ -23,10 +23,18 @@ COMMANDS = {
     ".venv/bin/python -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output runs/small": (
         "{python} -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output {tmp}/small --quick"
     ),
+    (
+        ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
+        '--prompt "a lighthouse in a storm" --seed 0 --out runs/images'
+    ): (
+        "{python} -m sample.images --model flax_pref/demo/base --prompt 'a lighthouse in a storm' --steps 2"
+        " --out {tmp}/images"
+    ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
         " --autoencoder.steps 2 --autoencoder.warmup-steps 1 --decoder.steps 2 --decoder.warmup-steps 1"
         " --diffusion.steps 2 --diffusion.warmup-steps 1 --diffusion.batch-size 2"
+        " --layout.steps 2 --layout.warmup-steps 1 --layout.batch-size 2"
     ),
 }
 
@@ -58,7 +66,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names = {}
     for block in blocks("python"):
         for full, small in {
-            "stable-diffusion-v1-5": str(BASE),
+            "stable-diffusion-v1-5/stable-diffusion-v1-5": str(BASE),
             "512": "64",
             "50,": "2,",
             "batch_size=4": "batch_size=1",
@@ -66,6 +74,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
             block = block.replace(full, small)
         exec(block, names)
         assert names["images"].shape == (1, 64, 64, 3)
+    assert load_pipeline("merged").unet.config == names["pipeline"].unet.config
 
 
 def test_files_that_the_readme_links_to_exist():

@@ -50,4 +50,5 @@ config = BaseConfig(
     autoencoder=Phase(steps=5000, batch_size=8, learning_rate=2e-3, average_decay=0.995),
     decoder=Phase(steps=5000, batch_size=8, learning_rate=1e-3, average_decay=0.995),
     diffusion=Phase(steps=5500, batch_size=64, learning_rate=1e-3, warmup_steps=200, average_decay=0.999),
+    layout=Phase(steps=5000, batch_size=64, learning_rate=8e-4, average_decay=0.998, largest_weight=20.0),
 )

@@ -36,7 +36,12 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
         pattern
         for part in COMPONENTS
         for stem in ("diffusion_pytorch_model", "model")
-        for pattern in (f"{part}/{stem}{suffix}.safetensors", f"{part}/{stem}{suffix}-*-of-*.safetensors")
+        for pattern in (
+            f"{part}/{stem}{suffix}.safetensors",
+            # Shards have been named in both ways.
+            f"{part}/{stem}{suffix}-*-of-*.safetensors",
+            f"{part}/{stem}-*-of-*{suffix}.safetensors",
+        )
     ]
     settings = ["model_index.json", "*/*.json", "tokenizer*/merges.txt"]
     try:

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.weights import KERNEL_AXES, Network
 from flax_pref.files import replacing
-from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, add_lora, join_lora, stack_lora
+from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.unet import UNetConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,6 +84,28 @@ def load_lora_network(network: Network, files: Mapping[str, str | Path]) -> Netw
     key = jax.random.key(0)  # of shapes only
     module = nnx.eval_shape(lambda: _adapted(network, tuple(files), rank, rank, targets, key))
     return network._replace(graphdef=nnx.split(module)[0], params=join_lora(network.params, lora))
+
+
+def merge_lora_network(network: Network, bank: Network, weights: Mapping[str, float]) -> Network:
+    """The network with a bank's adapters merged into its weights, `theta + sum_k weight_k delta_k`.
+
+    `{"dpo": w}` is PGD-merge and `{"pos": w, "neg": -w}` cPGD-merge (arXiv:2602.18799); `save_pipeline` writes the
+    result as a checkpoint that needs no adapters.
+
+    Args:
+        network: as it was before it got adapters.
+        bank: the same with adapters; see `load_lora_network`.
+        weights: of the modules; those not named count nothing.
+
+    Raises:
+        ValueError: the bank has no adapters, or not one of these modules.
+    """
+    layers = (layer for _, layer in nnx.iter_modules(nnx.merge(bank.graphdef, bank.params)))
+    layer = next((layer for layer in layers if isinstance(layer, LoRALayer)), None)
+    if layer is None:
+        raise ValueError("merge_lora_network: the bank has no adapters, expected a network of load_lora_network")
+    alpha = layer.scale * layer.lora_b.get_value().shape[1]
+    return network._replace(params=merge_lora(bank.params, layer.modules, weights, alpha=alpha))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

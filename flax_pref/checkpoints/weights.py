@@ -303,7 +303,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[str, Pat
             return {name: folder / shard for name, shard in shards.items()}
     found = sorted(path.name for path in folder.iterdir())
     expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"
-    advice = "download the folder again"
+    advice = "download the folder again, or with another variant if that is all there is (variant='fp16')"
     if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in found):
         advice = (
             "weights in pickle files are refused, because reading one can run any code it holds; where you trust it, "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,8 @@ class Phase:
     warmup_steps: int = 100
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is kept; 0 keeps the last weights."""
+    largest_weight: float = 1.0
+    """Of a timestep in the denoising loss, see `objectives.denoising.velocity_weights`; for the UNet only."""
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.steps:
@@ -77,6 +80,8 @@ class BaseConfig:
     autoencoder: Phase
     decoder: Phase
     diffusion: Phase
+    layout: Phase
+    """UNet and text encoder learn on, with more weight on high noise: what goes where takes them longest."""
     examples: int = 40_000
     """Distinct images that the UNet and the text encoder learn from."""
     caption_dropout: float = 0.1
@@ -221,23 +226,24 @@ def train_diffusion(config: BaseConfig, vae: Network, tokenizer: CLIPTokenizer) 
     text_encoder = new_network(CLIPTextModel, text_config, config.seed + 1)
     schedule = NoiseSchedule.from_dict(SCHEDULER)
 
-    def objective(params, batch, key):
+    def objective(params, batch, key, *, largest_weight):
         def predict(networks, latents, timesteps, input_ids):
             text = nnx.merge(text_encoder.graphdef, params["text_encoder"])(input_ids).last_hidden_state
             return nnx.merge(unet.graphdef, params["unet"])(latents, timesteps, text)
 
-        return denoising(predict, batch, key, schedule=schedule)
+        return denoising(predict, batch, key, schedule=schedule, largest_weight=largest_weight)
 
-    phase = config.diffusion
-    state, _ = fit(
-        objective,
-        {"unet": unet.params, "text_encoder": text_encoder.params},
-        latent_batches(corpus, tokenizer([""])[0], phase.batch_size, config.caption_dropout, config.seed),
-        optimizer=phase.optimizer(),
-        steps=phase.steps,
-        seed=config.seed,
-        average_decay=phase.average_decay,
-        label="diffusion",
-    )
-    trained = state.average
+    trained = {"unet": unet.params, "text_encoder": text_encoder.params}
+    for seed, (label, phase) in enumerate([("diffusion", config.diffusion), ("layout", config.layout)], config.seed):
+        state, _ = fit(
+            partial(objective, largest_weight=phase.largest_weight),
+            trained,
+            latent_batches(corpus, tokenizer([""])[0], phase.batch_size, config.caption_dropout, seed),
+            optimizer=phase.optimizer(),
+            steps=phase.steps,
+            seed=seed,
+            average_decay=phase.average_decay,
+            label=label,
+        )
+        trained = state.average
     return unet._replace(params=trained["unet"]), text_encoder._replace(params=trained["text_encoder"])

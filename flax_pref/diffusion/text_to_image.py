@@ -71,7 +71,13 @@ class TextToImage:
 
         Returns:
             float32 `[N, H, W, 3]` in [0, 1].
+
+        Raises:
+            ValueError: the lists are not equally long, or the rule names a network that the UNet has not.
         """
+        for name, given in (("prompt_ids", prompt_ids), ("negative_prompts", negative_prompts)):
+            if given is not None and len(given) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
         unet, vae = self.pipeline.unet, self.pipeline.vae
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         text, empty = self.conditioning(prompts, negative_prompts)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_pref.diffusion.schedule import NoiseSchedule
 
@@ -20,8 +21,25 @@ def denoising_error(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.square(noise_pred.astype(jnp.float32) - noise).mean(axis=(1, 2, 3))
 
 
+def velocity_weights(schedule: NoiseSchedule, largest: float) -> np.ndarray:
+    """Weights of the timesteps, float32 `[T]` of mean one: `min(1 / abar_t, largest)`.
+
+    `L / abar_t` is the error of the velocity (arXiv:2202.00512, appendix D). In the error of the noise, timesteps of
+    high noise hardly count, and there it is decided what goes where in an image; `largest` bounds the variance of the
+    gradients, and 1 is the error of the noise itself.
+    """
+    weights = np.minimum(1 / schedule.alphas_cumprod, largest)
+    return (weights / weights.mean()).astype(np.float32)
+
+
 def denoising(
-    predict: Callable, batch: Mapping[str, jax.Array], key: jax.Array, *, schedule: NoiseSchedule, network: str = "base"
+    predict: Callable,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    schedule: NoiseSchedule,
+    network: str = "base",
+    largest_weight: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The mean of `L` over a batch of images.
 
@@ -31,13 +49,15 @@ def denoising(
       key: draws timesteps and noise.
       schedule: of the noise.
       network: that is trained.
+      largest_weight: of a timestep, see `velocity_weights`.
 
     Returns:
       loss, and the metrics `loss`.
     """
     timesteps, noise = draw_noise(schedule, batch["latents"], key)
     noise_pred = predict((network,), schedule.add_noise(batch["latents"], noise, timesteps), timesteps, batch["text"])
-    loss = denoising_error(noise_pred, noise).mean()
+    weights = jnp.asarray(velocity_weights(schedule, largest_weight))[timesteps]
+    loss = (weights * denoising_error(noise_pred, noise)).mean()
     return loss, {"loss": loss}
 
 

@@ -41,6 +41,7 @@ def test_the_base_recipe_writes_a_checkpoint_and_goes_on_from_its_autoencoder(tm
         autoencoder=short,
         decoder=short,
         diffusion=short,
+        layout=short,
         vae=dataclasses.replace(
             config.vae,
             block_out_channels=(4, 4),

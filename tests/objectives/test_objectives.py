@@ -7,7 +7,7 @@ import pytest
 
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.objectives.autoencoding import autoencoding
-from flax_pref.objectives.denoising import denoising, draw_noise, positive_negative
+from flax_pref.objectives.denoising import denoising, draw_noise, positive_negative, velocity_weights
 from flax_pref.objectives.dpo import diffusion_dpo
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -51,6 +51,18 @@ def test_denoising_is_the_mean_squared_error_of_the_noise(batch):
     )
     assert float(loss) == pytest.approx(errors("base", batch["winner"], batch["text"]).mean(), rel=1e-5)
     assert metrics["loss"] == loss
+
+
+def test_weighted_denoising_is_the_error_of_the_velocity_as_far_as_weights_are_not_bounded(batch):
+    latents, text = batch["winner"], batch["text"]
+    loss, _ = denoising(
+        predict_with(GAIN), {"latents": latents, "text": text}, KEY, schedule=SCHEDULE, largest_weight=1e9
+    )
+    timesteps, _ = draw_noise(SCHEDULE, latents, KEY)
+    of_velocity = errors("base", latents, text) / SCHEDULE.alphas_cumprod[np.asarray(timesteps)]
+    assert float(loss) == pytest.approx(of_velocity.mean() / (1 / SCHEDULE.alphas_cumprod).mean(), rel=1e-4)
+    bounded = velocity_weights(SCHEDULE, 20.0)
+    assert bounded.mean() == pytest.approx(1) and bounded.max() / bounded.min() == pytest.approx(20, rel=1e-2)
 
 
 def test_positive_learns_from_winners_and_negative_from_losers(batch):

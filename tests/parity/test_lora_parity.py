@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch_reference import SD15_UNET, SDXL_UNET, nchw, nhwc, randomised, relative_error
 
 from flax_pref.checkpoints.diffusers import load_unet
-from flax_pref.checkpoints.lora import load_lora, load_lora_network, lora_network, save_lora
+from flax_pref.checkpoints.lora import load_lora, load_lora_network, lora_network, merge_lora_network, save_lora
+from flax_pref.checkpoints.weights import save_network
 from flax_pref.models.lora import join_lora, select_lora, set_rows, split_lora
 
 # Layers of every kind: matrices, convolutions of both sizes and both strides, inside the blocks and outside.
@@ -100,6 +101,11 @@ def test_diffusers_predicts_as_we_do_from_files_of_ours_in_both_layouts(model, r
     errors = [relative_error(predict(ours, "pos", "neg"), expected) for ours in (bank, stored)]
     print(f"in memory {errors[0]:.1e}, from our files {errors[1]:.1e}")
     assert max(errors) < 1e-5
+
+    for i, name in enumerate(files):
+        save_network(merge_lora_network(network, stored, {name: 1.0}), tmp_path / name)
+        merged = UNet2DConditionModel.from_pretrained(tmp_path / name).eval()
+        assert relative_error(reference_predict(merged), predicted[i]) < 1e-5
 
 
 def test_we_predict_as_diffusers_does_from_a_file_of_diffusers(model, reference, tmp_path):

@@ -88,3 +88,14 @@ def test_sizes_and_crops_condition_sdxl_as_in_diffusers(folder):
     changed = ours(folder, original_size=(48, 20), crop_top_left=(3, 5))
     assert np.abs(changed - ours(folder)).max() > 10 / 255
     assert largest_error(changed, theirs(folder, original_size=(48, 20), crops_coords_top_left=(3, 5))) < 2 / 255
+
+
+def test_lists_of_other_lengths_are_refused(folder):
+    pipeline = load_pipeline(folder)
+    draw = TextToImage(pipeline, from_config(pipeline.scheduler_config, 2), SIZE, batch_size=2)
+    with pytest.raises(ValueError, match="2 prompts, but 1 negative_prompts"):
+        draw(PROMPTS, [0, 1], cfg(SCALE), seed=0, negative_prompts=["one"])
+    with pytest.raises(ValueError, match="2 prompts, but 3 prompt_ids"):
+        draw(PROMPTS, [0, 1, 2], cfg(SCALE), seed=0)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        TextToImage(pipeline, from_config(pipeline.scheduler_config, 2), (30, 32), batch_size=2)
