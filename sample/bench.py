@@ -171,7 +171,7 @@ def torch_unet(family: Family, dtype: str) -> Callable | None:
         added = {name: tensors.pop(name) for name in ("text_embeds", "time_ids") if name in tensors}
         with torch.inference_mode():
             return unet(
-                tensors["latents"].permute(0, 3, 1, 2),
+                tensors["latents"].permute(0, 3, 1, 2).contiguous(),
                 tensors["timesteps"],
                 tensors["encoder_hidden_states"],
                 added_cond_kwargs=added or None,

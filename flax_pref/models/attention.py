@@ -33,7 +33,7 @@ def attention(
         is_causal: position t sees positions 0 ... t only.
         kernel: "xla", "cudnn" (CUDA), "flash" (TPU, Pallas), "blocked" (any device), or "auto": the fastest that the
             platform has for these shapes, which is that of the mesh in use (`jax.set_mesh`) or of JAX's default device.
-            With "flash" and "blocked", shapes and masks that the kernel does not cover go through XLA.
+            With "flash", shapes and masks that the kernel does not cover go through XLA.
 
     Returns:
         `[B, T, N, Hd]`.
@@ -47,8 +47,8 @@ def attention(
         kernel = _fastest(q)
     if kernel == "flash" and not is_causal and _flash_takes(q, k):
         return _flash(q, k, v)
-    if kernel == "blocked" and not is_causal:
-        return _blocked(q, k, v)
+    if kernel == "blocked":
+        return _blocked(q, k, v, is_causal)
     implementation = "cudnn" if kernel == "cudnn" else "xla"
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
 
@@ -71,13 +71,14 @@ def _cudnn_takes(q: jax.Array) -> bool:
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= largest
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
     """Heads and blocks of queries one after another where there are many positions, else all at once."""
     batch, length, heads, features = q.shape
     q, v = (jnp.swapaxes(x, 1, 2) for x in (q * features**-0.5, v))  # [B, N, T, Hd]
     k = jnp.moveaxis(k, 1, 3)  # [B, N, Hd, S]
-    if length < 2 * BLOCK or k.shape[3] < BLOCK or length % BLOCK:
-        out = _softmax_attention(q, k, v)
+    if is_causal or length < 2 * BLOCK or k.shape[3] < BLOCK or length % BLOCK:
+        mask = jnp.tri(length, k.shape[3], dtype=bool) if is_causal else None
+        out = _softmax_attention(q, k, v, mask)
     else:
         blocks = length // BLOCK
         # One row of the loop is one block of one head; the backward pass computes its scores again.
@@ -88,9 +89,11 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
-def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]` float32; q is scaled."""
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]` float32; q is scaled, mask `[T, S]` true if seen."""
     logits = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total

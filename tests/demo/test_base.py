@@ -18,7 +18,7 @@ from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 
 BASE = resources.files("flax_pref.demo") / "base"
-STEPS, SCALE = 12, 5.0
+STEPS, SCALE = 10, 3.0  # the demo's
 
 
 def scenes(split, count):
@@ -35,8 +35,9 @@ def test_it_fits_into_a_package():
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 20e6
 
 
-def test_it_draws_recognisable_scenes(draw):
-    drawn = scenes("train", 64)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_it_draws_recognisable_scenes(split, draw):
+    drawn = scenes(split, 64)
     captions = [scene.caption for scene in drawn]
     images = draw(captions, range(64), cfg(SCALE), seed=0)
     clean = np.stack([world.render(scene, np.random.default_rng(i)) for i, scene in enumerate(drawn)])

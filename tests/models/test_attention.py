@@ -29,16 +29,22 @@ def test_blocks_of_queries_give_what_all_at_once_give(shape):
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
 
 
+def test_no_position_sees_a_later_one():
+    q, k, v = heads(9)
+    for kernel in ("blocked", "xla"):
+        out = attention(q, k, v, is_causal=True, kernel=kernel)
+        np.testing.assert_allclose(out[:, 4], attention(q[:, 4:5], k[:, :5], v[:, :5], kernel="xla")[:, 0], atol=1e-6)
+
+
 def test_the_tpu_kernel_gives_what_xla_gives():
     qkv = heads(1024, batch=1)
     np.testing.assert_allclose(kernels._flash(*qkv, interpret=True), attention(*qkv, kernel="xla"), atol=2e-6)
 
 
 def test_half_precision_stays_half_precision():
-    qkv = [x.astype(jnp.bfloat16) for x in heads(64)]
-    for kernel in ("blocked", "xla", "auto"):
-        out = attention(*qkv, kernel=kernel)
-        assert out.dtype == jnp.bfloat16
+    for dtype in (jnp.bfloat16, jnp.float16):
+        out = attention(*(x.astype(dtype) for x in heads(64)))
+        assert out.dtype == dtype
         np.testing.assert_allclose(out.astype(jnp.float32), attention(*heads(64), kernel="xla"), atol=0.03)
 
 

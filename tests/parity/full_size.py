@@ -152,7 +152,8 @@ def theirs(part: str, folder: str) -> None:
 
 
 def nchw(tensor):
-    return tensor.permute(0, 3, 1, 2)
+    # A permuted view would be taken for channels-last memory, where torch's GroupNorm loses digits with every pixel.
+    return tensor.permute(0, 3, 1, 2).contiguous()
 
 
 def nhwc(tensor):
