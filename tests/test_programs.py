@@ -26,7 +26,7 @@ assert not loaded, f"the runtime imported {loaded}"
 """
 
 
-def run(*arguments, timeout=300):
+def run(*arguments, timeout=900):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )

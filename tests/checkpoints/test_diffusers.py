@@ -183,6 +183,7 @@ def test_nothing_is_left_of_a_save_that_fails(pipeline, tmp_path):
 
 SHARDED_LOADING = """
 import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.checkpoints.diffusers import load_vae
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 def place(path, shape):
