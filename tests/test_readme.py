@@ -18,11 +18,8 @@ BASE = resources.files("flax_pref.demo") / "base"
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
-    "make demo": "make demo ARGS='--quick --output {tmp}/demo'",
+    "make demo": "make demo ARGS='--pairs 256 --w-cpgd 1 2 --quick --output {tmp}/demo'",
     "make test": "make test --dry-run",  # these tests are what it runs
-    ".venv/bin/python -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output runs/small": (
-        "{python} -m train.demo configs/demo/demo.py --pairs 256 --w-cpgd 1 2 --output {tmp}/small --quick"
-    ),
     (
         ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
         '--prompt "a lighthouse in a storm" --seed 0 --out runs/images'
