@@ -56,8 +56,8 @@ class Load:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     part: Literal["unet", "pipeline"] = "unet"
     folder: Path | None = None
-    """A checkpoint in the layout of diffusers; None: one with random weights in float32, each network in one file, made
-    for the occasion in a temporary folder (needs 11 GB of disk and of memory for SDXL's UNet)."""
+    """A checkpoint in the layout of diffusers; None: a UNet with random weights in one float32 file, made for the
+    occasion in a temporary folder (needs 11 GB of disk and of memory for SDXL's)."""
     json: Path | None = None
     """File for the figures."""
 
@@ -219,7 +219,7 @@ def _in_child(job: str, folder: str, *arguments: str) -> None:
         save_network(unet, folder, shard_bytes=2**62)
         return
     part, dtype = arguments
-    before = _peak_gb()
+    before = peak_gb()
     started = time.perf_counter()
     kind = jnp.dtype(dtype)
     loaded = load_network("unet", Path(folder) / "unet", kind).params if part == "unet" else load_pipeline(folder, kind)
@@ -230,12 +230,12 @@ def _in_child(job: str, folder: str, *arguments: str) -> None:
         "seconds": round(seconds, 1),
         "parameters_gb": round(sum(leaf.nbytes for leaf in leaves) / 1e9, 2),
         "start_gb": round(before, 2),
-        "peak_gb": round(_peak_gb(), 2),
+        "peak_gb": round(peak_gb(), 2),
     }
     print(json.dumps(figures))
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     """Largest resident memory of this process so far; Linux counts in kB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -41,8 +41,7 @@ def attention(
     Raises:
         ValueError: no such kernel.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"attention: kernel must be one of {', '.join(get_args(Kernel))}, got {kernel!r}")
+    check_kernel(kernel)
     if kernel == "auto":
         kernel = _fastest(q)
     if kernel == "flash" and not is_causal and _flash_takes(q, k):
@@ -51,6 +50,12 @@ def attention(
         return _blocked(q, k, v, is_causal)
     implementation = "cudnn" if kernel == "cudnn" else "xla"
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
+
+
+def check_kernel(kernel: str) -> None:
+    """Raises a ValueError if there is no such kernel."""
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"attention: kernel must be one of {', '.join(get_args(Kernel))}, got {kernel!r}")
 
 
 def _fastest(q: jax.Array) -> Kernel:

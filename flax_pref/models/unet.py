@@ -7,14 +7,14 @@ left at its resolution), `conv_out`. Every block sees the timestep; blocks named
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flax_pref.models import config as config_io
-from flax_pref.models.attention import Kernel, attention
+from flax_pref.models.attention import Kernel, attention, check_kernel
 from flax_pref.models.layers import (
     Conv,
     Downsample2D,
@@ -545,8 +545,7 @@ def set_attention(module: nnx.Module, kernel: Kernel) -> None:
     Raises:
         ValueError: no such kernel.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"attention: kernel must be one of {', '.join(get_args(Kernel))}, got {kernel!r}")
+    check_kernel(kernel)
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Attention):
             layer.kernel = kernel

@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -163,8 +162,9 @@ def nhwc(tensor):
 def report(side: str, folder: str, outputs: dict, **seconds: float) -> None:
     for name, array in outputs.items():
         np.save(f"{folder}/{side}-{name}.npy", array)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    figures = {name: round(value, 1) for name, value in seconds.items()} | {"peak_gb": round(peak, 1)}
+    from sample.bench import peak_gb
+
+    figures = {name: round(value, 1) for name, value in seconds.items()} | {"peak_gb": round(peak_gb(), 1)}
     print(json.dumps(figures | ({"outputs": list(outputs)} if side == "ours" else {})))
 
 
