@@ -1,0 +1,236 @@
+"""Prompts to draw, from the files that evaluation sets are published in."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+TEXTS = ("prompt", "Prompt", "caption", "text", "TEXT")
+GROUPS = ("Category", "category", "style", "tag")
+# A row with these columns compares images, and a prompt has many: Pick-a-Pic, and HPDv2's test.json and train.json.
+PAIRS = ({"caption", "image_0_uid", "image_1_uid"}, {"prompt", "image_path", "rank"}, {"prompt", "human_preference"})
+
+
+class Prompt(NamedTuple):
+    """One prompt of a set.
+
+    Attributes:
+        id: position in the set, 0 .. N-1; with the seed it determines the noise of an image.
+        text: as it is in the file, with any spaces around it.
+        group: its style or category; "" if it has none.
+        record: the row of the file, to be handed on; json.dumps takes it.
+    """
+
+    id: int
+    text: str
+    group: str
+    record: Mapping[str, Any]
+
+
+def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[Prompt]:
+    """Reads a set of prompts: PartiPrompts, HPDv2, Pick-a-Pic, GenEval, or a file of your own.
+
+    - .txt has a prompt in each line, .csv and .tsv have a header, .jsonl has a text or an object in each line; blank
+      lines are skipped. Quotes of a .tsv belong to the prompts (PartiPrompts), unless all of them enclose whole fields.
+    - .json is a list of texts or objects, or an object whose values are texts, objects or such lists.
+    - Of .parquet the columns of text, numbers and truth values are read, images are not.
+    - A folder is all its *.json, or all its *.parquet, in the order of their names.
+
+    The text of a row is in the first column there is of `TEXTS`, its group in the first of `GROUPS` that holds a text.
+    Without one, the group is the key of a list in a JSON object, and for a list of texts the name of the file without
+    .json, as in the benchmark of HPDv2. Where a row is only a text, its record is `{"prompt": text}`; values of a JSON
+    object have their key as "key" in the record.
+
+    A repeated prompt is kept, but rows that compare images (with the columns of Pick-a-Pic or of HPDv2's test.json or
+    train.json, see `PAIRS`) yield each prompt once, at its first place.
+
+    Args:
+        file: file or folder, local or `gs://...`.
+        column: where the text is; None: see above.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none in the folder.
+        ValueError: the file is of another kind, damaged, not UTF-8 or without prompts, or a row has no column of
+            prompts, or a prompt that is blank, no text, or has half a character (a lone surrogate).
+    """
+    path = epath.Path(file)
+    prompts, seen = [], set()
+    for part in _files(path):
+        for where, row, group in _READERS[part.suffix.lower()](part):
+            record = {"prompt": row} if isinstance(row, str) else row
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: {_quote(row)} is no prompt; expected a text, or an object with one")
+            text = _text(record, column, where)
+            if text in seen and any(columns <= record.keys() for columns in PAIRS):
+                continue
+            seen.add(text)
+            group = next((record[name] for name in GROUPS if isinstance(record.get(name), str)), group)
+            prompts.append(Prompt(len(prompts), text, group, record))
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it; expected at least one")
+    return prompts
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 in hex over ids and texts, in their order: it changes with whatever would change an image."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.text]).encode())
+    return digest.hexdigest()
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+    if path.is_dir():
+        kinds = [files for pattern in ("*.json", "*.parquet") if (files := sorted(path.glob(pattern)))]
+        if len(kinds) == 1:
+            return kinds[0]
+        found = "both in this folder; name one file" if kinds else "neither in this folder"
+        raise FileNotFoundError(f"{path}: expected *.json or *.parquet, but there are {found}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected a file or folder of prompts")
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(_READERS)}")
+    return [path]
+
+
+def _text(record: dict[str, Any], column: str | None, where: str) -> str:
+    names = TEXTS if column is None else (column,)
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        wanted, there = (", ".join(map(repr, some)) for some in (names, record))
+        raise ValueError(
+            f"{where}: no column of texts named {wanted}; there are {there or 'none'}: choose with --column"
+        )
+    text = record[name]
+    if not isinstance(text, str) or not text.strip() or text.encode(errors="ignore").decode() != text:
+        raise ValueError(f"{where}: {name!r} is {_quote(text)}; expected a text: correct the row or remove it")
+    return text
+
+
+def _quote(value: Any) -> str:
+    quoted = json.dumps(value)
+    return quoted if len(quoted) <= 60 else f"{quoted[:60]}..."
+
+
+# Of each row: where it is, for messages; what it holds; the group that it has from its place in the file.
+_Rows = Iterator[tuple[str, Any, str]]
+
+
+def _read_txt(path: epath.Path) -> _Rows:
+    for number, line in _lines(path):
+        yield f"{path}, line {number}", line, ""
+
+
+def _read_csv(path: epath.Path) -> _Rows:
+    return _rows(path, _decoded(path), delimiter=",")
+
+
+def _read_tsv(path: epath.Path) -> _Rows:
+    text = _decoded(path)
+    other = re.sub(r'(?<![^\t\r\n])"(?:[^"]|"")*+"(?![^\t\r\n])', "", text)  # all but the quoted fields
+    return _rows(path, text, delimiter="\t", quoting=csv.QUOTE_NONE if '"' in other else csv.QUOTE_MINIMAL)
+
+
+def _rows(path: epath.Path, text: str, **dialect) -> _Rows:
+    # Without `strict`, an open quote swallows the rest of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
+    rows = filter(None, reader)
+    try:
+        header = next(rows, [])
+        for row in rows:
+            if len(row) > len(header):
+                raise csv.Error(f"{len(row)} fields, but the header has {len(header)}")
+            row += [""] * (len(header) - len(row))
+            yield f"{path}, line {reader.line_num}", dict(zip(header, row, strict=True)), ""
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise ValueError(f'{where}: {error}; quote fields as in "a ""red"" cat, sitting"') from error
+
+
+def _read_json(path: epath.Path) -> _Rows:
+    values = _parsed(_decoded(path), path, 1)
+    if isinstance(values, list):
+        for number, row in enumerate(values):
+            yield f"{path}, row {number}", row, path.stem if isinstance(row, str) else ""
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            if isinstance(value, list):
+                for number, row in enumerate(value):
+                    yield f"{path}, {_quote(key)}, row {number}", row, key
+            else:
+                row = value if isinstance(value, dict) else {"prompt": value}
+                yield f"{path}, {_quote(key)}", {"key": key} | row, ""
+    else:
+        raise ValueError(f"{path}: holds {_quote(values)}; expected a list of prompts, or an object")
+
+
+def _read_jsonl(path: epath.Path) -> _Rows:
+    for number, line in _lines(path):
+        yield f"{path}, line {number}", _parsed(line, path, number), ""
+
+
+def _read_parquet(path: epath.Path) -> _Rows:
+    number = 0
+    with path.open("rb") as opened:
+        try:
+            parquet = pq.ParquetFile(opened)
+            columns = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
+            for rows in parquet.iter_batches(columns=columns):
+                for row in rows.to_pylist():
+                    yield f"{path}, row {number}", row, ""
+                    number += 1
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged, or not a parquet file ({reason}); download it again") from error
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether it is text, number or truth value; an image is bytes, or a struct with bytes."""
+    of = pa.types
+    kind = kind.value_type if of.is_dictionary(kind) else kind
+    text = of.is_string(kind) or of.is_large_string(kind) or of.is_string_view(kind)
+    return text or of.is_integer(kind) or of.is_floating(kind) or of.is_boolean(kind) or of.is_null(kind)
+
+
+def _decoded(path: epath.Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, numbered from 1; str.splitlines would also split at U+2028 and other characters."""
+    for number, line in enumerate(io.StringIO(_decoded(path), newline=None), 1):
+        if line.strip():
+            yield number, line.removesuffix("\n")
+
+
+def _parsed(text: str, path: epath.Path, line: int) -> Any:
+    """The JSON value that begins in this line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f"{path}, line {line + getattr(error, 'lineno', 1) - 1}"
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"{where}: not JSON ({reason}); .json is one value, .jsonl has one in each line") from error
+
+
+_READERS = {
+    ".txt": _read_txt,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
