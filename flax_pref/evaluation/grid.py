@@ -14,7 +14,8 @@ TILE, GAP, MARGIN, CAPTION_WIDTH = 128, 10, 20, 190  # pixels
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (205, 205, 210)
 
 
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font_of(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
@@ -27,21 +28,21 @@ def image_grid(images: Mapping[str, np.ndarray], captions: Sequence[str], file: 
         captions: N prompts.
         file: PNG to be written; it appears under its name only when it is complete.
     """
-    header, font = 34, _font(13)
+    header, font = 34, font_of(13)
     width = 2 * MARGIN + CAPTION_WIDTH + len(images) * (TILE + GAP)
     height = 2 * MARGIN + header + len(captions) * (TILE + GAP) - GAP
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, (name, drawn) in enumerate(images.items()):
         left = MARGIN + CAPTION_WIDTH + GAP + column * (TILE + GAP)
-        draw.text((left + TILE / 2, MARGIN + 8), name, fill=INK, font=_font(16, bold=True), anchor="mm")
+        draw.text((left + TILE / 2, MARGIN + 8), name, fill=INK, font=font_of(16, bold=True), anchor="mm")
         for row, image in enumerate(drawn[: len(captions)]):
             top = MARGIN + header + row * (TILE + GAP)
             canvas.paste(_tile(image), (left, top))
             draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=FRAME)
     for row, caption in enumerate(captions):
         middle = MARGIN + header + row * (TILE + GAP) + TILE / 2
-        text = _wrapped(caption, font, CAPTION_WIDTH - GAP)
+        text = wrapped(caption, font, CAPTION_WIDTH - GAP)
         draw.multiline_text((MARGIN, middle), text, fill=INK, font=font, anchor="lm", spacing=5)
     with replacing(file) as unfinished:
         canvas.save(unfinished, "PNG", optimize=True)
@@ -53,7 +54,8 @@ def _tile(image: np.ndarray) -> Image.Image:
     return pixels.resize((TILE, TILE), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text in lines of at most `width` pixels, where words allow it."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
