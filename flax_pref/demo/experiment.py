@@ -18,7 +18,7 @@ from flax_pref.data.encode import EncodedPairs, encode_pairs
 from flax_pref.data.pick_a_pic import LabelledPair, PairReader, encode_image, write_pairs
 from flax_pref.demo import judge, world
 from flax_pref.diffusion.conditioning import chunks
-from flax_pref.diffusion.guidance import Row, cfg, cpgd, pgd
+from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
@@ -237,7 +237,7 @@ class Demo:
         config, s = self.config, self.config.guidance_scale
         captions = self.prompts("validation", config.validation_prompts)
 
-        def scores(rule: tuple[Row, ...], label: str) -> np.ndarray:
+        def scores(rule: Rule, label: str) -> np.ndarray:
             return self.scores(self.draw(captions, rule, seed=VALIDATION_SEED, label=f"validation: {label}"), captions)
 
         return Sweep(
@@ -265,7 +265,7 @@ class Demo:
 
     # Parts
 
-    def base_rule(self) -> tuple[Row, ...]:
+    def base_rule(self) -> Rule:
         """Classifier-free guidance of the base model."""
         return cfg(self.config.guidance_scale)
 
@@ -273,7 +273,7 @@ class Demo:
         """The first captions of a split."""
         return [scene.caption for scene in itertools.islice(world.scenes(split, self.config.seed), count)]
 
-    def draw(self, captions: Sequence[str], rule: tuple[Row, ...], *, seed: int, label: str) -> np.ndarray:
+    def draw(self, captions: Sequence[str], rule: Rule, *, seed: int, label: str) -> np.ndarray:
         """One image per caption, `[N, 64, 64, 3]`; the noise of a caption depends on its number and the seed."""
         draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION,) * 2, self.config.batch_size)
         return draw(captions, range(len(captions)), rule, seed=10 * self.config.seed + seed, label=label)

@@ -228,8 +228,8 @@ def train_diffusion(config: BaseConfig, vae: Network, tokenizer: CLIPTokenizer) 
 
     def objective(params, batch, key, *, largest_weight):
         def predict(networks, latents, timesteps, input_ids):
-            text = nnx.merge(text_encoder.graphdef, params["text_encoder"])(input_ids).last_hidden_state
-            return nnx.merge(unet.graphdef, params["unet"])(latents, timesteps, text)
+            text = nnx.merge(text_encoder.graphdef, params["text_encoder"])(input_ids[:, 0]).last_hidden_state
+            return nnx.merge(unet.graphdef, params["unet"])(latents[:, 0], timesteps, text)[:, None]
 
         return denoising(predict, batch, key, schedule=schedule, largest_weight=largest_weight)
 

@@ -42,20 +42,35 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: in
         and projected prompts.
     """
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    _warn_of_cuts(pipeline, list(place))
+    distinct = np.array(list(place), object)
+    warn_of_cuts(pipeline, prompts)
+    parts = [
+        {name: np.asarray(array)[:n] for name, array in encode_batch(pipeline, distinct[chosen]).items()}
+        for chosen, n in chunks(len(distinct), batch_size)
+    ]
+    rows = [place[prompt] for prompt in prompts]
+    return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
+
+
+def encode_batch(
+    pipeline: Pipeline, prompts: Sequence[str], *, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.Array]:
+    """What `encode_prompts` gives, in one call of each encoder and on the device: it does not wait for the results.
+
+    Args:
+        pipeline: the checkpoint.
+        prompts: B texts.
+        sharding: of the leading axis of what the encoders read and give.
+    """
     last = len(pipeline.text_encoders) == 1
     encoded = []
     for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
-        ids = tokenizer(list(place))
-        parts = [
-            [np.asarray(x)[:n] for x in _encode(encoder.graphdef, last, encoder.params, ids[chosen])]
-            for chosen, n in chunks(len(ids), batch_size)
-        ]
-        encoded.append([np.concatenate(part) for part in zip(*parts, strict=True)])
-    rows = [place[prompt] for prompt in prompts]
-    conditioning = {"encoder_hidden_states": np.concatenate([states for states, *_ in encoded], axis=-1)[rows]}
+        ids = tokenizer(list(prompts))
+        ids = ids if sharding is None else jax.device_put(ids, sharding)
+        encoded.append(_encode(encoder.graphdef, last, encoder.params, ids))
+    conditioning = {"encoder_hidden_states": jnp.concatenate([states for states, *_ in encoded], axis=-1)}
     if not last:
-        conditioning["text_embeds"] = encoded[-1][1][rows]
+        conditioning["text_embeds"] = encoded[-1][1]
     return conditioning
 
 
@@ -74,7 +89,9 @@ def size_ids(
     return np.array([*original_size, *crop_top_left, *target_size], np.float32)
 
 
-def _warn_of_cuts(pipeline: Pipeline, prompts: list[str]) -> None:
+def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """Warns of what of the prompts does not fit into the tokenizer's length."""
+    prompts = list(dict.fromkeys(prompts))
     tokenizer = pipeline.tokenizers[0]
     cuts = {prompt: cut for prompt, cut in zip(prompts, tokenizer.cut(prompts), strict=True) if cut}
     if not cuts:

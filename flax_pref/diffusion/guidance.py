@@ -1,85 +1,425 @@
 """Guidance is a table: every rule is a linear combination of predictions, one row for each.
 
-    eps_hat(x, t) = sum over rows of coefficient * eps_network(x, t, prompt)
+    eps_hat(x, t) = sum over rows of coefficient(t) * eps_network(x, t, prompt)
 
-A rule is a function that returns its rows. Below, `CFG_s(N) = (1 - s) eps_N(x, empty) + s eps_N(x, text)`.
+A rule is a function of a few lines that says which. Below, `CFG_s(N) = (1 - s) eps_N(x, empty) + s eps_N(x, text)`, and
+all rules have the form `steady(s) + w contrast(s)`: the contrast is what a guidance interval switches off, and what
+changes slowly enough to be predicted in some steps only.
+
+Strengths, w and s, are numbers, one number for each image, or a `Schedule` along the trajectory.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
+Prompt = Literal["text", "empty", "proxy"]
 
-class Row(NamedTuple):
-    """One prediction and its share in the guided one."""
-
-    network: str
-    prompt: Literal["text", "empty"]
-    coefficient: float
+# ----------------------------------------------------------------------------------------------------------------------
+# Strengths along the trajectory
 
 
-def cfg(guidance_scale: float, network: str = "base") -> tuple[Row, ...]:
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A strength along the trajectory: step i of S lies at the fraction i / S of it.
+
+    From `start` to `stop`, fractions, the strength takes the course that `shape` says; outside it is off, which is
+    w = 0 and s = 1 (arXiv:2404.07724), and predictions that only it needs are not made there. Changing start or stop
+    compiles a sampler anew; changing values does not.
+
+    Attributes:
+        values: of "constant" one, of "linear" and "cosine" the first and the last, of "list" one for each step of the
+            solver, those outside of the interval included; each is a number or an array `[N]`, one per image.
+        shape: "linear" goes from the first value to the last by equal steps, "cosine" by half a wave, slow at its ends.
+        start: where the strength begins, from 0 up.
+        stop: before which it ends, up to 1.
+    """
+
+    values: tuple
+    shape: Literal["constant", "linear", "cosine", "list"] = "constant"
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self):
+        expected = {"constant": 1, "linear": 2, "cosine": 2}
+        if self.shape not in (*expected, "list"):
+            raise ValueError(f"Schedule: shape={self.shape!r}, expected {', '.join(map(repr, expected))} or 'list'")
+        if len(self.values) != expected.get(self.shape, len(self.values)) or not len(self.values):
+            raise ValueError(f"Schedule: {len(self.values)} values, expected {expected.get(self.shape, 'some')}")
+        if not 0 <= self.start < self.stop <= 1:
+            raise ValueError(f"Schedule: expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """Reads `4`, `linear:8:0`, `cosine:0:8` or `list:1:2:3`, each perhaps with an interval: `4@0.2:0.8`.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        course, at, interval = text.partition("@")
+        shape, *values = course.split(":") if ":" in course else ("constant", course)
+        try:
+            ends = dict(zip(("start", "stop"), map(float, interval.split(":")), strict=True)) if at else {}
+            return cls(tuple(map(float, values)), shape, **ends)
+        except ValueError as error:
+            raise ValueError(
+                f"{text!r} is no strength ({error}); expected a number, linear:FIRST:LAST, cosine:FIRST:LAST or "
+                "list:A:B:..., with @START:STOP behind it for a part of the trajectory"
+            ) from error
+
+    def active(self, num_steps: int) -> np.ndarray:
+        """The steps in the interval, bool `[S]`."""
+        fractions = np.arange(num_steps) / num_steps
+        # Fractions such as 0.3 are rounded: a step that lies on an end must not depend on it.
+        return (fractions >= self.start - 1e-9) & (fractions < self.stop - 1e-9)
+
+    def at(self, num_steps: int, off: float) -> np.ndarray:
+        """The strength in each step, float64 `[S, 1]` or `[S, N]`; `off` outside of the interval.
+
+        Raises:
+            ValueError: a list has not one value for each step.
+        """
+        active = self.active(num_steps)
+        values = [np.atleast_1d(np.asarray(value, np.float64)) for value in self.values]
+        if self.shape == "list":
+            if len(values) != num_steps:
+                raise ValueError(
+                    f"Schedule: a list of {len(values)} values for {num_steps} steps of the solver; expected one for "
+                    "each (pndm takes one step more than it is asked for)"
+                )
+            course = np.stack(np.broadcast_arrays(*values))
+        else:
+            way = (np.cumsum(active) - 1)[:, None] / max(1, active.sum() - 1)
+            way = (1 - np.cos(np.pi * way)) / 2 if self.shape == "cosine" else way
+            course = values[0] + way * (values[-1] - values[0])
+        return np.where(active[:, None], course, off)
+
+
+Strength = float | Sequence[float] | np.ndarray | Schedule
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules
+
+
+class Combination:
+    """A linear combination of predictions; coefficients are numbers or arrays."""
+
+    __array_ufunc__ = None  # array * combination is ours to answer, not numpy's
+
+    def __init__(self, coefficients: dict[tuple[str, Prompt], np.ndarray | float]):
+        self.coefficients = coefficients
+
+    def __add__(self, other: "Combination") -> "Combination":
+        rows = {**self.coefficients, **other.coefficients}
+        return Combination({row: self.of(row) + other.of(row) for row in rows})
+
+    def __sub__(self, other: "Combination") -> "Combination":
+        return self + -1 * other
+
+    def __rmul__(self, factor: np.ndarray | float) -> "Combination":
+        return Combination({row: factor * coefficient for row, coefficient in self.coefficients.items()})
+
+    def of(self, row: tuple[str, Prompt]) -> np.ndarray | float:
+        """The coefficient of a row."""
+        return self.coefficients.get(row, 0.0)
+
+
+NOTHING = Combination({})
+
+
+def eps(network: str, prompt: Prompt) -> Combination:
+    """One prediction."""
+    return Combination({(network, prompt): 1.0})
+
+
+def cfg_of(network: str, s: np.ndarray | float) -> Combination:
+    """`CFG_s(network)`."""
+    return (1 - s) * eps(network, "empty") + s * eps(network, "text")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """`eps_hat = steady(s) + w contrast(s)`, with its strengths and with what may be done to make it cheaper.
+
+    Attributes:
+        formula: gives steady and contrast for a guidance scale.
+        guidance_scale: s of classifier-free guidance; 1 is none.
+        w: strength of the contrast.
+        every: the contrast is predicted in the first of every so many steps of w's interval, and reused in the others.
+        between: how it is reused: "hold" as it is, or "extrapolate" on the line through the last two.
+        rescale: None, or the share phi of classifier-free guidance rescale (arXiv:2305.08891, section 3.4), a number or
+            `[N]`: the guided prediction is scaled towards the standard deviation of the text prediction.
+        proxy: a, of the prompt "proxy" (arXiv:2502.12579): `(1 + a) empty - a text`, in embeddings.
+    """
+
+    formula: Callable[[np.ndarray], tuple[Combination, Combination]]
+    guidance_scale: Strength = 1.0
+    w: Strength = 0.0
+    every: int = 1
+    between: Literal["hold", "extrapolate"] = "hold"
+    rescale: float | np.ndarray | None = None
+    proxy: float = 0.5
+
+    def __post_init__(self):
+        if not (isinstance(self.every, int) and self.every >= 1):
+            raise ValueError(f"every={self.every!r} must be a whole number from 1 up")
+        if self.between not in ("hold", "extrapolate"):
+            raise ValueError(f"between={self.between!r}, expected 'hold' or 'extrapolate'")
+        strengths = {"guidance_scale": self.guidance_scale, "w": self.w, "proxy": self.proxy}
+        for name, value in (strengths | ({} if self.rescale is None else {"rescale": self.rescale})).items():
+            values = value.values if isinstance(value, Schedule) else (value,)
+            for number in np.concatenate([np.ravel(value) for value in values]):
+                if not math.isfinite(number):
+                    raise ValueError(f"{name} must be finite, got {number}")
+                if name == "rescale" and not 0 <= number <= 1:
+                    raise ValueError(f"rescale must lie in 0 .. 1, got {number}")
+
+    def networks(self) -> tuple[str, ...]:
+        """The networks that the rule asks for predictions of."""
+        rows = [row for part in self.formula(np.float64(2.0)) for row in part.coefficients]
+        return tuple(dict.fromkeys(network for network, _ in rows))
+
+
+def cfg(guidance_scale: Strength, network: str = "base", **options) -> Rule:
     """Classifier-free guidance, `CFG_s(network)` (arXiv:2207.12598, here s = 1 is no guidance).
 
-    Raises:
-        ValueError: guidance_scale is not finite.
+    With another network than "base" it is that of a fine-tuned model.
     """
-    return _combine(guidance_scale, {network: 1.0})
+    return Rule(formula=lambda s: (cfg_of(network, s), NOTHING), guidance_scale=guidance_scale, **options)
 
 
-def pgd(w: float, guidance_scale: float, fine_tuned: str = "dpo") -> tuple[Row, ...]:
+def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, reference: str = "base", **options) -> Rule:
     """Preference-guided denoising, `(1 - w) CFG_s(base) + w CFG_s(fine_tuned)` (arXiv:2602.18799).
 
-    w = 0 is the base network, w = 1 the fine-tuned one, and w > 1 extrapolates.
-
-    Raises:
-        ValueError: w or guidance_scale is not finite.
+    w = 0 is the base network, w = 1 the fine-tuned one, and w > 1 extrapolates. With another reference, the base that
+    the module was trained on, the module's difference to that is added: `CFG_s(base) + w (CFG_s(fine_tuned) -
+    CFG_s(reference))`. It is also the one-sided rule of a positive module.
     """
-    return _combine(guidance_scale, {"base": 1 - w}, {fine_tuned: w}, w=w)
+    return Rule(
+        formula=lambda s: (cfg_of("base", s), cfg_of(fine_tuned, s) - cfg_of(reference, s)),
+        guidance_scale=guidance_scale,
+        w=w,
+        **options,
+    )
 
 
-def cpgd(w: float, guidance_scale: float, positive: str = "pos", negative: str = "neg") -> tuple[Row, ...]:
+def cpgd(w: Strength, guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
     """Contrastive preference guidance, `CFG_s(base) + w (CFG_s(positive) - CFG_s(negative))` (arXiv:2602.18799).
 
     With "base" for one of the two modules it is the one-sided rule of the other.
+    """
+    return Rule(
+        formula=lambda s: (cfg_of("base", s), cfg_of(positive, s) - cfg_of(negative, s)),
+        guidance_scale=guidance_scale,
+        w=w,
+        **options,
+    )
+
+
+def cpgd_conditional(
+    w: Strength, guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options
+) -> Rule:
+    """cPGD on the prompt only: `CFG_s(base) + w (eps_positive(x, text) - eps_negative(x, text))`, 4 predictions not 6.
+
+    In cPGD the contrast is multiplied by s as well: compare this at w with that at about w / s.
+    """
+    return Rule(
+        formula=lambda s: (cfg_of("base", s), eps(positive, "text") - eps(negative, "text")),
+        guidance_scale=guidance_scale,
+        w=w,
+        **options,
+    )
+
+
+def npo(guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
+    """NPO, `(1 - s) eps_negative(x, empty) + s eps_positive(x, text)` (arXiv:2505.11245)."""
+    return Rule(
+        formula=lambda s: ((1 - s) * eps(negative, "empty") + s * eps(positive, "text"), NOTHING),
+        guidance_scale=guidance_scale,
+        **options,
+    )
+
+
+def chats(
+    guidance_scale: Strength, positive: str = "pos", negative: str = "neg", *, proxy: float = 0.5, **options
+) -> Rule:
+    """CHATS, `s eps_positive(x, text) - (s - 1) eps_negative(x, proxy)` (arXiv:2502.12579).
+
+    The proxy prompt is `(1 + a) empty - a text` in embeddings, with a = `proxy`. The paper's scale is s - 1.
+    """
+    return Rule(
+        formula=lambda s: (s * eps(positive, "text") - (s - 1) * eps(negative, "proxy"), NOTHING),
+        guidance_scale=guidance_scale,
+        proxy=proxy,
+        **options,
+    )
+
+
+def autoguidance(w: Strength, good: str = "base", bad: str = "bad", **options) -> Rule:
+    """Autoguidance, `eps_bad(x, text) + w (eps_good(x, text) - eps_bad(x, text))` (arXiv:2406.02507).
+
+    w = 1 is the good network alone, and w > 1 extrapolates.
+    """
+    return Rule(formula=lambda s: (eps(bad, "text"), eps(good, "text") - eps(bad, "text")), w=w, **options)
+
+
+def merge_weights(rule: Rule) -> dict[str, float]:
+    """What guidance by w is in weights: `theta_base + sum of weight * theta_network` over these (arXiv:2602.18799).
+
+    For cPGD `{"pos": w, "neg": -w}`, for PGD `{"dpo": w, "base": -w}`; see `checkpoints.modules.merge_modules`.
 
     Raises:
-        ValueError: w or guidance_scale is not finite.
+        ValueError: w is not one number, or the rule has no contrast.
     """
-    return _combine(guidance_scale, {"base": 1.0}, {positive: w}, {negative: -w}, w=w)
+    if np.ndim(rule.w) or isinstance(rule.w, Schedule):
+        raise ValueError(f"w={rule.w!r}: only one number for all steps and images can be merged into weights")
+    _, contrast = rule.formula(np.float64(0.0))  # at s = 0 the whole of CFG_s(N) is one prediction of N
+    shares: dict[str, float] = {}
+    for (network, _), coefficient in contrast.coefficients.items():
+        shares[network] = shares.get(network, 0.0) + float(rule.w * coefficient)
+    if not shares:
+        raise ValueError("a rule without w has nothing to merge; expected PGD, cPGD or one of their kind")
+    return shares
 
 
-def layout(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
-    """What has to be predicted, `(network, prompt)` per row: static and hashable, the same for all strengths."""
-    return tuple((row.network, row.prompt) for row in rows)
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
-def coefficients(rows: Sequence[Row]) -> np.ndarray:
-    """Float32 `[R]`, in the order of the rows."""
-    return np.array([row.coefficient for row in rows], np.float32)
+class Plan(NamedTuple):
+    """What one step does.
 
-
-def _combine(guidance_scale: float, *terms: dict[str, float], **strengths: float) -> tuple[Row, ...]:
-    """The rows of `sum over terms and networks of weight * CFG_s(network)`.
-
-    A network that several terms name gets the sum of its weights and one pair of rows. Rows of coefficient zero stay:
-    the layout must not depend on strengths, or a sweep over them would compile anew.
+    Attributes:
+        rows: indices of the rows that it predicts.
+        contrast: "none", "new" (predicted here) or "reused" (from the last step that predicted it).
     """
-    for name, value in {**strengths, "guidance_scale": guidance_scale}.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-    weights: dict[str, float] = {}
-    for term in terms:
-        for network, weight in term.items():
-            weights[network] = weights.get(network, 0.0) + weight
-    rows = tuple(
-        Row(network, prompt, weight * share)
-        for network, weight in weights.items()
-        for prompt, share in (("empty", 1 - guidance_scale), ("text", guidance_scale))
+
+    rows: tuple[int, ...]
+    contrast: Literal["none", "new", "reused"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A rule for S steps of R rows and N images: what a sampler follows. Tables of one layout share what is compiled.
+
+    Attributes:
+        rows: network and prompt of each row.
+        plans: one for each step.
+        text_row: of the prediction that rescaling goes by.
+        steady: coefficients, float32 `[S, R, N]`.
+        contrast: coefficients, float32 `[S, R, N]`.
+        w: float32 `[S, N]`.
+        extrapolation: float32 `[S]`, 0 where the contrast is held.
+        rescale: float32 `[N]`, or None.
+        proxy: float32 scalar.
+    """
+
+    rows: tuple[tuple[str, Prompt], ...] = dataclasses.field(metadata={"static": True})
+    plans: tuple[Plan, ...] = dataclasses.field(metadata={"static": True})
+    text_row: int = dataclasses.field(metadata={"static": True})
+    steady: jax.Array
+    contrast: jax.Array
+    w: jax.Array
+    extrapolation: jax.Array
+    rescale: jax.Array | None
+    proxy: jax.Array
+
+    def images(self, chosen: np.ndarray) -> "Table":
+        """The table of some of its images."""
+        return dataclasses.replace(
+            self,
+            steady=self.steady[..., chosen],
+            contrast=self.contrast[..., chosen],
+            w=self.w[..., chosen],
+            rescale=None if self.rescale is None else self.rescale[chosen],
+        )
+
+    @property
+    def evaluations(self) -> int:
+        """Predictions made for one image."""
+        return sum(len(plan.rows) for plan in self.plans)
+
+
+def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
+    """The table of a rule.
+
+    Its layout depends on the rule and on intervals only, not on strengths: a row whose coefficient is zero because w is
+    stays, or a sweep over w would compile anew.
+
+    Args:
+        rule: to follow.
+        num_steps: S, the rows of a solver.
+        num_images: N; strengths that are given per image must be as many.
+
+    Raises:
+        ValueError: a strength has another number of values, or a coefficient is not finite.
+    """
+    steps, images = range(num_steps), (num_steps, num_images)
+    s, w = _schedule(rule.guidance_scale), _schedule(rule.w)
+    scale, strength = (
+        _broadcast(schedule.at(num_steps, off), images, name)
+        for name, schedule, off in (("guidance_scale", s, 1.0), ("w", w, 0.0))
     )
-    for row in rows:
-        if not math.isfinite(row.coefficient):
-            raise ValueError(f"coefficient of ({row.network}, {row.prompt}) must be finite, got {row.coefficient}")
-    return rows
+    steady, contrast = rule.formula(scale)
+    rows = tuple({**steady.coefficients, **contrast.coefficients})
+    networks = [network for network, _ in rows]
+    rows = tuple(sorted(rows, key=lambda row: networks.index(row[0])))  # rows of one network beside each other
+    # What a step needs, by a scale like any other where guidance is on: values must not decide.
+    steady_needs, contrast_needs = (
+        [np.broadcast_to(part.of(row), num_steps) != 0 for row in rows]
+        for part in rule.formula(np.where(s.active(num_steps), np.pi, 1.0))
+    )
+    contrasted = w.active(num_steps) & np.any(contrast_needs, axis=0) if rows else np.zeros(num_steps, bool)
+    order = np.cumsum(contrasted) - 1
+    new = contrasted & (order % rule.every == 0)
+    plans = tuple(
+        Plan(
+            tuple(r for r in range(len(rows)) if steady_needs[r][i] or (new[i] and contrast_needs[r][i])),
+            "new" if new[i] else "reused" if contrasted[i] else "none",
+        )
+        for i in steps
+    )
+    # On the line through the last two predictions of the contrast, once there are two.
+    extrapolation = (
+        np.where((order >= rule.every) & (rule.between == "extrapolate"), order % rule.every, 0) / rule.every
+    )
+    table = Table(
+        rows=rows,
+        plans=plans,
+        text_row=next((r for r, row in enumerate(rows) if row[1] == "text" and row in steady.coefficients), 0),
+        steady=_coefficients(steady, rows, images),
+        contrast=_coefficients(contrast, rows, images),
+        w=strength.astype(np.float32),
+        extrapolation=extrapolation.astype(np.float32),
+        rescale=None
+        if rule.rescale is None
+        else _broadcast(np.float32(rule.rescale), (num_images,), "rescale").astype(np.float32),
+        proxy=np.float32(rule.proxy),
+    )
+    for r, (network, prompt) in enumerate(rows):
+        with np.errstate(over="ignore"):
+            total = np.abs(table.steady[:, r]) + np.abs(table.w) * np.abs(table.contrast[:, r])
+        if not np.isfinite(total).all():
+            raise ValueError(f"coefficient of ({network}, {prompt}) must be finite, got {total.max()}")
+    return table
+
+
+def _schedule(strength: Strength) -> Schedule:
+    return strength if isinstance(strength, Schedule) else Schedule((strength,))
+
+
+def _broadcast(values: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if values.ndim and values.shape[-1] not in (1, shape[-1]):
+        raise ValueError(f"{name} has {values.shape[-1]} values for {shape[-1]} images; expected one, or one for each")
+    return np.broadcast_to(values, shape)
+
+
+def _coefficients(part: Combination, rows: Sequence, images: tuple[int, int]) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.stack([np.broadcast_to(part.of(row), images) for row in rows], axis=1).astype(np.float32)

@@ -1,27 +1,27 @@
-"""The sampler: one scan over the solver's steps, one batched prediction and one contraction in each.
+"""The sampler: a scan over the solver's steps, one batched prediction and one contraction in each.
 
 Random numbers belong to images: every draw of an image comes from its own key, so an image does not depend on the size,
 the order or the padding of its batch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_pref.diffusion.guidance import Plan, Table
 from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
 
-# (networks, latents [R B, H, W, C], timesteps [R B], conditioning of [R B, ...]) -> noise_pred [R B, H, W, C], where
-# networks is a static tuple of R names: of each group of B rows, in order.
+# (networks, latents [B, R, H, W, C], timesteps [B], conditioning of [B, R, ...]) -> noise_pred [B, R, H, W, C], where
+# networks is a static tuple of R names, one for each row of an image.
 Predict = Callable[[tuple[str, ...], jax.Array, jax.Array, Any], jax.Array]
 
 
 def sample(
     predict: Predict,
-    layout: tuple[tuple[str, str], ...],
-    coefficients: jax.Array,
+    table: Table,
     solver: Solver,
     keys: jax.Array,
     text: Any,
@@ -30,12 +30,11 @@ def sample(
 ) -> jax.Array:
     """Draws latents.
 
-    A pure function: jit it over what varies. Of the arguments, predict, layout and shape are static.
+    A pure function: jit it over what varies. Of the arguments, predict and shape are static.
 
     Args:
-        predict: the networks, see `Predict`. It is called with all rows in one batch, once per step.
-        layout: `(network, prompt)` for each of R rows, prompt being "text" or "empty"; see `guidance.layout`.
-        coefficients: `[R]`, or `[S, R]` to vary over the solver's rows; see `guidance.coefficients`.
+        predict: the networks, see `Predict`. It is called once per step, with the rows that the step needs.
+        table: the guidance rule for the solver's steps and for B images; see `guidance.tabulate`.
         solver: of S rows.
         keys: `[B]`, one per image; see `image_keys`.
         text: conditioning on the prompts. `[B, T, D]` hidden states, or any pytree of `[B, ...]` arrays that predict
@@ -47,15 +46,14 @@ def sample(
         latents, float32 `[B, H, W, C]`, scaled as the network knows them.
 
     Raises:
-        ValueError: coefficients or text do not fit, or the layout names another prompt.
+        ValueError: the table or text do not fit.
     """
-    return _walk(lambda *_: None, predict, layout, coefficients, solver, keys, text, empty, shape)[1]
+    return _walk(lambda *_: None, predict, table, solver, keys, text, empty, shape)[1]
 
 
 def sample_trajectory(
     predict: Predict,
-    layout: tuple[tuple[str, str], ...],
-    coefficients: jax.Array,
+    table: Table,
     solver: Solver,
     keys: jax.Array,
     text: Any,
@@ -82,15 +80,28 @@ def sample_trajectory(
     def observe(latents, noise_pred, row, next_latents):
         return next_latents, log_prob(next_latents, latents, noise_pred, row)
 
-    start, _, (visited, log_probs) = _walk(observe, predict, layout, coefficients, solver, keys, text, empty, shape)
+    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape)
     return jnp.concatenate([start[None], visited]), log_probs
+
+
+class State(NamedTuple):
+    """What one step passes to the next.
+
+    Attributes:
+        latents: `[B, H, W, C]`.
+        history: of the solver.
+        contrast: the last prediction of the rule's contrast, and the one before it; empty where none is used again.
+    """
+
+    latents: jax.Array
+    history: tuple[jax.Array, ...]
+    contrast: tuple[jax.Array, ...]
 
 
 def _walk(
     observe: Callable[[jax.Array, jax.Array, Solver, jax.Array], Any],
     predict: Predict,
-    layout: tuple[tuple[str, str], ...],
-    coefficients: jax.Array,
+    table: Table,
     solver: Solver,
     keys: jax.Array,
     text: Any,
@@ -101,77 +112,134 @@ def _walk(
 
     observe is called in each step as `observe(latents, noise_pred, row, next_latents)`.
     """
-    networks = tuple(network for network, _ in layout)
-    num_rows, num_images, num_steps = len(layout), len(keys), len(solver.timesteps)
-    conditioning = _gather(layout, text, empty, num_images)
-    coefficients = jnp.asarray(coefficients, jnp.float32)
-    if coefficients.shape not in ((num_rows,), (num_steps, num_rows)):
+    num_images, num_steps = len(keys), len(solver.timesteps)
+    if table.w.shape != (num_steps, num_images):
         raise ValueError(
-            f"sample: coefficients of {num_rows} rows and {num_steps} steps must be [{num_rows}] or "
-            f"[{num_steps}, {num_rows}], got {list(coefficients.shape)}"
+            f"sample: a table of {table.w.shape[0]} steps and {table.w.shape[1]} images, but the solver has "
+            f"{num_steps} steps and there are {num_images} keys"
         )
-    coefficients = jnp.broadcast_to(coefficients, (num_steps, num_rows))
+    prompts = _prompts(table, text, empty, num_images)
+    conditioning = {
+        plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(prompts[table.rows[r][1]] for r in plan.rows))
+        for plan in set(table.plans)
+    }
+    reuses = any(plan.contrast == "reused" for plan in table.plans)
 
-    def denoise(carry, table):
-        latents, history = carry
-        i, row, coefs = table
-        model_input = jnp.tile(row.input_scale * latents, (num_rows, 1, 1, 1))
-        timesteps = jnp.full(num_rows * num_images, row.timesteps)
-        predictions = predict(networks, model_input, timesteps, conditioning)
-        predictions = predictions.astype(jnp.float32).reshape(num_rows, num_images, *shape)
-        # Guidance takes differences of near equals: accelerators must not round the factors, as they would by default.
-        noise_pred = jnp.einsum("r,rbhwc->bhwc", coefs, predictions, precision=jax.lax.Precision.HIGHEST)
-        noise = _normal(keys, i, shape) if solver.stochastic else None
-        next_latents, history = step(latents, noise_pred, row, noise, history)
-        return (next_latents, history), observe(latents, noise_pred, row, next_latents)
+    def denoise(plan: Plan, state: State, inputs) -> tuple[State, Any]:
+        i, row, (steady, contrast, w, extrapolation) = inputs
+        chosen = list(plan.rows)
+        networks = tuple(table.rows[r][0] for r in chosen)
+        model_input = jnp.stack([row.input_scale * state.latents] * len(chosen), axis=1)
+        timesteps = jnp.full(num_images, row.timesteps)
+        predictions = predict(networks, model_input, timesteps, conditioning[plan.rows]).astype(jnp.float32)
 
-    start = solver.init_noise_sigma * _normal(keys, 0, shape)
-    carry = (start, no_history(solver, start))
-    (latents, _), observed = jax.lax.scan(denoise, carry, (jnp.arange(1, num_steps + 1), solver, coefficients))
-    return start, latents, observed
+        def contract(coefficients):
+            # A sum of products, no matrix product: accelerators would round the factors of that, and guidance takes
+            # differences of near equals.
+            return (coefficients[jnp.array(chosen)].T[:, :, None, None, None] * predictions).sum(axis=1)
+
+        held = state.contrast
+        if not reuses:
+            noise_pred = contract(steady + w * contrast if plan.contrast == "new" else steady)
+        else:
+            noise_pred = contract(steady)
+            if plan.contrast == "new":
+                held = (contract(contrast), held[0])
+            if plan.contrast != "none":
+                last, before = held
+                noise_pred += w[:, None, None, None] * (last + extrapolation * (last - before))
+        if table.rescale is not None:
+            noise_pred = _rescale(noise_pred, predictions[:, chosen.index(table.text_row)], table.rescale)
+        noise = draw_normal(keys, i, shape) if solver.stochastic else None
+        latents, history = step(state.latents, noise_pred, row, noise, state.history)
+        return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
+
+    start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
+    state = State(start, no_history(solver, start), (jnp.zeros_like(start),) * (2 if reuses else 0))
+    strengths = (table.steady, table.contrast, table.w, table.extrapolation)
+    state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)
+    return start, state.latents, observed
 
 
-def image_key(seed: int, prompt_id: int) -> jax.Array:
-    """The key of one image.
+def _scan(body: Callable, state: Any, inputs: Any, plans: Sequence[Plan]) -> tuple[Any, Any]:
+    """`lax.scan` of `body(plan, state, inputs)` where each step has a plan, static: a scan for each run of plans."""
+
+    def run(state, part, cycle, repeats):
+        if len(cycle) == 1:
+            return jax.lax.scan(lambda state, row: body(cycle[0], state, row), state, part)
+        part = jax.tree.map(lambda x: x.reshape(repeats, len(cycle), *x.shape[1:]), part)
+        state, outputs = jax.lax.scan(lambda state, rows: _scan(body, state, rows, cycle), state, part)
+        return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+    stop, outputs = 0, []
+    for cycle, repeats in segments(plans):
+        start, stop = stop, stop + len(cycle) * repeats
+        part = jax.tree.map(lambda x, run=slice(start, stop): x[run], inputs)
+        state, output = run(state, part, cycle, repeats)
+        outputs.append(output)
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def segments(plans: Sequence[Any]) -> list[tuple[tuple[Any, ...], int]]:
+    """`(cycle, repeats)` that make up plans: AAAABCCBCC is A four times, then BCC twice."""
+    found, start = [], 0
+    while start < len(plans):
+        rest = plans[start:]
+        best = (rest[:1], 1)
+        for length in range(1, len(rest) // 2 + 1):
+            repeats = 1
+            while rest[repeats * length : (repeats + 1) * length] == rest[:length]:
+                repeats += 1
+            if repeats > 1 and length * repeats > len(best[0]) * best[1]:
+                best = (rest[:length], repeats)
+        found.append((tuple(best[0]), best[1]))
+        start += len(best[0]) * best[1]
+    return found
+
+
+def _rescale(noise_pred: jax.Array, text_pred: jax.Array, share: jax.Array) -> jax.Array:
+    """Guidance rescale (arXiv:2305.08891, equations 15 and 16); share `[B]`."""
+    deviation, wanted = (x.std(axis=(1, 2, 3)) for x in (noise_pred, text_pred))
+    return noise_pred * (share * (wanted / deviation) + 1 - share)[:, None, None, None]
+
+
+def image_keys(seeds: int | Sequence[int], prompt_ids: Sequence[int]) -> jax.Array:
+    """The keys `[B]` of images, a function of each image's seed and prompt id only.
+
+    Args:
+        seeds: one for all images, or one for each.
+        prompt_ids: one for each.
 
     Raises:
-        ValueError: seed or prompt_id outside 0 .. 2^32 - 1.
+        ValueError: a seed or a prompt id outside 0 .. 2^32 - 1.
     """
-    return image_keys(seed, [prompt_id])[0]
-
-
-def image_keys(seed: int, prompt_ids: Sequence[int]) -> jax.Array:
-    """The keys `[B]` of images, a function of the seed and of each image's prompt id only.
-
-    Raises:
-        ValueError: seed or a prompt id outside 0 .. 2^32 - 1.
-    """
-    prompt_ids = np.asarray(prompt_ids)
-    for name, values in (("seed", np.asarray(seed)), ("prompt_id", prompt_ids)):
+    seeds, prompt_ids = np.broadcast_arrays(seeds, prompt_ids)
+    for name, values in (("seed", seeds), ("prompt_id", prompt_ids)):
         # JAX would wrap larger numbers around, and two images would share their noise.
         outside = values[(values < 0) | (values >= 2**32)]
         if outside.size:
             raise ValueError(f"{name} must lie in 0 .. 2^32 - 1, got {outside[0]}")
-    # Threefry whatever the default is: other generators draw differently under vmap, that is, by batch.
-    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids.astype(np.uint32))
+
+    def key(seed, prompt_id):
+        # Threefry whatever the default is: other generators draw differently under vmap, that is, by batch.
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), prompt_id)
+
+    return jax.vmap(key)(seeds.astype(np.uint32), prompt_ids.astype(np.uint32))
 
 
-def _normal(keys: jax.Array, i: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+def draw_normal(keys: jax.Array, i: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal `[B, *shape]`: draw number i of each image, 0 at the start and then one per step."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(keys)
 
 
-def _gather(layout: tuple[tuple[str, str], ...], text: Any, empty: Any, num_images: int) -> Any:
-    """The conditioning of all rows: for every `[B, ...]` array of `text`, one of `[R B, ...]`."""
-    for network, prompt in layout:
-        if prompt not in ("text", "empty"):
-            raise ValueError(f'sample: prompt of network {network!r} must be "text" or "empty", got {prompt!r}')
-
-    def gather(text: jax.Array, empty: jax.Array) -> jax.Array:
-        if text.shape[0] != num_images:
-            raise ValueError(f"sample: {num_images} keys, but text has shape {list(text.shape)}")
-        prompts = {"text": text, "empty": jnp.broadcast_to(empty, text.shape)}
-        return jnp.concatenate([prompts[prompt] for _, prompt in layout])
-
-    return jax.tree.map(gather, text, empty)
+def _prompts(table: Table, text: Any, empty: Any, num_images: int) -> dict[str, Any]:
+    """The conditioning that each kind of prompt stands for, `[B, ...]` each."""
+    for shape in (x.shape for x in jax.tree.leaves(text)):
+        if shape[0] != num_images:
+            raise ValueError(f"sample: {num_images} keys, but text has shape {list(shape)}")
+    empty = jax.tree.map(lambda text, empty: jnp.broadcast_to(empty, text.shape), text, empty)
+    prompts = {"text": text, "empty": empty}
+    if any(prompt == "proxy" for _, prompt in table.rows):
+        a = table.proxy
+        prompts["proxy"] = jax.tree.map(lambda text, empty: (1 + a) * empty - a * text, text, empty)
+    return prompts

@@ -3,31 +3,38 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.diffusion.conditioning import chunks, encode_empty, encode_prompts, size_ids
-from flax_pref.diffusion.guidance import Row, coefficients, layout
-from flax_pref.diffusion.latents import decode_latents
+from flax_pref.checkpoints.weights import Network
+from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty, size_ids, warn_of_cuts
+from flax_pref.diffusion.guidance import Rule, Table, tabulate
+from flax_pref.diffusion.latents import decode_batch
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver
-from flax_pref.models.lora import bank_predict
+from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """Draws images for prompts, with one compilation for every layout of rows, whatever their coefficients.
+    """Draws images for prompts, with one compilation for every layout of rows, whatever the strengths.
 
     Attributes:
-        pipeline: the checkpoint; its UNet may carry a bank of LoRA modules.
+        pipeline: the checkpoint; its UNet is the network "base" of rules and may carry adapters.
         solver: of the sampling steps.
         size: height and width of the images in pixels.
-        batch_size: images per call of the sampler.
+        batch_size: images per call of the sampler; a multiple of the devices that share a batch.
+        modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules
+            guide another base than the one they were trained on.
+        mesh: devices to draw on, each its part of every batch; None for one device. Where the mesh has an axis
+            "network", base and modules lie side by side on it, else each device has all of them.
         original_size: for SDXL, height and width that the image pretends to have had before it was resized; None: as
             `size`.
         crop_top_left: for SDXL, where the image pretends to have been cropped.
@@ -39,6 +46,8 @@ class TextToImage:
     solver: Solver
     size: tuple[int, int]
     batch_size: int
+    modules: Mapping[str, Network] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
     watch_steps: bool = False
@@ -47,14 +56,18 @@ class TextToImage:
         factor = self.pipeline.vae.config.downscale_factor
         if any(side < 1 or side % factor for side in self.size):
             raise ValueError(f"size={self.size}: height and width must be multiples of {factor}")
+        if self.batch_size < 1 or self.batch_size % self.shards:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of {self.shards}, the devices that share it"
+            )
 
     def __call__(
         self,
         prompts: Sequence[str],
         prompt_ids: Sequence[int],
-        rows: tuple[Row, ...],
+        rule: Rule,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         negative_prompts: Sequence[str] | None = None,
         label: str = "sampling",
     ) -> np.ndarray:
@@ -62,9 +75,9 @@ class TextToImage:
 
         Args:
             prompts: N texts.
-            prompt_ids: N numbers; the noise of an image is a function of its id and the seed alone.
-            rows: the guidance rule, see `diffusion.guidance`.
-            seed: of all noise.
+            prompt_ids: N numbers; the noise of an image is a function of its id and its seed alone.
+            rule: of guidance, see `diffusion.guidance`; strengths that differ per image are `[N]`.
+            seed: of all images, or N of them.
             negative_prompts: N texts that the "empty" rows of the rule see; None: what the checkpoint means by no
                 prompt.
             label: of the progress bar.
@@ -73,44 +86,111 @@ class TextToImage:
             float32 `[N, H, W, 3]` in [0, 1].
 
         Raises:
-            ValueError: the lists are not equally long, or the rule names a network that the UNet has not.
+            ValueError: the lists are not equally long, or the rule names a network that there is not.
         """
-        for name, given in (("prompt_ids", prompt_ids), ("negative_prompts", negative_prompts)):
+        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
+        for name, given in (lists if isinstance(seed, int) else lists | {"seeds": seed}).items():
             if given is not None and len(given) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
-        unet, vae = self.pipeline.unet, self.pipeline.vae
-        shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
-        text, empty = self.conditioning(prompts, negative_prompts)
-        prompt_ids = np.asarray(prompt_ids)
+        warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
+        prompts, ids, seeds = np.array(prompts, object), np.asarray(prompt_ids), np.broadcast_to(seed, len(prompts))
+        negative = None if negative_prompts is None else np.array(negative_prompts, object)
+        table = tabulate(rule, len(self.solver.timesteps), len(prompts))
         images = []
         batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
-        with tqdm(total=total, desc=label, unit=unit) as progress, _watched(progress, self.watch_steps) as bar:
+        with tqdm(total=total, desc=label, unit=unit) as progress, watched(progress, self.watch_steps) as bar:
             for chosen, n in batches:
-                keys = image_keys(seed, prompt_ids[chosen])
-                guidance = (layout(rows), coefficients(rows))
-                prompt, no_prompt = ({name: array[chosen] for name, array in part.items()} for part in (text, empty))
-                given = (*guidance, self.solver, keys, prompt, no_prompt, shape)
-                latents = _sample(unet.graphdef, unet.params, *given, bar)
-                images.append(decode_latents(vae, latents)[:n])
+                avoided = None if negative is None else negative[chosen]
+                keys = image_keys(seeds[chosen], ids[chosen])
+                batch = self.draw(prompts[chosen], keys, table.images(chosen), negative_prompts=avoided, bar=bar)
+                images.append(np.asarray(batch)[:n])
                 if not self.watch_steps:
                     progress.update(n)
         return np.concatenate(images)
 
+    def draw(
+        self,
+        prompts: Sequence[str],
+        keys: jax.Array,
+        table: Table,
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        bar: np.ndarray | None = None,
+    ) -> jax.Array:
+        """Draws one batch and does not wait for it: work for the next can be prepared while devices compute.
+
+        Args:
+            prompts: B texts, as many as `batch_size`.
+            keys: `[B]`, see `sampler.image_keys`.
+            table: the rule for B images, see `guidance.tabulate`.
+            negative_prompts: B texts, or None.
+            bar: number of a progress bar that counts steps.
+
+        Returns:
+            float32 `[B, H, W, 3]` in [0, 1], on the devices.
+        """
+        vae = self.placed.vae
+        shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
+        text, empty = self.conditioning(prompts, negative_prompts)
+        keys = jax.device_put(keys, self.sharding)
+        latents = _sample(self.bank, table, self.solver, keys, text, empty, shape, bar)
+        return decode_batch(vae, latents, shards=self.shards)
+
     def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
-        """What the rows "text" and "empty" see, `[N, ...]` each; see `diffusion.conditioning`."""
-        text = encode_prompts(self.pipeline, prompts)
+        """What the rows "text" and "empty" see, `[B, ...]` each; see `diffusion.conditioning`."""
+        text = encode_batch(self.placed, prompts, sharding=self.sharding)
         if negative_prompts is None:
-            empty = {
-                name: np.broadcast_to(array, (len(prompts), *array.shape))
-                for name, array in encode_empty(self.pipeline).items()
-            }
+            empty = dict(self.empty)
         else:
-            empty = encode_prompts(self.pipeline, negative_prompts)
+            empty = encode_batch(self.placed, negative_prompts, sharding=self.sharding)
         if self.pipeline.unet.config.addition_embed_type == "text_time":
             sizes = size_ids(self.original_size or self.size, self.crop_top_left, self.size)
-            text["time_ids"] = empty["time_ids"] = np.tile(sizes, (len(prompts), 1))
+            text["time_ids"] = jax.device_put(np.tile(sizes, (len(prompts), 1)), self.sharding)
+            empty["time_ids"] = sizes
         return text, empty
+
+    @property
+    def shards(self) -> int:
+        """Number of devices that share a batch."""
+        return 1 if self.mesh is None else self.mesh.size // self.mesh.shape.get(AXIS, 1)
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """Of arrays of a batch."""
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(tuple(name for name in self.mesh.axis_names if name != AXIS)))
+
+    # What follows is made once: parameters on the devices, and the empty prompt.
+
+    @cached_property
+    def placed(self) -> Pipeline:
+        """The checkpoint's text encoders and autoencoder where they compute."""
+        return dataclasses.replace(
+            self.pipeline,
+            vae=self._replicated(self.pipeline.vae),
+            text_encoders=tuple(map(self._replicated, self.pipeline.text_encoders)),
+        )
+
+    @cached_property
+    def bank(self) -> Bank | Stack:
+        """The UNets where they compute."""
+        networks = {"base": self.pipeline.unet, **self.modules}
+        if self.mesh is not None and AXIS in self.mesh.shape:
+            return stack({name: (network.graphdef, network.params) for name, network in networks.items()}, self.mesh)
+        placed = {name: self._replicated(network) for name, network in networks.items()}
+        return Bank(tuple(Member(name, network.graphdef, network.params) for name, network in placed.items()))
+
+    @cached_property
+    def empty(self) -> dict[str, np.ndarray]:
+        """Conditioning of the empty prompt."""
+        return encode_empty(self.pipeline)
+
+    def _replicated(self, network: Network) -> Network:
+        if self.mesh is None:
+            return network
+        return network._replace(params=jax.device_put(network.params, NamedSharding(self.mesh, PartitionSpec())))
 
 
 _bars: dict[int, tqdm] = {}
@@ -118,7 +198,7 @@ _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def _watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
+def watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
     """The number under which a running program finds its progress bar: compiled programs outlive bars."""
     if not watch:
         yield None
@@ -133,12 +213,18 @@ def _watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
 
 
 # At module level, so that what is compiled outlives a TextToImage: a checkpoint with other weights compiles nothing.
-@partial(jax.jit, static_argnums=(0, 2, 8))
-def _sample(graphdef, params, layout, coefficients, solver, keys, text, empty, shape, bar):
-    predict = bank_predict(graphdef, params)
 
+
+@partial(jax.jit, static_argnums=6)
+def _sample(bank, table, solver, keys, text, empty, shape, bar):
     def watched(*arguments):
         jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
-        return predict(*arguments)
+        return bank(*arguments)
 
-    return sample(predict if bar is None else watched, layout, coefficients, solver, keys, text, empty, shape)
+    return sample(bank if bar is None else watched, table, solver, keys, text, empty, shape)
+
+
+@jax.jit
+def to_bytes(images: jax.Array) -> jax.Array:
+    """Images as they are stored, uint8, of images in [0, 1]; on the device, which has a quarter to send then."""
+    return jnp.round(255 * images).astype(jnp.uint8)

@@ -142,7 +142,7 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
         return jnp.swapaxes(per_example(q, k, v), 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:  # no mesh, or each device is on its own already
         return local(q, k, v)
     batch = _dividing(mesh, ("data", "fsdp"), q.shape[0])
     heads = _dividing(mesh, ("tensor",), q.shape[2])

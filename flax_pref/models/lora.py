@@ -1,13 +1,13 @@
 """Low-rank adapters (arXiv:2106.09685) as a bank: M named modules that share one backbone.
 
 An adapted layer computes `x W + (alpha / r) x A_m B_m`, where `m` is the module that the row of the batch belongs to.
-The rows of one call are contiguous groups, each for the base network or one module, so that base, positive and negative
-predictions take *one* pass through the backbone: `x W` is one product over the whole batch, and only the rows of
-modules pay for the adapters.
+A batch holds the same rows for each image, one image after another, so that base, positive and negative predictions
+take *one* pass through the backbone: `x W` is one product over the whole batch, only the rows of modules pay for the
+adapters, and where a mesh splits the batch, all rows of an image stay on one device.
 
     add_lora(unet, ("pos", "neg"), rank=8, alpha=8, rngs=rngs)
-    set_rows(unet, (("base", 4), ("pos", 2), ("neg", 2)))
-    noise_pred = unet(latents, timesteps, encoder_hidden_states)  # a batch of 8
+    set_rows(unet, ("base", "base", "pos", "neg"))
+    noise_pred = unet(latents, timesteps, encoder_hidden_states)  # a batch of 8: two images of four rows
 """
 
 import itertools
@@ -25,7 +25,7 @@ BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
 LEAVES = ("lora_a", "lora_b")
 
-Rows = tuple[tuple[str, int], ...]
+Rows = tuple[str, ...]  # the network of each row of an image
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ Rows = tuple[tuple[str, int], ...]
 
 
 class Run(NamedTuple):
-    """Neighbouring groups of adapted rows of one size: rows `start ... start + len(indices) * count`."""
+    """Neighbouring adapted rows in groups of one size: rows `start ... start + len(indices) * count` of an image."""
 
     start: int
     count: int
@@ -41,10 +41,10 @@ class Run(NamedTuple):
 
 
 def adapted_runs(rows: Rows, modules: Sequence[str]) -> list[Run]:
-    """The adapted rows of a batch in as few runs as possible; one run is one batched product."""
+    """The adapted rows in as few runs as possible; one run is one batched product."""
     runs, start = [], 0
-    for network, groups in itertools.groupby(rows, key=lambda row: row[0]):
-        count = sum(count for _, count in groups)
+    for network, group in itertools.groupby(rows):
+        count = len(list(group))
         if network != BASE:
             index = modules.index(network)
             previous = runs[-1] if runs else None
@@ -78,16 +78,18 @@ class LoRALayer(nnx.Module):
         self.rows = None
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """Applies one A to each group of rows: `[m, n, ..., in] -> [m, n, ..., r]`."""
+        """Applies one A to each group of rows: `[n, m, c, ..., in] -> [n, m, c, ..., r]`."""
         raise NotImplementedError
 
     def adapt(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Adds the modules' deltas to the base output `y [B, ..., out]` of `x [B, ..., in]`."""
         if self.rows is None:
             raise ValueError(f"LoRA: no rows are set for modules {self.modules}; call set_rows(module, rows) first")
-        if (expected := sum(count for _, count in self.rows)) != x.shape[0]:
-            raise ValueError(f"LoRA: rows {self.rows} describe a batch of {expected}, but the batch is {x.shape[0]}")
-        x = x.astype(self.dtype)
+        if x.shape[0] % len(self.rows):
+            raise ValueError(f"LoRA: a batch of {x.shape[0]} is no multiple of the {len(self.rows)} rows {self.rows}")
+        shape, images = y.shape, x.shape[0] // len(self.rows)
+        x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
+        y = y.reshape(images, len(self.rows), *shape[1:])
         for start, count, indices in adapted_runs(self.rows, self.modules):
             stop = start + count * len(indices)
             # Slices of static bounds, no gather: XLA joins them again where they are neighbours.
@@ -95,20 +97,20 @@ class LoRALayer(nnx.Module):
                 jnp.concatenate([bank[...][i : i + 1] for i in indices]).astype(self.dtype)
                 for bank in (self.lora_a, self.lora_b)
             )
-            low_rank = self.down(x[start:stop].reshape(len(indices), count, *x.shape[1:]), a)
-            delta = self.scale * jnp.einsum("mn...r,mro->mn...o", low_rank, b)
+            low_rank = self.down(x[:, start:stop].reshape(images, len(indices), count, *x.shape[2:]), a)
+            delta = self.scale * jnp.einsum("nmc...r,mro->nmc...o", low_rank, b)
             # Padding fuses with the addition, and its gradient is a slice; an update in place would be a scatter.
-            padding = ((start, x.shape[0] - stop), *((0, 0),) * (y.ndim - 1))
-            y = y + jnp.pad(delta.reshape(stop - start, *y.shape[1:]), padding)
-        return y
+            padding = ((0, 0), (start, len(self.rows) - stop), *((0, 0),) * (y.ndim - 2))
+            y = y + jnp.pad(delta.reshape(images, stop - start, *y.shape[2:]), padding)
+        return y.reshape(shape)
 
 
 class LoRALinear(LoRALayer, Linear):
     """`Linear` with a bank of adapters: `lora_a [M, in, r]`, `lora_b [M, r, out]`."""
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """`[m, n, ..., in], [m, in, r] -> [m, n, ..., r]`."""
-        return jnp.einsum("mn...i,mir->mn...r", x, a)
+        """`[n, m, c, ..., in], [m, in, r] -> [n, m, c, ..., r]`."""
+        return jnp.einsum("nmc...i,mir->nmc...r", x, a)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., in] -> [B, ..., out]`."""
@@ -127,19 +129,19 @@ class LoRAConv(LoRALayer, Conv):
         self.padding = layer.padding
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """`[m, n, H, W, in], [m, kh, kw, in, r] -> [m, n, H', W', r]`."""
-        return jnp.stack(
-            [
-                jax.lax.conv_general_dilated(
-                    x[i],
-                    a[i],
-                    window_strides=(self.stride, self.stride),
-                    padding=(self.padding, self.padding),
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                )
-                for i in range(x.shape[0])
-            ]
-        )
+        """`[n, m, c, H, W, in], [m, kh, kw, in, r] -> [n, m, c, H', W', r]`."""
+        n, _, c, *image = x.shape
+        convolved = [
+            jax.lax.conv_general_dilated(
+                x[:, i].reshape(n * c, *image),
+                a[i],
+                window_strides=(self.stride, self.stride),
+                padding=(self.padding, self.padding),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            for i in range(len(a))
+        ]
+        return jnp.stack([y.reshape(n, c, *y.shape[1:]) for y in convolved], axis=1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, H', W', out]`."""
@@ -214,29 +216,25 @@ def _replace(module: nnx.Module, path: tuple, layer: nnx.Module) -> None:
 
 
 def set_rows(module: nnx.Module, rows: Rows) -> None:
-    """Says which network each row of the batch belongs to, in all adapted layers of `module`, in place.
+    """Says which network each row of an image belongs to, in all adapted layers of `module`, in place.
 
-    To be called on a freshly merged module while jax traces; until then adapted layers refuse to run. The sum of the
-    counts is compared with the batch when a layer runs.
+    To be called on a freshly merged module while jax traces; until then adapted layers refuse to run.
 
     Args:
         module: a network after `add_lora`.
-        rows: (network, count) of contiguous groups in the order of the batch, e.g. `(("base", 8), ("pos", 8))`; a
-            network may come up several times.
+        rows: the network of each row of an image, e.g. `("base", "base", "pos", "pos")`; rows of one network beside
+            each other take one product.
 
     Raises:
-        ValueError: a network is neither "base" nor a module of the bank, or a count is not positive.
+        ValueError: a network is neither "base" nor a module of the bank.
     """
-    rows = tuple((network, count) for network, count in rows)
     layers = [layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LoRALayer)]
     known = (BASE, *dict.fromkeys(name for layer in layers for name in layer.modules))
-    for network, count in rows:
+    for network in rows:
         if network not in known:
             raise ValueError(f"set_rows: no network {network!r} in rows {rows}; this one has {', '.join(known)}")
-        if count < 1:
-            raise ValueError(f"set_rows: {count} rows of {network!r} in rows {rows}; counts are at least 1")
     for layer in layers:
-        layer.rows = rows
+        layer.rows = tuple(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,18 +312,54 @@ def merge_lora(params: dict, modules: Sequence[str], weights: Mapping[str, float
     return unflatten_dict(base)
 
 
-def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
-    """The bank as one function, `predict(networks, latents, timesteps, text) -> noise_pred`.
+def combine_lora(
+    lora: dict, modules: Sequence[str], weights: Mapping[str, float], *, alpha: float
+) -> tuple[dict, float]:
+    """One module that does what several do together: the delta `sum_k weight_k (alpha / r) A_k B_k`, exactly.
 
-    `networks` names the network of each of R equal groups of rows, `("base", "base", "pos", "pos")`; latents
-    `[R B, H, W, C]`, timesteps `[R B]`, text the other arguments of the UNet by name, `[R B, ...]` each: see
-    `diffusion.conditioning`. To be called while jax traces. It is what samplers and objectives take; a UNet without
-    adapters is a bank of "base" alone.
+    Its matrices are those of the modules side by side, so its rank is the sum of theirs: PGD-merge and cPGD-merge
+    (arXiv:2602.18799) as a file that any program can load, see `checkpoints.lora.save_lora`.
+
+    Args:
+        lora: nested parameters of M modules; see `split_lora`.
+        modules: their names.
+        weights: of the modules; those not named are left out.
+        alpha: as given to `add_lora`.
+
+    Returns:
+        nested parameters of M = 1 module, and its alpha.
+
+    Raises:
+        ValueError: a weight is for an unknown module, or there is none.
+    """
+    if not weights or weights.keys() - set(modules):
+        raise ValueError(f"combine_lora: weights for {sorted(weights)}; expected some of {', '.join(modules)}")
+    indices = [modules.index(name) for name in weights]
+    factors = jnp.array(list(weights.values()), jnp.float32)[:, None, None]
+    combined = {}
+    for path, leaf in flatten_dict(lora).items():
+        chosen = leaf[jnp.array(indices)]
+        if path[-1] == "lora_b":  # [M, r, out]: ranks one below another
+            combined[path] = (factors * chosen).reshape(1, -1, leaf.shape[-1])
+        else:  # [M, ..., in, r]: ranks side by side
+            combined[path] = jnp.moveaxis(chosen, 0, -2).reshape(1, *leaf.shape[1:-1], -1)
+    return unflatten_dict(combined), alpha * len(indices)
+
+
+def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
+    """A network with its adapters as one function, `predict(networks, latents, timesteps, text) -> noise_pred`.
+
+    `networks` names the network of each of R rows, `("base", "base", "pos", "pos")`; latents are `[B, R, H, W, C]`,
+    timesteps `[B]` (an image's rows share it), and text the other arguments of the UNet by name, `[B, R, ...]` each:
+    see `diffusion.conditioning`. To be called while jax traces. It is what samplers and objectives take; a UNet without
+    adapters is a bank of "base" alone. For networks with weights of their own see `models.bank`.
     """
 
     def predict(networks, latents, timesteps, text):
         module = nnx.merge(graphdef, params)
-        set_rows(module, tuple((network, latents.shape[0] // len(networks)) for network in networks))
-        return module(latents, timesteps, **text)
+        set_rows(module, networks)
+        timesteps = jnp.repeat(timesteps, len(networks))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, text))
+        return module(flat[0], timesteps, **flat[1]).reshape(latents.shape)
 
     return predict

@@ -1,6 +1,7 @@
 """Denoising: how diffusion models are trained (arXiv:2006.11239, equation 14), and positive and negative modules."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ def draw_noise(schedule: NoiseSchedule, latents: jax.Array, key: jax.Array) -> t
 
 
 def denoising_error(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
-    """`L = mean over H, W, C of (eps_theta - eps)^2`, float32 `[B]`."""
-    return jnp.square(noise_pred.astype(jnp.float32) - noise).mean(axis=(1, 2, 3))
+    """`L = mean over H, W, C of (eps_theta - eps)^2`, float32 `[...]` of `[..., H, W, C]`."""
+    return jnp.square(noise_pred.astype(jnp.float32) - noise).mean(axis=(-3, -2, -1))
 
 
 def velocity_weights(schedule: NoiseSchedule, largest: float) -> np.ndarray:
@@ -44,7 +45,7 @@ def denoising(
     """The mean of `L` over a batch of images.
 
     Args:
-      predict: `(networks, latents [B, H, W, C], timesteps [B], text) -> noise_pred [B, H, W, C]`.
+      predict: `(networks, latents [B, 1, H, W, C], timesteps [B], text) -> noise_pred [B, 1, H, W, C]`.
       batch: `latents [B, H, W, C]`, scaled, and `text`, a pytree of `[B, ...]` arrays that `predict` takes.
       key: draws timesteps and noise.
       schedule: of the noise.
@@ -55,7 +56,8 @@ def denoising(
       loss, and the metrics `loss`.
     """
     timesteps, noise = draw_noise(schedule, batch["latents"], key)
-    noise_pred = predict((network,), schedule.add_noise(batch["latents"], noise, timesteps), timesteps, batch["text"])
+    noisy, text = rows([schedule.add_noise(batch["latents"], noise, timesteps)], batch["text"])
+    noise_pred = predict((network,), noisy, timesteps, text)[:, 0]
     weights = jnp.asarray(velocity_weights(schedule, largest_weight))[timesteps]
     loss = (weights * denoising_error(noise_pred, noise)).mean()
     return loss, {"loss": loss}
@@ -76,8 +78,8 @@ def positive_negative(
     would get alone; both images of a pair share timestep and noise.
 
     Args:
-      predict: `(networks, latents [2 B, H, W, C], timesteps [2 B], text) -> noise_pred [2 B, H, W, C]`, where
-        networks names the network of each group of B rows.
+      predict: `(networks, latents [B, 2, H, W, C], timesteps [B], text) -> noise_pred [B, 2, H, W, C]`, where
+        networks names the network of each of the two rows.
       batch: `winner` and `loser`, scaled latents `[B, H, W, C]`, and `text`, a pytree of `[B, ...]` arrays.
       key: draws timesteps and noise.
       schedule: of the noise.
@@ -88,14 +90,15 @@ def positive_negative(
       loss, and the metrics `loss`, `winner` and `loser`, the error of each module.
     """
     timesteps, noise = draw_noise(schedule, batch["winner"], key)
-    latents, timesteps, noise, text = pair_rows(batch, timesteps, noise)
-    noise_pred = predict((positive, negative), schedule.add_noise(latents, noise, timesteps), timesteps, text)
-    winner, loser = jnp.split(denoising_error(noise_pred, noise), 2)
+    noisy, text = rows(
+        [schedule.add_noise(batch[image], noise, timesteps) for image in ("winner", "loser")], batch["text"]
+    )
+    noise_pred = predict((positive, negative), noisy, timesteps, text)
+    winner, loser = jnp.moveaxis(denoising_error(noise_pred, noise[:, None]), 1, 0)
     loss = winner.mean() + loser.mean()
     return loss, {"loss": loss, "winner": winner.mean(), "loser": loser.mean()}
 
 
-def pair_rows(batch: Mapping[str, jax.Array], timesteps: jax.Array, noise: jax.Array):
-    """Winners, then losers, as one batch: latents, timesteps, noise and text of `2 B` rows."""
-    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (timesteps, noise, batch["text"]))
-    return jnp.concatenate([batch["winner"], batch["loser"]]), *twice
+def rows(latents: Sequence[jax.Array], text: Any) -> tuple[jax.Array, Any]:
+    """Latents of R rows for each image, `[B, R, H, W, C]` of R times `[B, H, W, C]`, and the same text for each."""
+    return jnp.stack(latents, axis=1), jax.tree.map(lambda x: jnp.stack([x] * len(latents), axis=1), text)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.objectives.denoising import denoising_error, draw_noise, pair_rows
+from flax_pref.objectives.denoising import denoising_error, draw_noise, rows
 
 
 def diffusion_dpo(
@@ -24,8 +24,8 @@ def diffusion_dpo(
     L is the denoising error; winner and loser share timestep and noise, policy and reference too.
 
     Args:
-      predict: `(networks, latents [2 B, H, W, C], timesteps [2 B], text) -> noise_pred [2 B, H, W, C]`, where
-        networks names the network of each group of B rows.
+      predict: `(networks, latents [B, 2, H, W, C], timesteps [B], text) -> noise_pred [B, 2, H, W, C]`, where
+        networks names the network of each of the two rows.
       batch: `winner` and `loser`, scaled latents `[B, H, W, C]`, and `text`, a pytree of `[B, ...]` arrays.
       key: draws timesteps and noise.
       schedule: of the noise.
@@ -38,11 +38,13 @@ def diffusion_dpo(
       `winner` and `loser` (errors minus those of the reference; a winner's error that rises is the known failure).
     """
     timesteps, noise = draw_noise(schedule, batch["winner"], key)
-    latents, timesteps, noise, text = pair_rows(batch, timesteps, noise)
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    noisy, text = rows(
+        [schedule.add_noise(batch[image], noise, timesteps) for image in ("winner", "loser")], batch["text"]
+    )
 
     def errors(network):
-        return jnp.split(denoising_error(predict((network, network), noisy, timesteps, text), noise), 2)
+        noise_pred = predict((network, network), noisy, timesteps, text)
+        return jnp.moveaxis(denoising_error(noise_pred, noise[:, None]), 1, 0)
 
     winner, loser = errors(policy)
     # A call of its own, so that no gradient is computed for it.

@@ -1,10 +1,13 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from guidance_rules import RULES, A, S, W
 
-from flax_pref.diffusion.guidance import cfg, coefficients, cpgd, layout, pgd
-from flax_pref.diffusion.sampler import image_key, image_keys, sample, sample_trajectory
+from flax_pref.diffusion.guidance import Schedule, cfg, cpgd, cpgd_conditional, pgd, tabulate
+from flax_pref.diffusion.sampler import image_keys, sample, sample_trajectory, segments
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import ddim, dpmpp, euler, log_prob, pndm
 
@@ -26,26 +29,35 @@ def network(name, x, t, text):
     return x @ MIX[name] * (1 - t / 2000)[:, None, None, None] + (text.mean(1) @ READ[name])[:, None, None, :]
 
 
-def predict(networks, latents, timesteps, encoder_hidden_states):
-    groups = [jnp.split(rows, len(networks)) for rows in (latents, timesteps, encoder_hidden_states)]
-    return jnp.concatenate([network(name, *rows) for name, *rows in zip(networks, *groups, strict=True)])
+def predict(networks, latents, timesteps, text):
+    rows = [network(name, latents[:, r], timesteps, text[:, r]) for r, name in enumerate(networks)]
+    return jnp.stack(rows, axis=1)
 
 
-def draw(rows, solver=SOLVER, ids=IDS, text=TEXT, seed=0, predict=predict):
+def draw(rule, solver=SOLVER, ids=IDS, text=TEXT, seed=0, predict=predict):
     keys = image_keys(seed, ids)
-    return np.asarray(sample(predict, layout(rows), coefficients(rows), solver, keys, text, EMPTY, SHAPE))
+    table = tabulate(rule, len(solver.timesteps), len(ids))
+    return np.asarray(sample(predict, table, solver, keys, text, EMPTY, SHAPE))
 
 
-def loop(rows, solver, noises):
-    """The sampler as a Python loop over steps and rows in float64, given its noise `[1 + S, B, H, W, C]`."""
+def noises(solver, seed=0):
+    """The draws of the images, `[1 + S, B, H, W, C]`."""
+    keys = image_keys(seed, IDS)
+    steps = range(1 + len(solver.timesteps))
+    drawn = [[jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in keys] for i in steps]
+    return np.array(drawn, np.float64)
+
+
+def loop(guide, solver, noises):
+    """The sampler as a Python loop in float64: `guide(i, eps)` makes one prediction of many in step i."""
     x = solver.init_noise_sigma * noises[0]
     empty, estimates = np.broadcast_to(EMPTY, TEXT.shape), []
+    prompts = {"text": TEXT, "empty": empty, "proxy": (1 + A) * empty - A * TEXT}
     for i in range(len(solver.timesteps)):
         row = jax.tree.map(lambda table, i=i: np.asarray(table[i], np.float64), solver)
-        noise_pred = 0
-        for name, prompt, coefficient in rows:
-            t = np.full(len(x), row.timesteps)
-            noise_pred += coefficient * network(name, row.input_scale * x, t, TEXT if prompt == "text" else empty)
+        t = np.full(len(x), row.timesteps)
+        # numpy computes as it is called: x and t of this step.
+        noise_pred = guide(i, lambda name, prompt, x=row.input_scale * x, t=t: network(name, x, t, prompts[prompt]))
         estimates.insert(0, row.estimate_from_latents * x + row.estimate_from_pred * noise_pred)
         x = row.latents_coef * x + row.fresh_noise_coef * noises[i + 1]
         # There are fewer estimates than coefficients in the first steps.
@@ -53,25 +65,111 @@ def loop(rows, solver, noises):
     return x
 
 
+def check(got, guide, solver):
+    expected = loop(guide, solver, noises(solver))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     "solver",
     [SOLVER, STOCHASTIC, euler(SCHEDULE, 5), dpmpp(SCHEDULE, 6, spacing="leading"), pndm(SCHEDULE, 6, steps_offset=1)],
     ids=["ddim", "ddim eta=1", "euler", "dpm++", "pndm"],
 )
-@pytest.mark.parametrize("rows", [cfg(3.0), pgd(1.7, 3.0), cpgd(2.0, 3.0)], ids=["cfg", "pgd", "cpgd"])
-def test_the_scan_is_the_loop_of_the_paper(solver, rows):
-    keys = [image_key(0, i) for i in IDS]
-    noises = np.array(
-        [
-            [jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in keys]
-            for i in range(1 + len(solver.timesteps))
-        ],
-        np.float64,
-    )
-    expected = loop(rows, solver, noises)
-    got = draw(rows, solver)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("name", ["cfg", "pgd", "cpgd"])
+def test_the_scan_is_the_loop_of_the_paper_with_every_solver(solver, name):
+    rule, formula = RULES[name]
+    check(draw(rule(W, S), solver), lambda i, eps: formula(eps, W, S), solver)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_scan_is_the_loop_of_the_paper_with_every_rule(name):
+    rule, formula = RULES[name]
+    check(draw(rule(W, S)), lambda i, eps: formula(eps, W, S), SOLVER)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_strengths_follow_their_schedules_image_by_image(name):
+    rule, formula = RULES[name]
+    w, s = np.float64([0, 1, 3]), np.float64([1, 2, 4])
+    got = draw(rule(Schedule((w, 2 * w), "linear"), Schedule((s, s / 2), "cosine")))
+    way = np.arange(6) / 5
+    w_at = w * (1 + way)[:, None]
+    s_at = s * (1 - (1 - np.cos(np.pi * way)) / 4)[:, None]
+    check(got, lambda i, eps: formula(eps, *(x[i][:, None, None, None] for x in (w_at, s_at))), SOLVER)
+
+
+def test_a_batch_of_strengths_is_the_images_drawn_one_by_one():
+    swept = draw(cpgd([0.0, 1.0, 3.0], S))
+    for i, w in enumerate([0.0, 1.0, 3.0]):
+        np.testing.assert_allclose(swept[i], draw(cpgd(w, S))[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pgd", "cpgd", "cpgd conditional", "autoguidance"])
+def test_an_interval_switches_the_contrast_off_outside(name):
+    rule, formula = RULES[name]
+    got = draw(rule(Schedule((W,), start=1 / 6, stop=4 / 6), S))
+    check(got, lambda i, eps: formula(eps, W if 1 <= i < 4 else 0.0, S), SOLVER)
+
+
+def test_outside_the_interval_of_the_guidance_scale_the_prompt_alone_counts():
+    got = draw(cpgd(W, Schedule((S,), start=0.5)))
+    check(got, lambda i, eps: RULES["cpgd"][1](eps, W, S if i >= 3 else 1.0), SOLVER)
+
+
+@pytest.mark.parametrize("between", ["hold", "extrapolate"])
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_a_contrast_is_reused_between_its_predictions(every, between):
+    steps, known = ddim(SCHEDULE, 9), []
+
+    def guide(i, eps):
+        if i % every == 0:
+            known.append(RULES["cpgd"][1](eps, 1.0, S) - RULES["cfg"][1](eps, 1.0, S))
+        contrast = known[-1]
+        if between == "extrapolate" and len(known) > 1:
+            contrast = contrast + (i % every) / every * (known[-1] - known[-2])
+        return RULES["cfg"][1](eps, 1.0, S) + (1 + i / 8) * contrast
+
+    check(draw(cpgd(Schedule((1, 2), "linear"), S, every=every, between=between), steps), guide, steps)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescale_brings_the_deviation_back_to_that_of_the_prompt(phi):
+    def guide(i, eps):
+        noise_pred = RULES["cpgd"][1](eps, W, S)
+        factor = eps("base", "text").std((1, 2, 3)) / noise_pred.std((1, 2, 3))
+        return phi * factor[:, None, None, None] * noise_pred + (1 - phi) * noise_pred
+
+    check(draw(cpgd(W, S, rescale=phi)), guide, SOLVER)
+
+
+def counted(rule, solver):
+    """The image, and how many predictions of each network were made for it when it ran."""
+    counts = collections.Counter()
+
+    def counting(networks, latents, timesteps, text):
+        jax.debug.callback(lambda: counts.update(networks))
+        return predict(networks, latents, timesteps, text)
+
+    draw(rule, solver, predict=counting)
+    jax.effects_barrier()
+    return counts
+
+
+def test_outside_of_its_interval_a_module_is_not_evaluated():
+    steps = ddim(SCHEDULE, 10)
+    assert counted(cpgd(W, S), steps) == {"base": 20, "pos": 20, "neg": 20}
+    assert counted(cpgd(Schedule((W,), start=0.2, stop=0.5), S), steps) == {"base": 20, "pos": 6, "neg": 6}
+    assert counted(cpgd_conditional(W, S), steps) == {"base": 20, "pos": 10, "neg": 10}
+    assert counted(cpgd(W, S, every=4), steps) == {"base": 20, "pos": 6, "neg": 6}
+    assert counted(cpgd(W, Schedule((S,), stop=0.5)), steps) == {"base": 15, "pos": 15, "neg": 15}
+
+
+def test_plans_are_gone_through_in_few_scans():
+    plans = "AAAABCCBCCBCC"
+    assert segments(tuple(plans)) == [(("A",), 4), (("B", "C", "C"), 3)]
+    for plans in ("A", "AB", "ABAB", "RHHRHHR", "AAABAAABB", "".join(np.random.default_rng(0).choice(list("AB"), 40))):
+        assert "".join("".join(cycle) * repeats for cycle, repeats in segments(tuple(plans))) == plans
 
 
 @pytest.mark.parametrize("solver", [SOLVER, STOCHASTIC], ids=["ddim", "ddim eta=1"])
@@ -108,28 +206,29 @@ def test_equal_positive_and_negative_weights_give_the_base_image(monkeypatch):
     np.testing.assert_allclose(draw(cpgd(5.0, 3.0)), draw(cfg(3.0)), rtol=1e-4, atol=1e-4)
 
 
-def test_all_rows_share_one_call_per_step_and_a_sweep_compiles_once():
+def test_all_rows_share_one_call_per_step_and_eight_strengths_compile_once():
     calls = []
 
     def counting(networks, latents, timesteps, text):
         calls.append((networks, latents.shape))
         return predict(networks, latents, timesteps, text)
 
-    rows = cpgd(0.0, 3.0)
-    run = jax.jit(
-        lambda coefficients: sample(
-            counting, layout(rows), coefficients, SOLVER, image_keys(0, IDS), TEXT, EMPTY, shape=SHAPE
-        )
-    )
-    swept = [run(coefficients(cpgd(w, 3.0))) for w in (0.0, 0.5, 2.0)]
-    assert calls == [(("base", "base", "pos", "pos", "neg", "neg"), (6 * len(IDS), *SHAPE))]
-    np.testing.assert_allclose(swept[2], draw(cpgd(2.0, 3.0)), rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def run(table):
+        return sample(counting, table, SOLVER, image_keys(0, IDS), TEXT, EMPTY, shape=SHAPE)
+
+    strengths = [0.0, 0.5, 2, 8, [0.0, 1.0, 2.0], Schedule((0, 4), "linear"), Schedule((4, 0), "cosine")]
+    strengths.append(Schedule(tuple(range(6)), "list"))
+    swept = [run(tabulate(cpgd(w, s), 6, len(IDS))) for w, s in zip(strengths, strengths[::-1], strict=True)]
+    assert calls == [(("base", "base", "pos", "pos", "neg", "neg"), (len(IDS), 6, *SHAPE))]
+    assert run._cache_size() == 1
+    np.testing.assert_allclose(swept[5], draw(cpgd(strengths[5], strengths[2])), rtol=1e-4, atol=1e-5)
 
 
 def test_a_solver_may_be_an_argument_of_the_compiled_function():
-    rows, keys = cfg(3.0), image_keys(0, IDS)
-    run = jax.jit(lambda solver: sample(predict, layout(rows), coefficients(rows), solver, keys, TEXT, EMPTY, SHAPE))
-    np.testing.assert_allclose(run(STOCHASTIC), draw(rows, STOCHASTIC), rtol=1e-4, atol=1e-5)
+    table, keys = tabulate(cfg(3.0), 6, len(IDS)), image_keys(0, IDS)
+    run = jax.jit(lambda solver: sample(predict, table, solver, keys, TEXT, EMPTY, SHAPE))
+    np.testing.assert_allclose(run(STOCHASTIC), draw(cfg(3.0), STOCHASTIC), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +242,13 @@ def test_a_solver_may_be_an_argument_of_the_compiled_function():
     ids=["dpm++", "euler", "ddim", "pndm"],
 )
 def test_solvers_of_one_kind_and_length_compile_once(solvers):
-    traces, rows, keys = [], cfg(3.0), image_keys(0, IDS)
+    traces, keys = [], image_keys(0, IDS)
+    table = tabulate(cfg(3.0), len(solvers[0].timesteps), len(IDS))
 
     @jax.jit
     def run(solver):
         traces.append(solver)
-        return sample(predict, layout(rows), coefficients(rows), solver, keys, TEXT, EMPTY, SHAPE)
+        return sample(predict, table, solver, keys, TEXT, EMPTY, SHAPE)
 
     one, other = map(run, solvers)
     assert len(traces) == 1
@@ -156,9 +256,8 @@ def test_solvers_of_one_kind_and_length_compile_once(solvers):
 
 
 def scans(solver):
-    jaxpr = jax.make_jaxpr(
-        lambda text: sample(predict, (("base", "text"),), [1.0], solver, image_keys(0, IDS), text, EMPTY, SHAPE)
-    )(TEXT)
+    table = tabulate(cfg(3.0), len(solver.timesteps), len(IDS))
+    jaxpr = jax.make_jaxpr(lambda text: sample(predict, table, solver, image_keys(0, IDS), text, EMPTY, SHAPE))(TEXT)
     return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
 
 
@@ -182,8 +281,8 @@ def test_only_a_stochastic_solver_draws_noise_in_its_steps():
 
 
 def test_the_trajectory_leads_to_the_image_and_its_log_probabilities_are_those_of_its_steps():
-    rows, keys = cpgd(2.0, 3.0), image_keys(0, IDS)
-    args = (predict, layout(rows), coefficients(rows), STOCHASTIC, keys, TEXT, EMPTY, SHAPE)
+    table, keys = tabulate(cpgd(2.0, 3.0), 6, len(IDS)), image_keys(0, IDS)
+    args = (predict, table, STOCHASTIC, keys, TEXT, EMPTY, SHAPE)
     latents, log_probs = sample_trajectory(*args)
     steps = len(STOCHASTIC.timesteps)
     assert latents.shape == (steps + 1, len(IDS), *SHAPE)
@@ -193,40 +292,29 @@ def test_the_trajectory_leads_to_the_image_and_its_log_probabilities_are_those_o
     for i in range(steps):
         row, x = jax.tree.map(lambda table, i=i: table[i], STOCHASTIC), latents[i]
         t = np.full(len(IDS), row.timesteps)
-        noise_pred = sum(
-            coefficient * network(name, x, t, TEXT if prompt == "text" else empty) for name, prompt, coefficient in rows
-        )
+        prompts = {"text": TEXT, "empty": empty}
+        noise_pred = RULES["cpgd"][1](lambda name, prompt, x=x, t=t: network(name, x, t, prompts[prompt]), 2.0, 3.0)  # noqa: B023
         np.testing.assert_allclose(log_probs[i], log_prob(latents[i + 1], x, noise_pred, row), rtol=1e-3, atol=1e-3)
         # z^2 averages to 1 over the dimensions of all images, which is what the density of each step is made of.
         assert np.mean(log_probs[i] + np.log(row.fresh_noise_coef)) == pytest.approx(-1.42, abs=0.35)
 
 
 def test_a_trajectory_of_a_solver_that_draws_no_noise_is_refused():
-    rows = cfg(3.0)
+    table = tabulate(cfg(3.0), 6, len(IDS))
     with pytest.raises(ValueError, match=r"sample_trajectory: the solver draws no noise.*take ddim with eta > 0"):
-        sample_trajectory(predict, layout(rows), coefficients(rows), SOLVER, image_keys(0, IDS), TEXT, EMPTY, SHAPE)
-
-
-def test_coefficients_may_vary_over_the_steps():
-    early = np.linspace(0, 1, len(SOLVER.timesteps)) < 0.5
-    table = np.where(early[:, None], coefficients(cpgd(2.0, 3.0)), coefficients(cpgd(0.0, 3.0)))
-    args = (SOLVER, image_keys(0, IDS), TEXT, EMPTY, SHAPE)
-    varied = sample(predict, layout(cpgd(2.0, 3.0)), table, *args)
-    constant = sample(predict, layout(cpgd(2.0, 3.0)), np.repeat(table[:1], len(table), 0), *args)
-    np.testing.assert_allclose(constant, draw(cpgd(2.0, 3.0)), rtol=1e-5, atol=1e-5)
-    assert np.abs(varied - constant).max() > 1e-2
+        sample_trajectory(predict, table, SOLVER, image_keys(0, IDS), TEXT, EMPTY, SHAPE)
 
 
 def test_conditioning_may_be_a_tree_as_sdxl_needs_it():
     def predict_tree(networks, latents, timesteps, conditioning):
-        assert conditioning["time_ids"].shape == (2 * len(IDS), 6)
+        assert conditioning["time_ids"].shape == (len(IDS), 2, 6)
         return predict(networks, latents, timesteps, conditioning["hidden"])
 
-    rows, keys = cfg(3.0), image_keys(0, IDS)
+    table, keys = tabulate(cfg(3.0), 6, len(IDS)), image_keys(0, IDS)
     text = {"hidden": TEXT, "time_ids": np.ones((len(IDS), 6), np.float32)}
     empty = {"hidden": EMPTY, "time_ids": np.ones(6, np.float32)}
-    latents = sample(predict_tree, layout(rows), coefficients(rows), SOLVER, keys, text, empty, SHAPE)
-    np.testing.assert_array_equal(latents, draw(rows))
+    latents = sample(predict_tree, table, SOLVER, keys, text, empty, SHAPE)
+    np.testing.assert_array_equal(latents, draw(cfg(3.0)))
 
 
 def test_the_noise_of_an_image_survives_another_default_generator():
@@ -237,13 +325,12 @@ def test_the_noise_of_an_image_survives_another_default_generator():
 
 def test_what_does_not_fit_is_refused():
     keys = image_keys(0, IDS)
-    with pytest.raises(ValueError, match=r"2 rows and 6 steps must be \[2\] or \[6, 2\], got \[3\]"):
-        sample(predict, layout(cfg(3.0)), np.ones(3), SOLVER, keys, TEXT, EMPTY, SHAPE)
+    table = tabulate(cfg(3.0), 6, len(IDS))
+    with pytest.raises(ValueError, match=r"a table of 6 steps and 3 images, but the solver has 5 steps and .* 3 keys"):
+        sample(predict, table, euler(SCHEDULE, 5), keys, TEXT, EMPTY, SHAPE)
     with pytest.raises(ValueError, match=r"3 keys, but text has shape \[2, 5, 6\]"):
-        sample(predict, layout(cfg(3.0)), np.ones(2), SOLVER, keys, TEXT[:2], EMPTY, SHAPE)
-    with pytest.raises(ValueError, match="prompt of network 'base' must be \"text\" or \"empty\", got 'null'"):
-        sample(predict, (("base", "null"),), np.ones(1), SOLVER, keys, TEXT, EMPTY, SHAPE)
+        sample(predict, table, SOLVER, keys, TEXT[:2], EMPTY, SHAPE)
     with pytest.raises(ValueError, match="prompt_id must lie in"):
         image_keys(0, [1, -1])
     with pytest.raises(ValueError, match=r"seed must lie in .*, got 4294967296"):
-        image_key(2**32, 0)
+        image_keys(2**32, [0])

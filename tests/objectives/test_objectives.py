@@ -28,10 +28,9 @@ GAIN = {"base": 0.3, "dpo": 0.45, "pos": 0.6, "neg": -0.2}
 
 def predict_with(gain):
     def predict(networks, latents, timesteps, text):
-        group = latents.shape[0] // len(networks)
-        gains = jnp.concatenate([jnp.full(group, gain[name]) for name in networks])
-        shift = text.mean((1, 2)) + timesteps / 1000
-        return gains[:, None, None, None] * latents + shift[:, None, None, None]
+        gains = jnp.array([gain[name] for name in networks])
+        shift = text.mean((2, 3)) + timesteps[:, None] / 1000
+        return gains[:, None, None, None] * latents + shift[..., None, None, None]
 
     return predict
 

@@ -50,12 +50,12 @@ def inputs(config) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.nda
 
 
 def predict(network, *names):
-    """The prediction of the batch, whose rows are shared out evenly among the named modules."""
+    """The prediction of the batch: two images of one module, or one of two."""
 
     @jax.jit
     def run(params):
         unet = nnx.merge(network.graphdef, params)
-        set_rows(unet, [(name, 2 // len(names)) for name in names])
+        set_rows(unet, names)
         *args, added = inputs(network.config)
         return unet(*args, **added)
 

@@ -1,0 +1,138 @@
+"""Preference modules from disk: LoRA files and full weights, beside the base that they guide or merged into it."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_pref.checkpoints.diffusers import load_unet
+from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.lora import load_lora_network, merge_lora_network
+from flax_pref.checkpoints.weights import Network
+from flax_pref.models.bank import adapters
+from flax_pref.models.lora import split_lora
+
+OWN_BASE = "own_base"  # in rules: the base that modules were trained on, where that is not the one they guide
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in folders of diffusers and PEFT
+
+
+class Guided(NamedTuple):
+    """A base and what guides it: the network "base" of rules, perhaps with adapters, and networks beside it."""
+
+    base: Network
+    modules: dict[str, Network]
+
+
+def load_modules(
+    base: Network, sources: Mapping[str, str | Path], *, own_base: str | Path | None = None, dtype=jnp.float32
+) -> Guided:
+    """Reads modules by their names in rules.
+
+    Args:
+        base: the UNet that is guided.
+        sources: for each module a LoRA file (safetensors), a folder with one, a UNet folder of diffusers, or a whole
+            checkpoint in that layout.
+        own_base: the UNet folder or checkpoint that the modules were trained on, where they guide another fine-tune of
+            the same family. Given, LoRA modules predict on their own base, and it is there as the network "own_base",
+            for rules that compare with it; None: LoRA modules move onto `base`.
+        dtype: what networks with weights of their own compute in.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not understood or does not fit the network.
+    """
+    found = {name: _find(source) for name, source in sources.items()}
+    files = {name: path for name, path in found.items() if path.is_file()}
+    modules = {name: _load_like(base, path, dtype) for name, path in found.items() if name not in files}
+    if own_base is None:
+        return Guided(load_lora_network(base, files) if files else base, modules)
+    folder = _find(own_base)
+    if folder.is_file():
+        raise ValueError(f"{own_base}: holds adapters, expected the base that the modules were trained on")
+    own = _load_like(base, folder, dtype)
+    return Guided(base, {OWN_BASE: load_lora_network(own, files) if files else own, **modules})
+
+
+def _find(source: str | Path) -> Path:
+    """The LoRA file or the UNet folder that a path leads to."""
+    path = find_checkpoint(source)
+    if path.is_file():
+        return path
+    for folder in (path / "unet", path):
+        if (folder / "config.json").is_file():
+            return folder
+    stored = [path / name for name in LORA_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(stored) != 1:
+        raise ValueError(
+            f"{path}: {len(stored)} safetensors files and no config.json; expected a LoRA file, a folder with one, or "
+            "a UNet in the layout of diffusers"
+        )
+    return stored[0]
+
+
+def _load_like(base: Network, folder: Path, dtype) -> Network:
+    network = load_unet(folder, dtype)
+    for field, value in vars(network.config).items():
+        expected = getattr(base.config, field)
+        if field != "sample_size" and value != expected:
+            raise ValueError(
+                f"{folder / 'config.json'}: {field}={value!r}, but that of the base is {expected!r}; expected a "
+                "fine-tune of the same family"
+            )
+    return network
+
+
+def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -> Network:
+    """`theta_base + sum over networks of weight * theta`, in float32: guidance by weights in place of predictions.
+
+    PGD-merge is `{"dpo": w, "base": -w}` and cPGD-merge `{"pos": w, "neg": -w}` (arXiv:2602.18799); where predictions
+    are linear in weights, classifier-free guidance of the result is PGD or cPGD.
+
+    Args:
+        base: as it was before it got adapters.
+        guided: what `load_modules` gave for it.
+        weights: of the networks; see `guidance.merge_weights`.
+
+    Raises:
+        ValueError: there is no network of a name.
+    """
+    terms, unknown = [], dict(weights)
+    for name, network in {"base": guided.base, **guided.modules}.items():
+        names = adapters(network.graphdef, network.params)
+        own = {module: unknown.pop(module) for module in names if module in unknown}
+        # An adapted network is its backbone and a delta: where weights sum up to zero, deltas are all that is left.
+        share = unknown.pop(name, 0.0) + sum(own.values()) + (name == "base")
+        backbone = base.params if name == "base" else split_lora(network.params)[0]
+        if own:
+            terms += [(1.0, merge_lora_network(base, network, own).params), (share - 1.0, backbone)]
+        else:
+            terms.append((share, backbone))
+    if unknown:
+        raise ValueError(f"merge_modules: no network {next(iter(unknown))!r}")
+    shares, params = zip(*[(share, part) for share, part in terms if share], strict=True)
+
+    def total(*leaves):
+        return sum(share * leaf.astype(jnp.float32) for share, leaf in zip(shares, leaves, strict=True)).astype(
+            leaves[0].dtype
+        )
+
+    return base._replace(params=params[0] if shares == (1.0,) else jax.tree.map(total, *params))
+
+
+def fingerprint(source: str | Path) -> str:
+    """SHA-256 of a file, or of the names and contents of the weights and settings in a folder, as hexadecimal."""
+    path = find_checkpoint(source)
+    if path.is_file():
+        return _sha256(path)
+    described = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json", ".txt")):
+        described.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
+    return described.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

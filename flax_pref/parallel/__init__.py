@@ -1,0 +1,1 @@
+"""Meshes of devices and programs of several processes."""
