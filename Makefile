@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test parity lint format
+.PHONY: demo test test-long parity lint format
 
 demo: .venv/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes too long for every change: a run that is killed twenty times.
+test-long: .venv/installed-test
+	$(BIN)/python -m pytest -m long
 
 # Networks of full size against torch; needs 24 GB of memory, takes a quarter of an hour, and writes docs/parity.md.
 parity: .venv/installed-test

@@ -52,7 +52,7 @@ def relative_error(ours, theirs) -> float:
 
 def inputs(part: str) -> dict[str, np.ndarray]:
     from flax_pref.models.presets import FAMILIES
-    from sample.bench import random_inputs
+    from sample.bench.common import random_inputs
 
     family, kind = part.split()
     family = FAMILIES[family]
@@ -73,7 +73,7 @@ def inputs(part: str) -> dict[str, np.ndarray]:
 def write(part: str, folder: str) -> None:
     from flax_pref.checkpoints.weights import save_network
     from flax_pref.models.presets import FAMILIES
-    from sample.bench import random_network
+    from sample.bench.common import random_network
 
     family, kind = part.split()
     family = FAMILIES[family]
@@ -162,7 +162,7 @@ def nhwc(tensor):
 def report(side: str, folder: str, outputs: dict, **seconds: float) -> None:
     for name, array in outputs.items():
         np.save(f"{folder}/{side}-{name}.npy", array)
-    from sample.bench import peak_gb
+    from sample.bench.common import peak_gb
 
     figures = {name: round(value, 1) for name, value in seconds.items()} | {"peak_gb": round(peak_gb(), 1)}
     print(json.dumps(figures | ({"outputs": list(outputs)} if side == "ours" else {})))

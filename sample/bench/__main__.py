@@ -1,0 +1,43 @@
+"""Times what users wait for: `python -m sample.bench unet|load|guidance|writing|tradeoff [--json FILE]`.
+
+`unet`: one forward pass of the UNet with random weights, and beside it that of diffusers in torch, in turns, where
+diffusers is installed. `load`: time and peak host memory of loading a checkpoint of full size with random weights.
+`guidance`: one sampling step under each guidance rule, beside the same step in torch. `writing`: how much of the time
+goes to sampling while images are encoded and written. `tradeoff`: what cheaper guidance keeps of the gain in the demo
+world.
+"""
+
+import json
+import sys
+
+import tyro
+
+from flax_pref.config import parse_flags, run_main
+from sample.bench.guidance import Guidance, bench_guidance
+from sample.bench.load import Load, bench_load
+from sample.bench.tradeoff import Tradeoff, bench_tradeoff
+from sample.bench.unet import Unet, bench_unet
+from sample.bench.writing import Writing, bench_writing
+
+BENCHES = {
+    Unet: bench_unet,
+    Load: bench_load,
+    Guidance: bench_guidance,
+    Writing: bench_writing,
+    Tradeoff: bench_tradeoff,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs one bench and prints its figures."""
+    kinds = {kind.__name__.lower(): kind() for kind in BENCHES}
+    bench = parse_flags(arguments, tyro.extras.subcommand_type_from_defaults(kinds))
+    figures = BENCHES[type(bench)](bench)
+    print(json.dumps(figures, indent=2))
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,124 @@
+"""What benches share: random networks and inputs, timing in turns, and what the device could do at best."""
+
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_pref.checkpoints.weights import Network, abstract_network
+from flax_pref.models.presets import Family
+
+
+def random_network(kind: str, config, dtype="float32") -> Network:
+    """A network with random weights of the size that keeps activations bounded, in the given dtype."""
+    network = abstract_network(kind, config, jnp.dtype(dtype))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name, shape = path[-1].key, leaf.shape
+        values = rng.standard_normal(shape, dtype=np.float32)
+        scale = 0.02 if name == "embedding" else np.prod(shape[:-1]) ** -0.5 if name == "kernel" else 0.1
+        values *= np.float32(scale)
+        if name == "scale":
+            values += 1
+        return jnp.asarray(values, leaf.dtype)
+
+    return network._replace(params=jax.tree_util.tree_map_with_path(draw, network.params))
+
+
+def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.ndarray]:
+    """Arguments of a UNet; `size` in latent pixels."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "latents": (size, size, family.unet.in_channels),
+        "encoder_hidden_states": (77, family.unet.cross_attention_dim),
+    }
+    if family.unet.addition_embed_type == "text_time":
+        shapes["text_embeds"] = (family.text_encoders[-1].projection_dim,)
+    inputs = {name: rng.standard_normal((batch_size, *shape), dtype=np.float32) for name, shape in shapes.items()}
+    inputs["timesteps"] = np.linspace(981, 21, batch_size).astype(np.int32)
+    if "text_embeds" in inputs:
+        inputs["time_ids"] = np.tile(np.float32([8 * size, 8 * size, 0, 0, 8 * size, 8 * size]), (batch_size, 1))
+    return inputs
+
+
+def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each; one untimed call first. In turns, so that a busy machine slows all alike."""
+    if rounds < 1:
+        raise ValueError(f"bench: --rounds {rounds}; expected at least one timed call")
+    for call in candidates.values():
+        call()
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def auto_dtype(dtype: str) -> str:
+    """What "auto" stands for: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far; Linux counts in kB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def memory_peak_gb() -> float:
+    """Largest memory in use on the device so far; where the device is the host, that of this process."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 1e9 if stats else peak_gb()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peak
+
+# Dense FLOP/s in bfloat16 of one device of JAX, after its maker; the first pattern that is found in its kind counts.
+PEAKS = {
+    r"TPU v4$": 275e12,
+    r"TPU v5 lite|TPU v5e": 197e12,
+    r"TPU v5": 459e12,
+    r"TPU v6": 918e12,
+    r"TPU ?(v7|7x)": 2307e12 / 2,  # a chip is two devices
+    r"H100 PCIe": 756e12,
+    r"H100|H200": 989e12,
+    r"A100": 312e12,
+    r"L4\b": 121e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> tuple[float | None, str]:
+    """The peak of an accelerator in FLOP/s and what it is, or None and why there is none."""
+    peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device_kind)), None)
+    if peak is None:
+        return None, f"no peak of {device_kind} is known here"
+    if dtype != "bfloat16" and (dtype != "float16" or "TPU" in device_kind):
+        return None, f"only peaks of 16-bit products are known here, this is {dtype}"
+    return peak, "that of the maker for dense bfloat16"
+
+
+def measured_peak(sizes: tuple[int, ...] = (2048, 4096)) -> float:
+    """FLOP/s of the best of a few float32 matrix products: what a CPU reaches, with all else that runs on it."""
+    multiply, best = jax.jit(jnp.matmul), 0.0
+    for size in sizes:
+        square = jnp.full((size, size), 0.5)
+        multiply(square, square).block_until_ready()
+        for _ in range(2):
+            started = time.perf_counter()
+            multiply(square, square).block_until_ready()
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best

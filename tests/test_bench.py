@@ -1,0 +1,181 @@
+"""The benches with networks of a few channels: their figures mean what they say."""
+
+import json
+from importlib import resources
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flax_pref.checkpoints.weights import abstract_network
+from flax_pref.diffusion.guidance import cfg
+from flax_pref.diffusion.solvers import from_config
+from flax_pref.models.presets import FAMILIES, SD15
+from flax_pref.models.unet import UNetConfig
+from flax_pref.models.vae import VAEConfig
+from sample.bench import guidance
+from sample.bench.__main__ import main
+from sample.bench.common import measured_peak, peak_flops, time_in_turns
+from sample.bench.guidance import sampler_inputs, step_flops
+
+TINY = SD15._replace(
+    unet=UNetConfig(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ),
+)
+BASE = str(resources.files("flax_pref.demo") / "base")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    """A small family, a peak soon measured, and one thread of torch: two wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "sd15", TINY)
+        patch.setattr(guidance, "measured_peak", lambda: measured_peak((256,)))
+        yield
+    torch.set_num_threads(threads)
+
+
+def figures(tmp_path, capsys, *arguments):
+    """Those of the file, which are those that are printed."""
+    file = tmp_path / "new" / "figures.json"
+    main([*map(str, arguments), "--json", str(file)])
+    stored = json.loads(file.read_text())
+    assert json.loads(capsys.readouterr().out) == stored
+    return stored
+
+
+def test_guidance_costs_what_its_rows_cost_and_computes_what_torch_computes(tmp_path, capsys):
+    rank, batch_size = 2, 2
+    flags = ("--rank", rank, "--batch-size", batch_size, "--size", 64, "--steps", 2, "--rounds", 1, "--rules", "cpgd")
+    told = figures(tmp_path, capsys, "guidance", *flags)
+    plain, ours = told["rules"]["cfg"], told["rules"]["cpgd"]
+    assert (plain["predictions"], ours["predictions"]) == (2 * batch_size, 6 * batch_size)
+
+    assert told["torch"]["largest_relative_difference"] < 1e-5
+    ratio = ours["step_seconds"] / told["torch"]["step_seconds"]
+    assert told["torch"]["cpgd_ratio_to_torch"] == pytest.approx(ratio, rel=0.05)
+
+    # Two modules of A [in, r] and B [r, out] at q, k, v and out of self- and cross-attention, in four transformers.
+    channels, text = 8, 12
+    layers = 8 * channels * 2 - 2 * channels + 2 * text
+    assert told["adapter_bytes"] == 4 * 2 * 4 * rank * layers
+    assert ours["argument_bytes_above_cfg"] == told["adapter_bytes"]  # the backbone is there once
+    assert ours["temp_ratio_to_cfg"] <= 3
+
+    assert ours["gflop_per_step"] > 3 * plain["gflop_per_step"]
+    assert ours["ratio_to_cfg"] == pytest.approx(ours["step_seconds"] / plain["step_seconds"], rel=0.05)
+    assert ours["images_per_second"] == pytest.approx(batch_size / (50 * ours["step_seconds"]), rel=0.05)
+    reached = ours["gflop_per_step"] / ours["step_seconds"] / (1000 * told["peak_tflops"])
+    assert ours["share_of_peak"] == pytest.approx(reached, rel=0.05, abs=1e-3)
+
+
+def test_operations_of_a_step_are_those_that_torch_counts():
+    # At full size in all but depth: loops over blocks, which XLA counts once, begin at 1024 positions.
+    config = UNetConfig(
+        block_out_channels=(320, 640),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=768,
+    )
+    network = abstract_network("unet", config)
+    solver = from_config(SD15.scheduler_config, 10, name="ddim")
+    ours = step_flops(network, cfg(7.5), solver, 1, 64, sampler_inputs(SD15, 1, 64))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        unet = UNet2DConditionModel.from_config(config.to_dict())
+        unet(torch.zeros(2, 4, 64, 64), torch.zeros((), dtype=torch.long), torch.zeros(2, 77, 768))
+    # XLA leaves out products with padding, torch everything but products: two hundredths that partly cancel.
+    assert ours == pytest.approx(counted.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tflops"),
+    [
+        ("TPU v4", "bfloat16", 275),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5p", "bfloat16", 459),
+        ("TPU v6 lite", "bfloat16", 918),
+        ("TPU7x", "bfloat16", 1153.5),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H200", "float16", 989),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("NVIDIA L40S", "bfloat16", None),
+        ("NVIDIA H200", "float32", None),
+        ("TPU v4", "float16", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device_or_none(kind, dtype, tflops):
+    peak, what = peak_flops(kind, dtype)
+    assert peak == (None if tflops is None else pytest.approx(1e12 * tflops))
+    assert what
+
+
+def test_calls_are_timed_in_turns_after_an_untimed_one():
+    calls = []
+    seconds = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert seconds.keys() == {"a", "b"}
+
+
+def test_the_time_of_a_forward_pass_is_told_for_every_batch_size(tmp_path, capsys):
+    told = figures(tmp_path, capsys, "unet", "--size", 64, "--batch-sizes", 1, "--rounds", 1)
+    (row,) = told["batches"]
+    assert row["batch_size"] == 1
+    assert row["ratio_to_torch"] == pytest.approx(row["seconds"] / row["torch_seconds"], rel=0.2, abs=2e-3)
+
+
+def test_loading_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    told = figures(tmp_path, capsys, "load", "--part", "pipeline", "--folder", BASE)
+    assert told["largest_file_gb"] <= told["parameters_gb"] < told["peak_gb"]
+
+
+def test_a_device_that_is_slower_than_the_writer_is_waited_for_and_a_faster_one_waits(tmp_path, capsys):
+    flags = ("--images", 5, "--batch-size", 2, "--size", 64, "--seconds-per-image", 0.3)
+    told = figures(tmp_path, capsys, "writing", *flags, "--folder", tmp_path)
+    for row in told["formats"].values():
+        assert row["sampling_seconds"] >= 6 * 0.3 - 0.01  # the last batch is filled up
+        assert row["share_of_sampling"] == pytest.approx(row["sampling_seconds"] / row["seconds"], abs=0.01)
+        assert row["images_per_second"] < 1 / 0.3 < row["most_images_per_second"]
+        assert row["kb_per_image"] > 1
+    assert set(told["formats"]) == {"png", "webp"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]  # the images are gone
+
+
+def test_the_real_sampler_is_measured_with_its_writer(tmp_path, capsys):
+    told = figures(
+        tmp_path, capsys, "writing", "--real", "--images", 2, "--batch-size", 1, "--size", 16, "--formats", "png"
+    )
+    assert told["device"] != "simulated"
+    assert 0 < told["formats"]["png"]["share_of_sampling"] < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("load", "--part", "pipeline"), "--part pipeline needs --folder"),
+        (("guidance", "--batch-size", "0"), "--batch-size 0; expected at least one image"),
+        (("guidance", "--steps", "0"), "steps must lie in 1"),
+        (("writing", "--images", "0"), "0 images in batches of 4"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(list(flags))

@@ -1,0 +1,273 @@
+"""`python -m sample.images`: as a function where that is quick, and as a process where it is killed."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from importlib import resources
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.config import UserError
+from flax_pref.evaluation.image_files import read_metadata
+from flax_pref.models.lora import select_lora, split_lora
+from sample import images
+
+ROOT = Path(__file__).parents[1]
+BASE = str(resources.files("flax_pref.demo") / "base")
+PROMPTS = [f"a {size} {colour} circle in the middle, white background" for size in ("small", "large") for colour in (
+    "red", "blue", "green", "yellow")]  # fmt: skip
+QUICK = ("--steps", "2", "--guidance-scale", "3")
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """LoRA files of a positive and a negative module, with random weights."""
+    folder = tmp_path_factory.mktemp("modules")
+    unet = lora_network(load_pipeline(BASE).unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
+    _, lora = split_lora(unet.params)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32), lora)
+    for i, name in enumerate(("pos", "neg")):
+        save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+def contents(folder):
+    """SHA-256 of every file."""
+    files = (file for file in Path(folder).rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def drawn(folder):
+    """Bytes of each image by (prompt id, seed), as the manifest finds them."""
+    found = {}
+    for row in pq.read_table(Path(folder) / "manifest.parquet").to_pylist():
+        data = (Path(folder) / row["file"]).read_bytes()[row["offset"] :][: row["size"]]
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+        found[row["prompt_id"], row["seed"]] = data
+    return found
+
+
+def program(*flags, devices=1, **environment):
+    xla = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "sample.images", "--model", "demo", *map(str, flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": xla, **environment},
+    )
+
+
+def finish(process, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompts, tmp_path):
+    flags = ("--model", "demo", "--prompts", str(prompts), "--seeds", "0-1", "--rule", "cpgd", "--w", "2", *QUICK)
+    flags += ("--module", f"pos={modules}/pos.safetensors", "--module", f"neg={modules}/neg.safetensors")
+    images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(tmp_path / "out")])
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("00000.tar", "00001.tar", "manifest.parquet", "contact_sheet.png", "settings.json")
+    }
+    found = drawn(out)
+    assert list(found) == [(i, seed) for i in range(8) for seed in (0, 1)]
+    with tarfile.open(out / "00000.tar") as tar:
+        assert tar.getnames()[:3] == ["000000-0.txt", "000000-0.json", "000000-0.png"]
+        assert tar.extractfile("000000-0.txt").read().decode() == PROMPTS[0]
+    metadata = read_metadata(found[7, 1])
+    assert metadata["prompt"] == PROMPTS[7]
+    assert (metadata["rule"], metadata["w"], str(metadata["seed"])) == ("cpgd", "2", "1")
+    row = pq.read_table(out / "manifest.parquet").to_pylist()[0]
+    assert row["model_sha256"] == metadata["model_sha256"]
+    assert set(json.loads(row["modules_sha256"])) == {"pos", "neg"}
+    # Once more: there is nothing to do, and nothing is done.
+    before = contents(out)
+    images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(out)])
+    assert contents(out) == before
+
+
+def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
+    pos, neg = f"pos={modules}/pos.safetensors", f"neg={modules}/neg.safetensors"
+    runs = {
+        "base": (),
+        "none": ("--rule", "cpgd", "--w", "0", "--module", pos, "--module", neg),
+        "cpgd": ("--rule", "cpgd", "--w", "2", "--module", pos, "--module", neg),
+        "scheduled": ("--rule", "cpgd", "--w", "list:2:2", "--module", pos, "--module", neg),
+        "late": ("--rule", "cpgd", "--w", "2@0.5:1", "--module", pos, "--module", neg),
+        "reused": ("--rule", "cpgd", "--w", "2", "--every", "2", "--module", pos, "--module", neg),
+        "pgd": ("--rule", "pgd", "--w", "2", "--module", pos),
+        "merged": ("--rule", "pgd", "--w", "2", "--merge", "--module", pos),
+        "own base": ("--rule", "pgd", "--w", "2", "--module", pos, "--module-base", BASE),
+    }
+    pixels = {}
+    for name, flags in runs.items():
+        out = tmp_path / name
+        images.main(["--model", "demo", "--prompt", PROMPTS[0], *QUICK, "--out", str(out), *flags])
+        pixels[name] = np.asarray(Image.open(out / "00000-0.png"), float)
+
+    def apart(one, other):
+        return np.abs(pixels[one] - pixels[other]).max()
+
+    assert apart("base", "none") <= 1
+    assert apart("cpgd", "scheduled") <= 1
+    # On the base that they were trained on, the difference of modules is what the modules are.
+    assert apart("pgd", "own base") <= 1
+    for other in ("base", "late", "reused", "pgd"):
+        assert apart("cpgd", other) > 3, other
+    assert apart("merged", "base") > 3
+
+
+def test_a_killed_run_goes_on_to_the_same_files(modules, prompts, tmp_path):
+    kill_and_compare(modules, prompts, tmp_path, kills=3)
+
+
+@pytest.mark.long
+def test_a_run_killed_twenty_times_goes_on_to_the_same_files(modules, prompts, tmp_path):
+    kill_and_compare(modules, prompts, tmp_path, kills=20)
+
+
+def kill_and_compare(modules, prompts, tmp_path, kills):
+    flags = ("--prompts", prompts, "--seeds", f"0-{kills}", "--rule", "cpgd", "--w", "2", *QUICK)
+    flags += ("--module", f"pos={modules}/pos.safetensors", "--module", f"neg={modules}/neg.safetensors")
+    flags += ("--batch-size", "4", "--shard-size", "12")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    started = time.monotonic()
+    finish(program(*flags, "--out", tmp_path / "calm", **cache))
+    finish(program(*flags, "--out", tmp_path / "calm2", **cache))
+    took = time.monotonic() - started
+    rng, killed = random.Random(0), []
+    for _ in range(kills):
+        process = program(*flags, "--out", tmp_path / "killed", **cache)
+        time.sleep(rng.uniform(0.3, 0.7) * took / 2)
+        process.kill()
+        process.communicate()
+        killed.append(len(list((tmp_path / "killed").rglob("*.json"))))
+    finish(program(*flags, "--out", tmp_path / "killed", **cache))
+    print("files of records at each kill:", killed)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm") == contents(tmp_path / "calm2")
+
+
+def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):
+    flags = ("--prompts", prompts, "--seeds", "0-30", *QUICK, "--batch-size", "8", "--out", tmp_path / "out")
+    process = program(*flags)
+    while not list((tmp_path / "out").glob(".parts/*.json")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    told = finish(process)
+    assert "stopped after" in told and "the same command goes on from there" in told
+    done = int(told.split("stopped after ")[1].split(" of 248")[0])
+    assert 0 < done < 248 and done % 8 == 0
+    records = (tmp_path / "out" / ".parts").glob("*.json")
+    assert sum(len(json.loads(record.read_text())) for record in records) == done
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_two_hosts_write_what_one_writes(prompts, tmp_path):
+    flags = ("--prompts", prompts, "--seeds", "0-1", *QUICK, "--batch-size", "4", "--shard-size", "4")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [program(*flags, "--out", tmp_path / "two", "--hosts", f"{address},2,{i}") for i in range(2)]
+    told = [finish(process) for process in hosts]
+    assert "wrote 16 images" in told[0] and "wrote" not in told[1]
+    finish(program(*flags, "--out", tmp_path / "one"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_images_of_one_prompt_are_drawn_without_torch(tmp_path):
+    from test_programs import NO_TORCH, run
+
+    flags = ("--model", BASE, "--prompt", "a small red circle in the middle, white background", "a large blue cross")
+    done = run("-c", NO_TORCH, "sample.images", *flags, "--steps", "4", "--seeds", "3,4", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step/s" in done.stderr or "s/step" in done.stderr, "progress with rates"
+    files = sorted(tmp_path.glob("0*.png"))
+    assert [file.name for file in files] == ["00000-3.png", "00000-4.png", "00001-3.png", "00001-4.png"]
+    for file in files:
+        image = Image.open(file)
+        assert image.size == (64, 64) and np.std(image) > 5
+        assert image.text["seed"] == file.stem[-1]
+        assert ("white" if file.stem.startswith("00000") else "cross") in image.text["prompt"]
+    assert len({file.read_bytes() for file in files}) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+DEMO = ("--model", "demo", "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "no/such/model", "--prompt", "a"), "no/such/model: no such folder"),
+        (("--model", "owner/name", "--prompt", "a"), "owner/name: no such folder, the Hub cannot be reached"),
+        (("--model", "flax_pref/demo", "--prompt", "a"), "flax_pref/demo/model_index.json: no such file; expected a"),
+        (("--model", "README.md", "--prompt", "a"), "README.md: may hold code"),
+        ((*DEMO, "--step", "3"), "perhaps you meant --steps"),
+        ((*DEMO, "--steps", "0"), "scheduler_config.json: solver: steps must lie in 1"),
+        ((*DEMO, "--height", "30"), "multiples of 8"),
+        ((*DEMO, "--guidance-scale", "nan"), "guidance_scale must be finite"),
+        ((*DEMO, "--rule", "cpgd"), "--rule cpgd needs --w"),
+        ((*DEMO, "--rule", "cpgd", "--w", "4"), "--rule cpgd needs a module 'pos'; expected --module pos=PATH"),
+        ((*DEMO, "--w", "4"), "--rule cfg has no use for --w"),
+        ((*DEMO, "--module", "pos=pos.safetensors"), "--rule cfg has no use for module 'pos'"),
+        ((*DEMO, "--module", "pos.safetensors"), "--module pos.safetensors: expected NAME=PATH"),
+        ((*DEMO, "--rule", "pgd", "--w", "1", "--module", "a=nowhere.safetensors"), "nowhere.safetensors: no such"),
+        ((*DEMO, "--rule", "pgd", "--w", "up", "--module", "a=b"), "'up' is no strength"),
+        ((*DEMO, "--seeds", "3-0"), "--seeds 3-0: expected a number, a range"),
+        ((*DEMO, "--mesh", "data=3"), "mesh 'data=3': does not make up 1 devices"),
+        ((*DEMO, "--hosts", "here"), "--hosts here: expected auto, or ADDRESS:PORT"),
+        (("--model", "demo"), "expected either --prompt with texts or --prompts"),
+        (("--model", "demo", "--prompts", "no.txt"), "no.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["images", *flags, "--out", str(tmp_path / "out")])
+    from flax_pref.config import run_main
+
+    try:
+        status = run_main(images.main)
+    except SystemExit as exit:
+        status = exit.code
+    assert status
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0], errors
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_after_a_mistake_the_folder_can_be_used_with_other_settings(tmp_path):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        images.main([*DEMO, *QUICK, "--height", "30", "--out", str(tmp_path / "out")])
+    images.main([*DEMO, *QUICK, "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"was begun with .*steps=2, now .*steps=3.*choose another --out"):
+        images.main([*DEMO, *QUICK, "--steps", "3", "--out", str(tmp_path / "out")])
