@@ -204,11 +204,17 @@ def draw_set(loaded: tuple[TextToImage, Rule], images: ImageSet, items: Sequence
     by_step = config.prompts is None
     total = {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
     started, drawn = time.perf_counter(), 0
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+    def told(count: int) -> None:
+        progress.set_postfix_str(f"{images.total - images.done} images left", refresh=False)
+        progress.update(0 if by_step else count)
+
     with (
         stopped_by(signal.SIGTERM) as stop,
-        tqdm(desc=f"drawing into {config.out}", unit="step" if by_step else "image", **total) as progress,
+        tqdm(desc="drawing", unit="step" if by_step else "image", bar_format=bar_format, **total) as progress,
         watched(progress, by_step) as bar,
-        Writer(images, written=lambda count: None if by_step else progress.update(count), ahead=1) as writer,
+        Writer(images, written=told, ahead=1) as writer,
     ):
         for chosen, n in batches:
             batch = [items[i] for i in chosen]

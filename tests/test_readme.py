@@ -11,7 +11,7 @@ import pytest
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
-from flax_pref.models.lora import split_lora
+from flax_pref.models.lora import select_lora, split_lora
 
 ROOT = Path(__file__).parents[1]
 BASE = resources.files("flax_pref.demo") / "base"
@@ -26,6 +26,15 @@ COMMANDS = {
     ): (
         "{python} -m sample.images --model flax_pref/demo/base --prompt 'a lighthouse in a storm' --steps 2"
         " --out {tmp}/images"
+    ),
+    (
+        ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv"
+        " --seeds 0-3 --module pos=pos.safetensors --module neg=neg.safetensors --rule cpgd --w 4 --steps 25"
+        " --out runs/cpgd"
+    ): (
+        "{python} -m sample.images --model demo --prompts {tmp}/prompts.tsv --seeds 0-1"
+        " --module pos={tmp}/pos.safetensors --module neg={tmp}/neg.safetensors --rule cpgd --w 4 --steps 2"
+        " --out {tmp}/cpgd"
     ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
@@ -49,16 +58,22 @@ def test_every_command_of_the_readme_is_run_here():
 def test_a_command_of_the_readme_runs(command, tmp_path):
     if command == "make demo" and Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("would make a second environment, .venv")
+    (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
+    save_modules(tmp_path)
     shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
     done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def save_modules(folder):
     unet = lora_network(load_pipeline(BASE).unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
     _, lora = split_lora(unet.params)
     for i, name in enumerate(("pos", "neg")):
-        save_lora(jax.tree.map(lambda leaf: leaf[i : i + 1], lora), tmp_path / f"{name}.safetensors", alpha=2)  # noqa: B023
+        save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    save_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("python"):

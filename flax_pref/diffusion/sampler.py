@@ -15,7 +15,7 @@ from flax_pref.diffusion.guidance import Plan, Table
 from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
 
 # (networks, latents [B, R, H, W, C], timesteps [B], conditioning of [B, R, ...]) -> noise_pred [B, R, H, W, C], where
-# networks is a static tuple of R names, one for each row of an image.
+# networks is a static tuple of R names, one for each row of an image. See also `combine`.
 Predict = Callable[[tuple[str, ...], jax.Array, jax.Array, Any], jax.Array]
 
 
@@ -27,6 +27,8 @@ def sample(
     text: Any,
     empty: Any,
     shape: tuple[int, int, int],
+    *,
+    each_step: Callable[[], None] = lambda: None,
 ) -> jax.Array:
     """Draws latents.
 
@@ -41,6 +43,7 @@ def sample(
             takes, such as hidden states, `text_embeds` and `time_ids` of SDXL.
         empty: the same of the empty prompt, with or without the leading axis.
         shape: `(H, W, C)` of the latents of one image.
+        each_step: called while JAX traces a step, e.g. to put a callback for a progress bar there.
 
     Returns:
         latents, float32 `[B, H, W, C]`, scaled as the network knows them.
@@ -48,7 +51,11 @@ def sample(
     Raises:
         ValueError: the table or text do not fit.
     """
-    return _walk(lambda *_: None, predict, table, solver, keys, text, empty, shape)[1]
+
+    def observe(*_):
+        each_step()
+
+    return _walk(observe, predict, table, solver, keys, text, empty, shape)[1]
 
 
 def sample_trajectory(
@@ -127,29 +134,27 @@ def _walk(
 
     def denoise(plan: Plan, state: State, inputs) -> tuple[State, Any]:
         i, row, (steady, contrast, w, extrapolation) = inputs
-        chosen = list(plan.rows)
+        chosen = np.array(plan.rows)
         networks = tuple(table.rows[r][0] for r in chosen)
         model_input = jnp.stack([row.input_scale * state.latents] * len(chosen), axis=1)
         timesteps = jnp.full(num_images, row.timesteps)
-        predictions = predict(networks, model_input, timesteps, conditioning[plan.rows]).astype(jnp.float32)
+        arguments = networks, model_input, timesteps, conditioning[plan.rows]
 
-        def contract(coefficients):
-            # A sum of products, no matrix product: accelerators would round the factors of that, and guidance takes
-            # differences of near equals.
-            return (coefficients[jnp.array(chosen)].T[:, :, None, None, None] * predictions).sum(axis=1)
-
-        held = state.contrast
-        if not reuses:
-            noise_pred = contract(steady + w * contrast if plan.contrast == "new" else steady)
-        else:
-            noise_pred = contract(steady)
-            if plan.contrast == "new":
-                held = (contract(contrast), held[0])
-            if plan.contrast != "none":
-                last, before = held
-                noise_pred += w[:, None, None, None] * (last + extrapolation * (last - before))
+        # The sums of predictions that the step needs: for the solver, the contrast if it is kept, the text prediction.
+        kept = plan.contrast == "new" and reuses
+        sums = [steady + w * contrast if plan.contrast == "new" and not kept else steady]
+        if kept:
+            sums.append(contrast)
         if table.rescale is not None:
-            noise_pred = _rescale(noise_pred, predictions[:, chosen.index(table.text_row)], table.rescale)
+            sums.append(jnp.zeros_like(steady).at[table.text_row].set(1))
+        noise_pred, *others = combine(predict, jnp.stack(sums)[:, chosen], *arguments)
+
+        held = (others[0], state.contrast[0]) if kept else state.contrast
+        if reuses and plan.contrast != "none":
+            last, before = held
+            noise_pred += w[:, None, None, None] * (last + extrapolation * (last - before))
+        if table.rescale is not None:
+            noise_pred = _rescale(noise_pred, others[-1], table.rescale)
         noise = draw_normal(keys, i, shape) if solver.stochastic else None
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
         return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
@@ -195,6 +200,21 @@ def segments(plans: Sequence[Any]) -> list[tuple[tuple[Any, ...], int]]:
         found.append((tuple(best[0]), best[1]))
         start += len(best[0]) * best[1]
     return found
+
+
+def combine(
+    predict: Predict, weights: jax.Array, networks: tuple[str, ...], latents: jax.Array, timesteps: jax.Array, text: Any
+) -> jax.Array:
+    """Weighted sums of predictions, float32 `[K, B, H, W, C]`, of weights `[K, R, B]`; other arguments: see `Predict`.
+
+    A predict whose networks are on different devices has a method `combine` that does the same: they send the sums.
+    """
+    if hasattr(predict, "combine"):
+        return predict.combine(weights, networks, latents, timesteps, text)
+    predictions = predict(networks, latents, timesteps, text).astype(jnp.float32)
+    # Sums of products, no matrix product: accelerators would round the factors of that, and guidance takes differences
+    # of near equals.
+    return (weights[..., None, None, None] * jnp.moveaxis(predictions, 1, 0)).sum(axis=1)
 
 
 def _rescale(noise_pred: jax.Array, text_pred: jax.Array, share: jax.Array) -> jax.Array:

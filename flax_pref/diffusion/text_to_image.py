@@ -56,6 +56,8 @@ class TextToImage:
         factor = self.pipeline.vae.config.downscale_factor
         if any(side < 1 or side % factor for side in self.size):
             raise ValueError(f"size={self.size}: height and width must be multiples of {factor}")
+        if "base" in self.modules:
+            raise ValueError('modules has a network "base"; expected other names, for the base is the UNet of pipeline')
         if self.batch_size < 1 or self.batch_size % self.shards:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of {self.shards}, the devices that share it"
@@ -134,7 +136,9 @@ class TextToImage:
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         text, empty = self.conditioning(prompts, negative_prompts)
         keys = jax.device_put(keys, self.sharding)
-        latents = _sample(self.bank, table, self.solver, keys, text, empty, shape, bar)
+        # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            latents = _sample(self.bank, table, self.solver, keys, text, empty, shape, bar)
         return decode_batch(vae, latents, shards=self.shards)
 
     def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
@@ -217,11 +221,11 @@ def watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
 
 @partial(jax.jit, static_argnums=6)
 def _sample(bank, table, solver, keys, text, empty, shape, bar):
-    def watched(*arguments):
-        jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
-        return bank(*arguments)
+    def update():
+        if bar is not None:
+            jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
 
-    return sample(bank if bar is None else watched, table, solver, keys, text, empty, shape)
+    return sample(bank, table, solver, keys, text, empty, shape, each_step=update)
 
 
 @jax.jit

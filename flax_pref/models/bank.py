@@ -111,7 +111,8 @@ class Stack:
     ) -> jax.Array:
         """Weighted sums of predictions; what devices send each other is one reduction of the sums.
 
-        Devices predict equally many rows: one that is asked for fewer repeats one, while others are busy.
+        Devices predict equally many rows: one that is asked for fewer takes any, which no sum contains, while others
+        are busy.
 
         Args:
             weights: of each row in K sums, `[K, R, B]`.
@@ -142,9 +143,10 @@ class Stack:
                 network = bank_predict(self.graphdef, jax.tree.map(lambda x, turn=turn: x[turn], params))
                 own_latents, own_text = jax.tree.map(lambda x, own=own: x[:, own], (latents, text))
                 predictions = network((BASE,) * len(own), own_latents, timesteps, own_text).astype(jnp.float32)
-                own_weights = jnp.where(own[:, None] < 0, 0, weights[:, own])[..., None, None, None]
+                # Not by a weight of zero, which would let infinities through.
+                predictions = jnp.where((own < 0)[:, None, None, None], 0, predictions)
                 # No matrix product: accelerators would round its factors, see `diffusion.sampler`.
-                sums += (own_weights * jnp.moveaxis(predictions, 1, 0)).sum(axis=1)
+                sums += (weights[:, own, :, None, None, None] * jnp.moveaxis(predictions, 1, 0)).sum(axis=1)
             return jax.lax.psum(sums, AXIS)
 
         return jax.shard_map(
