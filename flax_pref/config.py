@@ -75,7 +75,7 @@ def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
 
 def _program() -> str:
     spec = sys.modules["__main__"].__spec__ if "__main__" in sys.modules else None
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _refuse(message: str) -> NoReturn:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
@@ -69,6 +70,13 @@ RuleName = Literal[
     "autoguidance",
 ]
 
+# What modules pos and neg can be used with; docs/guidance.md has what each costs and what it keeps of cPGD's gain.
+PRESETS = {
+    "full": {"rule": "cpgd"},
+    "fast": {"rule": "cpgd", "merge": True},
+    "light": {"rule": "cpgd_conditional", "every": 4, "between": "extrapolate"},
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -104,6 +112,9 @@ class Config:
     module_base: str | None = None
     """The checkpoint that the modules were trained on, if it is another than the model: their difference is predicted
     there. None: LoRA modules move onto the model."""
+    preset: Literal["full", "fast", "light"] | None = None
+    """In place of rule, every, between and merge: full is cPGD, fast cPGD merged into the weights, light cPGD on the
+    prompt only, in every fourth step. docs/guidance.md has what they cost and what they gain."""
     rule: RuleName = "cfg"
     """How the predictions of model and modules are combined."""
     w: str | None = None
@@ -149,12 +160,17 @@ class Config:
             raise UserError("expected either --prompt with texts or --prompts with a file of them")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) not in (value, type(self).__dataclass_fields__[name].default):
+                raise UserError(f"--preset {self.preset} is --{name} {value}, but --{name} is {getattr(self, name)}")
+            object.__setattr__(self, name, value)
 
 
 def main(arguments: list[str]) -> None:
     """Draws and writes the images."""
     config = parse_flags(arguments, Config)
     process, processes = join(config.hosts)
+    check_file_systems(config)
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)
     prompts = prompts_of(config)
@@ -347,6 +363,15 @@ def check_modules(rule: Rule, sources: dict[str, str], config: Config) -> None:
         raise UserError(
             f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected another --rule"
         )
+
+
+def check_file_systems(config: Config) -> None:
+    """That the packages are installed that buckets need."""
+    for path in filter(None, (config.out, config.prompts)):
+        try:
+            epath.Path(path).exists()
+        except ImportError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def prompts_of(config: Config) -> list[Prompt]:

@@ -123,6 +123,8 @@ def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
         "reused": ("--rule", "cpgd", "--w", "2", "--every", "2", "--module", pos, "--module", neg),
         "pgd": ("--rule", "pgd", "--w", "2", "--module", pos),
         "merged": ("--rule", "pgd", "--w", "2", "--merge", "--module", pos),
+        "fast": ("--preset", "fast", "--w", "2", "--module", pos, "--module", neg),
+        "merged cpgd": ("--rule", "cpgd", "--w", "2", "--merge", "--module", pos, "--module", neg),
         "own base": ("--rule", "pgd", "--w", "2", "--module", pos, "--module-base", BASE),
     }
     pixels = {}
@@ -136,6 +138,7 @@ def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
 
     assert apart("base", "none") <= 1
     assert apart("cpgd", "scheduled") <= 1
+    assert apart("fast", "merged cpgd") == 0
     # On the base that they were trained on, the difference of modules is what the modules are.
     assert apart("pgd", "own base") <= 1
     for other in ("base", "late", "reused", "pgd"):
@@ -242,6 +245,7 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--module", "pos.safetensors"), "--module pos.safetensors: expected NAME=PATH"),
         ((*DEMO, "--rule", "pgd", "--w", "1", "--module", "a=nowhere.safetensors"), "nowhere.safetensors: no such"),
         ((*DEMO, "--rule", "pgd", "--w", "up", "--module", "a=b"), "'up' is no strength"),
+        ((*DEMO, "--preset", "fast", "--rule", "pgd"), "--preset fast is --rule cpgd, but --rule is pgd"),
         ((*DEMO, "--seeds", "3-0"), "--seeds 3-0: expected a number, a range"),
         ((*DEMO, "--mesh", "data=3"), "mesh 'data=3': does not make up 1 devices"),
         ((*DEMO, "--hosts", "here"), "--hosts here: expected auto, or ADDRESS:PORT"),

@@ -20,10 +20,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_pref.models.layers import Conv, Linear, normal
+from flax_pref.models.platform import platform
 
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
 LEAVES = ("lora_a", "lora_b")
+LONG = 1024  # positions from which rows are too large for the cache of a CPU together
 
 Rows = tuple[str, ...]  # the network of each row of an image
 
@@ -81,13 +83,21 @@ class LoRALayer(nnx.Module):
         """Applies one A to each group of rows: `[n, m, c, ..., in] -> [n, m, c, ..., r]`."""
         raise NotImplementedError
 
-    def adapt(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Adds the modules' deltas to the base output `y [B, ..., out]` of `x [B, ..., in]`."""
+    def images(self, x: jax.Array) -> int:
+        """How many images a batch holds.
+
+        Raises:
+            ValueError: it cannot be divided into rows, or they are not set.
+        """
         if self.rows is None:
             raise ValueError(f"LoRA: no rows are set for modules {self.modules}; call set_rows(module, rows) first")
         if x.shape[0] % len(self.rows):
             raise ValueError(f"LoRA: a batch of {x.shape[0]} is no multiple of the {len(self.rows)} rows {self.rows}")
-        shape, images = y.shape, x.shape[0] // len(self.rows)
+        return x.shape[0] // len(self.rows)
+
+    def adapt(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds the modules' deltas to the base output `y [B, ..., out]` of `x [B, ..., in]`."""
+        shape, images = y.shape, self.images(x)
         x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
         y = y.reshape(images, len(self.rows), *shape[1:])
         for start, count, indices in adapted_runs(self.rows, self.modules):
@@ -114,7 +124,23 @@ class LoRALinear(LoRALayer, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., in] -> [B, ..., out]`."""
+        alone = jax.sharding.get_abstract_mesh().empty  # a loop over rows that a mesh divides would gather them
+        if platform() == "cpu" and alone and x.ndim == 3 and x.shape[1] >= LONG:
+            return self.row_by_row(x)
         return self.adapt(x, Linear.__call__(self, x))
+
+    def row_by_row(self, x: jax.Array) -> jax.Array:
+        """The same, one row after another: so each is in the cache of a CPU still when its adapter needs it again."""
+
+        def adapter(i):
+            a, b = (bank[...][i].astype(self.dtype) for bank in (self.lora_a, self.lora_b))
+            return lambda x, y: y + self.scale * ((x.astype(self.dtype) @ a) @ b)
+
+        branches = [lambda x, y: y, *map(adapter, range(len(self.modules)))]
+        kinds = [(BASE, *self.modules).index(network) for network in self.rows] * self.images(x)
+        return jax.lax.map(
+            lambda row: jax.lax.switch(row[1], branches, row[0], Linear.__call__(self, row[0])), (x, jnp.array(kinds))
+        )
 
 
 class LoRAConv(LoRALayer, Conv):

@@ -61,7 +61,7 @@ class Setting(NamedTuple):
 
 
 FULL, CONDITIONAL, MERGED = "cPGD", "conditional-only", "merged weights"
-CANDIDATES = {FULL: (2.0, 3.0, 4.0), CONDITIONAL: (4.0, 6.0, 8.0), MERGED: (2.0, 3.0, 4.0)}  # for w
+CANDIDATES = {FULL: (2.0, 3.0, 4.0), CONDITIONAL: (4.0, 6.0, 8.0), MERGED: (2.0, 3.0, 4.0, 5.0)}  # for w
 
 
 def reusing(rule: Callable, every: int, between: str) -> Callable:
@@ -69,9 +69,9 @@ def reusing(rule: Callable, every: int, between: str) -> Callable:
     return lambda w, s: rule(w, s, every=every, between=between)
 
 
-def within(rule: Callable, start: float, stop: float, **options) -> Callable:
+def within(rule: Callable, start: float, stop: float) -> Callable:
     """The rule with its contrast in a part of the trajectory."""
-    return lambda w, s: rule(Schedule((w,), start=start, stop=stop), s, **options)
+    return lambda w, s: rule(Schedule((w,), start=start, stop=stop), s)
 
 
 SETTINGS = {
@@ -86,7 +86,7 @@ SETTINGS = {
     "conditional-only, every 3, hold": Setting(reusing(cpgd_conditional, 3, "hold"), CONDITIONAL),
     "conditional-only, every 4, hold": Setting(reusing(cpgd_conditional, 4, "hold"), CONDITIONAL),
     "conditional-only, every 4, extrapolate": Setting(reusing(cpgd_conditional, 4, "extrapolate"), CONDITIONAL),
-    "conditional-only, first half, every 2": Setting(within(cpgd_conditional, 0.0, 0.5, every=2), CONDITIONAL),
+    "conditional-only, every 5, extrapolate": Setting(reusing(cpgd_conditional, 5, "extrapolate"), CONDITIONAL),
     MERGED: Setting(cpgd, MERGED, merged=True),
 }
 
