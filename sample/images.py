@@ -160,15 +160,11 @@ class Config:
             raise UserError("expected either --prompt with texts or --prompts with a file of them")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
-        for name, value in PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) not in (value, type(self).__dataclass_fields__[name].default):
-                raise UserError(f"--preset {self.preset} is --{name} {value}, but --{name} is {getattr(self, name)}")
-            object.__setattr__(self, name, value)
 
 
 def main(arguments: list[str]) -> None:
     """Draws and writes the images."""
-    config = parse_flags(arguments, Config)
+    config = with_preset(parse_flags(arguments, Config))
     process, processes = join(config.hosts)
     check_file_systems(config)
     rule, sources = rule_of(config), modules_of(config)
@@ -270,6 +266,17 @@ def stopped_by(number: signal.Signals) -> Iterator:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From flags to parts
+
+
+def with_preset(config: Config) -> Config:
+    """The flags with those that the preset stands for."""
+    if config.preset is None:
+        return config
+    for field in dataclasses.fields(config):
+        expected, given = PRESETS[config.preset].get(field.name), getattr(config, field.name)
+        if expected is not None and given not in (expected, field.default):
+            raise UserError(f"--preset {config.preset} is --{field.name} {expected}, but --{field.name} is {given}")
+    return dataclasses.replace(config, **PRESETS[config.preset], preset=None)
 
 
 def find_model(config: Config) -> Path:

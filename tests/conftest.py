@@ -1,4 +1,4 @@
-"""Programs that several tests compile are compiled once: each worker keeps them for as long as the tests run."""
+"""Programs that several tests compile are compiled once, and kept for as long as the tests run."""
 
 import os
 import shutil
@@ -6,8 +6,11 @@ import tempfile
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and processes that tests start, find these settings there
+        return
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # In the environment, for processes that tests start; before JAX is imported, for this one.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # Where the size is limited, JAX locks the folder: no process reads what another has half written.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)

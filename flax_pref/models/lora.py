@@ -25,7 +25,7 @@ from flax_pref.models.platform import platform
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
 LEAVES = ("lora_a", "lora_b")
-LONG = 1024  # positions from which rows are too large for the cache of a CPU together
+LONG = 1024  # positions from which CPUs take the rows of one module at a time
 
 Rows = tuple[str, ...]  # the network of each row of an image
 
@@ -124,23 +124,52 @@ class LoRALinear(LoRALayer, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., in] -> [B, ..., out]`."""
-        alone = jax.sharding.get_abstract_mesh().empty  # a loop over rows that a mesh divides would gather them
-        if platform() == "cpu" and alone and x.ndim == 3 and x.shape[1] >= LONG:
-            return self.row_by_row(x)
-        return self.adapt(x, Linear.__call__(self, x))
+        many = x.ndim > 2 and x.shape[1] >= LONG
+        return self.by_group(x) if many and platform() == "cpu" else self.adapt(x, Linear.__call__(self, x))
 
-    def row_by_row(self, x: jax.Array) -> jax.Array:
-        """The same, one row after another: so each is in the cache of a CPU still when its adapter needs it again."""
+    def by_group(self, x: jax.Array) -> jax.Array:
+        """The same as one product for each group of rows, with weights that contain its adapter.
 
-        def adapter(i):
-            a, b = (bank[...][i].astype(self.dtype) for bank in (self.lora_a, self.lora_b))
-            return lambda x, y: y + self.scale * ((x.astype(self.dtype) @ a) @ b)
+        For CPUs and many positions: to add a low-rank product to rows that have left the cache takes as long as the
+        layer itself, and the weights that this makes are small beside the rows.
+        """
+        images = self.images(x)
+        x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
+        kernel, products, start = self.kernel[...].astype(self.dtype), [], 0
+        bias = 0 if self.bias is None else self.bias[...].astype(self.dtype)
+        for network, group in itertools.groupby(self.rows):
+            stop = start + len(list(group))
+            own = x[:, start:stop]
+            if network == BASE:
+                products.append(own @ kernel + bias)
+            else:
+                i = self.modules.index(network)
+                a, b = (bank[...][i].astype(self.dtype) for bank in (self.lora_a, self.lora_b))
+                products.append(adapted_product(own, kernel, self.scale * a, b) + bias)
+            start = stop
+        y = jnp.concatenate(products, axis=1)
+        return y.reshape(-1, *y.shape[2:])
 
-        branches = [lambda x, y: y, *map(adapter, range(len(self.modules)))]
-        kinds = [(BASE, *self.modules).index(network) for network in self.rows] * self.images(x)
-        return jax.lax.map(
-            lambda row: jax.lax.switch(row[1], branches, row[0], Linear.__call__(self, row[0])), (x, jnp.array(kinds))
-        )
+
+@jax.custom_vjp
+def adapted_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`x (W + A B)`, `[..., in] -> [..., out]`, with gradients of A and B that never form that of their product."""
+    # Weights made here are for here: without the barrier XLA would make those of all layers once and keep them.
+    x, a = jax.lax.optimization_barrier((x, a))
+    return x @ (kernel + a @ b)
+
+
+def _forward(x, kernel, a, b):
+    return adapted_product(x, kernel, a, b), (x, kernel, a, b)
+
+
+def _backward(known, gradient):
+    x, kernel, a, b = known
+    flat, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return (gradient @ (kernel + a @ b).T, flat.T @ g, flat.T @ (g @ b.T), (flat @ a).T @ g)
+
+
+adapted_product.defvjp(_forward, _backward)
 
 
 class LoRAConv(LoRALayer, Conv):
