@@ -119,8 +119,6 @@ def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
         "none": ("--rule", "cpgd", "--w", "0", "--module", pos, "--module", neg),
         "cpgd": ("--rule", "cpgd", "--w", "2", "--module", pos, "--module", neg),
         "scheduled": ("--rule", "cpgd", "--w", "list:2:2", "--module", pos, "--module", neg),
-        "late": ("--rule", "cpgd", "--w", "2@0.5:1", "--module", pos, "--module", neg),
-        "reused": ("--rule", "cpgd", "--w", "2", "--every", "2", "--module", pos, "--module", neg),
         "pgd": ("--rule", "pgd", "--w", "2", "--module", pos),
         "merged": ("--rule", "pgd", "--w", "2", "--merge", "--module", pos),
         "fast": ("--preset", "fast", "--w", "2", "--module", pos, "--module", neg),
@@ -141,7 +139,7 @@ def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
     assert apart("fast", "merged cpgd") == 0
     # On the base that they were trained on, the difference of modules is what the modules are.
     assert apart("pgd", "own base") <= 1
-    for other in ("base", "late", "reused", "pgd"):
+    for other in ("base", "pgd"):
         assert apart("cpgd", other) > 3, other
     assert apart("merged", "base") > 3
 
@@ -162,18 +160,17 @@ def kill_and_compare(modules, prompts, tmp_path, kills):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     started = time.monotonic()
     finish(program(*flags, "--out", tmp_path / "calm", **cache))
-    finish(program(*flags, "--out", tmp_path / "calm2", **cache))
     took = time.monotonic() - started
     rng, killed = random.Random(0), []
     for _ in range(kills):
         process = program(*flags, "--out", tmp_path / "killed", **cache)
-        time.sleep(rng.uniform(0.3, 0.7) * took / 2)
+        time.sleep(rng.uniform(0.2, 0.7) * took)
         process.kill()
         process.communicate()
         killed.append(len(list((tmp_path / "killed").rglob("*.json"))))
     finish(program(*flags, "--out", tmp_path / "killed", **cache))
     print("files of records at each kill:", killed)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "calm") == contents(tmp_path / "calm2")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
 
 
 def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):

@@ -39,6 +39,7 @@ def strip_time(report):
     return {key: value for key, value in report.items() if key != "seconds"}
 
 
+@pytest.mark.long
 def test_the_demo_runs_without_torch_and_twice_the_same(tmp_path):
     reports = []
     for name in ("first", "second"):

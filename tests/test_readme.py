@@ -1,5 +1,6 @@
 """What the README tells users to type."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,20 @@ from flax_pref.models.lora import select_lora, split_lora
 
 ROOT = Path(__file__).parents[1]
 BASE = resources.files("flax_pref.demo") / "base"
+
+# Every Python that a command starts runs this first. The environment of the tests has the libraries, so an import of
+# theirs would succeed.
+WITHOUT_TORCH = """
+import atexit, os, sys
+
+def check():
+    loaded = {"torch", "tensorflow", "diffusers", "transformers", "peft"} & set(sys.modules)
+    if loaded:
+        print("the runtime imported", loaded, file=sys.stderr, flush=True)
+        os._exit(99)
+
+atexit.register(check)
+"""
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
@@ -61,8 +76,14 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
     shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
-    done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+    if command == "make demo":
+        assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".html", ".json", ".parquet", ".safetensors"}
+        assert "held-out prompts" in done.stdout and "step/s" in done.stderr
 
 
 def save_modules(folder):

@@ -31,6 +31,7 @@ def test_every_word_of_a_caption_is_one_token(captions, tmp_path):
     np.testing.assert_array_equal(tokenizer(texts), np.array(theirs["input_ids"]))
 
 
+@pytest.mark.long  # the recipe is run with the commands of the README too
 def test_the_base_recipe_writes_a_checkpoint_and_goes_on_from_its_autoencoder(tmp_path, capsys, monkeypatch):
     config = runpy.run_path(str(ROOT / "configs/demo/base.py"))["config"]
     short = Phase(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=1)

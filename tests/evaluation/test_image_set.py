@@ -261,10 +261,20 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
     ],
 )
 def test_another_layout_format_or_list_of_prompts_is_refused(tmp_path, change, told):
-    image_set(tmp_path, "flat").begin()
+    begun = image_set(tmp_path, "flat")
+    begun.begin()
+    begun.write([0], draw(items_for("flat"), [0]))
     options = {"items": items_for("flat"), "settings": SETTINGS, "layout": "flat", "shard_size": 4, **change}
     with pytest.raises(UserError, match=re.escape(told)):
         ImageSet(tmp_path, options.pop("items"), options.pop("settings"), **options).begin()
+
+
+def test_a_folder_without_images_takes_other_settings(tmp_path):
+    """Or else a mistake that shows when the model is loaded would need another folder."""
+    image_set(tmp_path, "flat", settings={"steps": 0}).begin()
+    image_set(tmp_path, "flat", settings={"steps": 10}).begin()
+    fill(image_set(tmp_path, "flat", settings={"steps": 10})).finish()
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"] == {"steps": 10}
 
 
 def test_settings_in_another_order_or_as_tuples_continue_the_same_set(tmp_path):
