@@ -202,7 +202,7 @@ def plot(rows: list[dict], file: Path) -> None:
     whole = next(row["gain"] for row in rows if row["setting"] == FULL)
     axes.axhline(0.95 * whole, color="#999", linestyle="--", linewidth=1)
     axes.axvline(1.3, color="#999", linestyle="--", linewidth=1)
-    axes.annotate("95 % of cPGD's gain", (3.05, 0.95 * whole), ha="right", va="bottom", fontsize=8, color="#666")
+    axes.annotate("95 % of cPGD's gain", (2.6, 0.95 * whole), va="bottom", fontsize=8, color="#666")
     axes.annotate("1.3 x CFG", (1.3, 0), rotation=90, ha="right", va="bottom", fontsize=8, color="#666")
     colours = {FULL: "#1f77b4", CONDITIONAL: "#d95f02", MERGED: "#2ca02c"}
     for number, row in enumerate(row for row in rows if row["w"] is not None):
@@ -210,11 +210,15 @@ def plot(rows: list[dict], file: Path) -> None:
         low, high = row["gain_ci"]
         error = [[row["gain"] - low], [high - row["gain"]]]
         axes.errorbar(row["time"], row["gain"], yerr=error, fmt="o", color=colour, capsize=2, linewidth=0.8)
-        axes.annotate(str(number + 1), (row["time"], row["gain"]), xytext=(5, 4), textcoords="offset points")
+        aside = (5, 4) if number % 2 else (-6, 4)  # neighbours often lie beside each other
+        axes.annotate(
+            *(str(number + 1), (row["time"], row["gain"]), aside),
+            **{"textcoords": "offset points", "ha": "left" if number % 2 else "right"},
+        )
         axes.plot([], [], "o", color=colour, label=f"{number + 1}  {row['setting']}")
     axes.set_xlabel("time per image, plain CFG = 1")
     axes.set_ylabel("gain over plain CFG, judge's score")
-    axes.set_xlim(0.9, 3.2)
+    axes.set_xlim(0.85, 1.05 * max(row["time"] for row in rows))
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
