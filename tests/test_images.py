@@ -1,5 +1,6 @@
 """`python -m sample.images`: as a function where that is quick, and as a process where it is killed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,8 +56,12 @@ def prompts(tmp_path_factory):
 
 def contents(folder):
     """SHA-256 of every file."""
-    files = (file for file in Path(folder).rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    found = {}
+    for file in Path(folder).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a program that still runs may have removed it
+            if file.is_file():
+                found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def drawn(folder):
@@ -154,26 +159,23 @@ def test_a_run_killed_twenty_times_goes_on_to_the_same_files(modules, prompts, t
 
 
 def kill_and_compare(modules, prompts, tmp_path, kills):
-    flags = ("--prompts", prompts, "--seeds", f"0-{kills}", "--rule", "cpgd", "--w", "2", *QUICK)
+    flags = ("--prompts", prompts, "--seeds", f"0-{3 * kills}", "--rule", "cpgd", "--w", "2", *QUICK)
     flags += ("--module", f"pos={modules}/pos.safetensors", "--module", f"neg={modules}/neg.safetensors")
     flags += ("--batch-size", "4", "--shard-size", "12")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    finish(program(*flags, "--out", tmp_path / "calm", **cache))  # compiles
-    started = time.monotonic()
-    finish(program(*flags, "--out", tmp_path / "again", **cache))
-    took = time.monotonic() - started
-    rng, killed, alive = random.Random(0), [], []
+    finish(program(*flags, "--out", tmp_path / "calm"))
+    rng, out, alive = random.Random(0), tmp_path / "killed", 0
     for _ in range(kills):
-        process = program(*flags, "--out", tmp_path / "killed", **cache)
-        time.sleep(rng.uniform(0.3, 0.7) * took)
-        alive.append(process.poll() is None)
+        process, before = program(*flags, "--out", out), contents(out)
+        while process.poll() is None and contents(out) == before:  # until it draws
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        alive += process.poll() is None
         process.kill()
         process.communicate()
-        killed.append(len(list((tmp_path / "killed").rglob("*.json"))))
-    finish(program(*flags, "--out", tmp_path / "killed", **cache))
-    print("files of records at each kill:", killed, "still running:", sum(alive))
-    assert sum(alive) >= kills // 3, "most kills came too late"
-    assert contents(tmp_path / "killed") == contents(tmp_path / "calm") == contents(tmp_path / "again")
+    finish(program(*flags, "--out", out))
+    print(f"{alive} of {kills} runs were killed while they drew")
+    assert alive >= kills / 2
+    assert contents(out) == contents(tmp_path / "calm")
 
 
 def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):
