@@ -24,13 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from etils import epath
-from flax import nnx
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
-from flax_pref.checkpoints.weights import Network
+from flax_pref.checkpoints.weights import with_attention
 from flax_pref.config import UserError, parse_flags, run_main
 from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
@@ -53,7 +52,7 @@ from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched
 from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
 from flax_pref.models.attention import Kernel
-from flax_pref.models.unet import set_attention
+from flax_pref.models.bank import AXIS
 from flax_pref.parallel.hosts import join, wait_for_others
 from flax_pref.parallel.mesh import make_mesh
 
@@ -161,6 +160,8 @@ class Config:
             raise UserError("expected either --prompt with texts or --prompts with a file of them")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+        if self.seed is not None and self.seeds != "0":
+            raise UserError(f"--seed {self.seed} and --seeds {self.seeds}: expected one of them")
 
 
 def main(arguments: list[str]) -> None:
@@ -298,7 +299,7 @@ def load(config: Config, folder: Path, rule: Rule, sources: dict[str, str]) -> t
         guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(rule)), modules={})
         rule = cfg(rule.guidance_scale, rescale=rule.rescale)
     mesh = make_mesh(config.mesh, devices)
-    shards = mesh.size // mesh.shape.get("network", 1)
+    shards = mesh.size // mesh.shape.get(AXIS, 1)
     draw = TextToImage(
         dataclasses.replace(pipeline, unet=with_attention(guided.base, config.attention)),
         solver_of(pipeline, folder, config),
@@ -425,13 +426,6 @@ def dtype_of(config: Config) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def with_attention(network: Network, kernel: Kernel) -> Network:
-    """The UNet with another kernel for its attention."""
-    unet = nnx.merge(network.graphdef, network.params)
-    set_attention(unet, kernel)
-    return network._replace(graphdef=nnx.split(unet)[0])
 
 
 def solver_of(pipeline: Pipeline, folder: Path, config: Config) -> Solver:

@@ -249,6 +249,7 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--rule", "pgd", "--w", "up", "--module", "a=b"), "'up' is no strength"),
         ((*DEMO, "--preset", "fast", "--rule", "pgd"), "--preset fast is --rule cpgd, but --rule is pgd"),
         ((*DEMO, "--seeds", "3-0"), "--seeds 3-0: expected a number, a range"),
+        ((*DEMO, "--seed", "1", "--seeds", "0-3"), "--seed 1 and --seeds 0-3: expected one of them"),
         ((*DEMO, "--mesh", "data=3"), "mesh 'data=3': does not make up 1 devices"),
         ((*DEMO, "--hosts", "here"), "--hosts here: expected auto, or ADDRESS:PORT"),
         (("--model", "demo"), "expected either --prompt with texts or --prompts"),

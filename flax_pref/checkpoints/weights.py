@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_pref.files import new_folder, read_json, write_json
+from flax_pref.models.attention import Kernel
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
-from flax_pref.models.unet import UNet2DCondition, UNetConfig
+from flax_pref.models.unet import UNet2DCondition, UNetConfig, set_attention
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 
 LAYOUT = "a folder in the layout of diffusers"
@@ -39,6 +40,17 @@ class Network(NamedTuple):
     config: Any
     graphdef: nnx.GraphDef
     params: dict
+
+
+def with_attention(network: Network, kernel: Kernel) -> Network:
+    """A UNet with another kernel for its attention; see `models.attention`.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    unet = nnx.merge(network.graphdef, network.params)
+    set_attention(unet, kernel)
+    return network._replace(graphdef=nnx.graphdef(unet))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

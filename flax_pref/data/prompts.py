@@ -1,12 +1,11 @@
 """Prompts to draw, from the files that evaluation sets are published in."""
 
 import csv
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -77,14 +76,6 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; expected at least one")
     return prompts
-
-
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 in hex over ids and texts, in their order: it changes with whatever would change an image."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.text]).encode())
-    return digest.hexdigest()
 
 
 def _files(path: epath.Path) -> list[epath.Path]:

@@ -40,23 +40,16 @@ def encode_images(
     return np.concatenate(latents)
 
 
-def decode_latents(vae: Network, latents: jax.Array) -> np.ndarray:
-    """Images float32 `[N, H, W, 3]` in [0, 1] of scaled latents `[N, h, w, Z]`."""
-    size = [side * vae.config.downscale_factor for side in latents.shape[1:3]]
-    images = [
-        np.asarray(_decode(vae.graphdef, vae.params, latents[chosen] / vae.config.scaling_factor))[:n]
-        for chosen, n in chunks(len(latents), min(len(latents), _images_per_call(size)))
-    ]
-    return np.concatenate(images)
-
-
-def decode_batch(vae: Network, latents: jax.Array, *, shards: int = 1) -> jax.Array:
-    """What `decode_latents` gives, in one program and on the device: it does not wait for the result.
+def decode_latents(vae: Network, latents: jax.Array, *, shards: int = 1) -> jax.Array:
+    """Images of latents, a few at a time, in one program; it does not wait for the result.
 
     Args:
         vae: the autoencoder.
         latents: `[B, h, w, Z]`, scaled.
-        shards: number of devices that the batch is divided over; they decode images at the same time.
+        shards: number of devices that the batch is divided over, which divides B; they decode at the same time.
+
+    Returns:
+        float32 `[B, H, W, 3]` in [0, 1], on the devices.
     """
     size = [side * vae.config.downscale_factor for side in latents.shape[1:3]]
     own = len(latents) // shards

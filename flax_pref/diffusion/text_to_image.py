@@ -16,7 +16,7 @@ from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.checkpoints.weights import Network
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty, size_ids, warn_of_cuts
 from flax_pref.diffusion.guidance import Rule, Table, tabulate
-from flax_pref.diffusion.latents import decode_batch
+from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
@@ -91,7 +91,7 @@ class TextToImage:
             ValueError: the lists are not equally long, or the rule names a network that there is not.
         """
         lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
-        for name, given in (lists if isinstance(seed, int) else lists | {"seeds": seed}).items():
+        for name, given in (lists | {"seeds": seed} if np.ndim(seed) else lists).items():
             if given is not None and len(given) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
         warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
@@ -139,7 +139,7 @@ class TextToImage:
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             latents = _sample(self.bank, table, self.solver, keys, text, empty, shape, bar)
-        return decode_batch(vae, latents, shards=self.shards)
+        return decode_latents(vae, latents, shards=self.shards)
 
     def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
         """What the rows "text" and "empty" see, `[B, ...]` each; see `diffusion.conditioning`."""

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-AXES = ("data", "network")
+from flax_pref.models.bank import AXIS
+
+AXES = ("data", AXIS)
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from flax_pref.checkpoints.lora import lora_network
-from flax_pref.checkpoints.weights import Network, to_stored
+from flax_pref.checkpoints.weights import Network, to_stored, with_attention
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, cpgd_conditional, pgd, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver, from_config
@@ -35,7 +35,6 @@ from sample.bench.common import (
     random_network,
     time_in_turns,
 )
-from sample.images import with_attention
 
 MODULES = ("pos", "neg")
 RULES = {

@@ -10,9 +10,9 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from flax_pref.checkpoints.weights import with_attention
 from flax_pref.models.attention import Kernel
 from flax_pref.models.presets import FAMILIES, Family
-from flax_pref.models.unet import set_attention
 from sample.bench.common import random_inputs, random_network, time_in_turns
 
 
@@ -38,11 +38,7 @@ def bench_unet(bench: Unet) -> dict:
     """Seconds per forward pass, ours and theirs."""
     family = FAMILIES[bench.family]
     size = (bench.size or family.resolution) // 8
-    network = random_network("unet", family.unet, bench.dtype)
-    unet = nnx.merge(network.graphdef, network.params)
-    set_attention(unet, bench.attention)
-    graphdef, state = nnx.split(unet)
-    params = nnx.to_pure_dict(state)
+    _, graphdef, params = with_attention(random_network("unet", family.unet, bench.dtype), bench.attention)
     forward = jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(**inputs))
     reference = torch_unet(family, bench.dtype) if bench.reference else None
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flax_pref.data.prompts import Prompt
 from flax_pref.diffusion.guidance import cfg
-from flax_pref.diffusion.latents import decode_batch
+from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.evaluation.image_files import ImageFormat
@@ -126,7 +126,7 @@ def real_device(bench: Writing) -> Callable[[int], jax.Array]:
     inputs = sampler_inputs(family, bench.batch_size, latent_size)
 
     def draw(count):
-        return to_bytes(decode_batch(vae, program(unet.params, *inputs)))
+        return to_bytes(decode_latents(vae, program(unet.params, *inputs)))
 
     jax.block_until_ready(draw(bench.batch_size))
     return draw

@@ -9,7 +9,7 @@ import pytest
 from etils.epath.testing import mock_epath
 
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
-from flax_pref.data.prompts import fingerprint, read_prompts
+from flax_pref.data.prompts import read_prompts
 
 PARTIPROMPTS = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "partiprompts.tsv"
 PARTIPROMPTS_HEAD = (
@@ -283,15 +283,6 @@ def test_missing_files_and_folders_without_a_set_are_named(write, tmp_path):
         read_prompts(folder)
 
 
-def test_a_fingerprint_changes_with_every_text_and_with_their_order_but_not_with_the_file(write):
-    base = fingerprint(read_prompts(write("a.txt", "a cat\na dog\n")))
-    assert base == fingerprint(read_prompts(write("b.json", {"x": ["a cat"], "y": ["a dog"]})))
-    others = ["a dog\na cat\n", "a cat\n", "a cat\na dog \n", "a cat\na dog\na dog\n", "a cata dog\n"]
-    assert len({base, *(fingerprint(read_prompts(write("c.txt", other))) for other in others)}) == 6
-    # The same in every version of this project, or resumed runs refuse their own set.
-    assert base == "f6cfb34be251095622b70fb88017ca6fb881359189a2053270d5550fa761ff40"
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -324,5 +315,4 @@ def test_damaged_files_are_prompts_or_one_line(write, name, content):
         assert all(text.strip() for text in texts(prompts))
         assert json.loads(json.dumps(groups(prompts))) == groups(prompts)
         json.dumps([prompt.record for prompt in prompts])
-        fingerprint(prompts)
     assert 0 < read < 300

@@ -57,19 +57,25 @@ def test_decoding_in_chunks_gives_the_same_images(vae, monkeypatch):
 def test_a_larger_batch_does_not_need_more_memory_to_decode():
     network = abstract_network("vae", CONFIG)
 
-    def peak(images):
+    def peak(images, shards=1):
         calls = []
 
         def record(graphdef, params, latents):
             calls.append(latents.shape[0])
-            return np.zeros((latents.shape[0], 1024, 1024, 3), np.float32)
+            return jnp.zeros((latents.shape[0], 1024, 1024, 3))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_decode", record)
-            decode_latents(network, np.zeros((images, 512, 512, 4), np.float32))
+            latents = jax.ShapeDtypeStruct((images, 512, 512, 4), np.float32)
+            jax.eval_shape(
+                lambda params, latents: decode_latents(network._replace(params=params), latents, shards=shards),
+                *(network.params, latents),
+            )
+        module._decode_in_turn.clear_cache()  # of programs made with the record
         return max(calls)
 
     assert peak(1) == peak(8) == 1
+    assert peak(8, shards=4) == 4, "one on each device"
 
 
 @pytest.mark.parametrize(("dtype", "computes"), [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)])

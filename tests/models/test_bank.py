@@ -23,7 +23,7 @@ from flax_pref.checkpoints.lora import load_lora_network, lora_network, merge_lo
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import Network
 from flax_pref.diffusion.guidance import cfg, cpgd, cpgd_conditional, pgd, tabulate
-from flax_pref.diffusion.latents import decode_batch
+from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import ddim
@@ -226,7 +226,7 @@ def test_modules_guide_another_base_by_their_difference_on_their_own():
     assert differ(want["cfg"], want["pgd"])
 
     images = draw(prompts, range(IMAGES), RULES["cpgd"][0], seed=0)
-    assert error(images, decode_batch(draw.placed.vae, want["cpgd"])) < 1e-5
+    assert error(images, decode_latents(draw.placed.vae, want["cpgd"])) < 1e-5
     latents = draw_together(draw.bank, tabulate(RULES["pgd"][0], STEPS, IMAGES), keys, *conditioning)
     assert error(latents, want["pgd"]) < 1e-5
 
