@@ -72,3 +72,17 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON object, readably."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, as `w=4, now w=5; steps=50, now steps=20`."""
+
+    def told(values: Mapping[str, Any], name: str) -> str:
+        text = f"{name}={values[name]}" if name in values else f"no {name}"
+        return f"{text[:77]}..." if len(text) > 80 else text
+
+    return "; ".join(
+        f"{told(begun, name)}, now {told(now, name)}"
+        for name in {**begun, **now}
+        if (name in begun, begun.get(name)) != (name in now, now.get(name))
+    )

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -173,7 +172,7 @@ def main(arguments: list[str]) -> None:
     check_modules(rule, sources, config)
     prompts = prompts_of(config)
     items = [Item(prompt, seed) for prompt in prompts for seed in seeds_of(config)]
-    folder = find_model(config)
+    folder = find_checkpoint(config.model, variant=config.variant)
     images = ImageSet(
         config.out,
         items,
@@ -279,13 +278,6 @@ def with_preset(config: Config) -> Config:
         if expected is not None and given not in (expected, field.default):
             raise UserError(f"--preset {config.preset} is --{field.name} {expected}, but --{field.name} is {given}")
     return dataclasses.replace(config, **PRESETS[config.preset], preset=None)
-
-
-def find_model(config: Config) -> Path:
-    """The folder of the checkpoint."""
-    if config.model == "demo":
-        return Path(str(resources.files("flax_pref.demo") / "base"))
-    return find_checkpoint(config.model, variant=config.variant)
 
 
 def load(config: Config, folder: Path, rule: Rule, sources: dict[str, str]) -> tuple[TextToImage, Rule]:

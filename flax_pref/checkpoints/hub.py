@@ -1,6 +1,7 @@
-"""Where a checkpoint lies: a folder as it is, or a repository of the Hugging Face Hub, downloaded once."""
+"""Where a checkpoint lies: a folder as it is, the one in this package, or a repository of the Hub, downloaded once."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+DEMO = "demo"  # the small base model of the demo world
 
 
 def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Path:
@@ -16,7 +18,7 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     Args:
         path_or_id: a local path, or the id of a repository on the Hub such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", of which the parts that are needed are downloaded into the
-            Hub's cache. What exists locally is never looked for on the Hub.
+            Hub's cache; or "demo", the small one of this package. What exists locally is never looked for on the Hub.
         variant: of the weight files, e.g. "fp16"; None for the full ones.
 
     Raises:
@@ -26,6 +28,8 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     if path.exists():
         return path
     name = str(path_or_id)
+    if name == DEMO:
+        return Path(str(resources.files("flax_pref.demo") / "base"))
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"{name}: no such folder, and not the id of a Hub repository (owner/name); expected a folder in the layout "

@@ -36,6 +36,7 @@ from flax_pref.evaluation.image_files import (
     encode_image,
     tar_members,
 )
+from flax_pref.files import difference
 
 Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
@@ -263,9 +264,8 @@ class ImageSet:
             self._put(SETTINGS, [json.dumps(now, indent=2).encode() + b"\n"])
             return
         if begun != now:
-            raise UserError(
-                f"{self.folder}: was begun with {_difference(begun, now)}: choose another --out, or repeat the settings"
-            )
+            changed = "; ".join(filter(None, (difference(begun[part], now[part]) for part in now)))
+            raise UserError(f"{self.folder}: was begun with {changed}: choose another --out, or repeat the settings")
         self._settings = begun["settings"]  # in the order in which they are in the images that are there
 
     def _description(self) -> dict[str, Any]:
@@ -644,21 +644,6 @@ def _ranges(seeds: set[int]) -> str:
     first, last = min(seeds), max(seeds)
     contiguous = len(seeds) == last - first + 1 > 1
     return f"{first}-{last}" if contiguous else ",".join(map(str, sorted(seeds)))
-
-
-def _difference(begun: Mapping[str, dict], now: Mapping[str, dict]) -> str:
-    """What differs, as `w=4, now w=5; steps=50, now steps=20`."""
-
-    def told(values: Mapping[str, Any], name: str) -> str:
-        text = f"{name}={values[name]}" if name in values else f"no {name}"
-        return f"{text[:77]}..." if len(text) > 80 else text
-
-    pairs = [(begun[part], now[part], name) for part in now for name in {**begun[part], **now[part]}]
-    return "; ".join(
-        f"{told(before, name)}, now {told(after, name)}"
-        for before, after, name in pairs
-        if (name in before, before.get(name)) != (name in after, after.get(name))
-    )
 
 
 def _write(file: BinaryIO, chunks: Iterable[bytes]) -> None:

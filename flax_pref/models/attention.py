@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flax_pref.models.platform import platform
+from flax_pref.models.platform import CACHED, platform
 
 Kernel = Literal["auto", "xla", "cudnn", "flash", "blocked"]
 FLASH_FROM = 1024  # positions
@@ -77,13 +77,18 @@ def _cudnn_takes(q: jax.Array) -> bool:
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
-    """Heads and blocks of queries one after another where there are many positions, else all at once."""
+    """Heads and blocks of queries one after another where there are many positions, else images, or all at once."""
     batch, length, heads, features = q.shape
     q, v = (jnp.swapaxes(x, 1, 2) for x in (q * features**-0.5, v))  # [B, N, T, Hd]
     k = jnp.moveaxis(k, 1, 3)  # [B, N, Hd, S]
     if is_causal or length < 2 * BLOCK or k.shape[3] < BLOCK or length % BLOCK:
         mask = jnp.tri(length, k.shape[3], dtype=bool) if is_causal else None
-        out = _softmax_attention(q, k, v, mask)
+        scores = 4 * batch * heads * length * k.shape[3]
+        images = batch if scores > CACHED else 1
+        parts = [
+            _softmax_attention(*part, mask) for part in zip(*(jnp.split(x, images) for x in (q, k, v)), strict=True)
+        ]
+        out = jnp.concatenate(parts)
     else:
         blocks = length // BLOCK
         # One row of the loop is one block of one head; the backward pass computes its scores again.
