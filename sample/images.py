@@ -52,6 +52,7 @@ from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
 from flax_pref.models.attention import Kernel
 from flax_pref.models.bank import AXIS
+from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.hosts import join, wait_for_others
 from flax_pref.parallel.mesh import make_mesh
 
@@ -282,7 +283,7 @@ def with_preset(config: Config) -> Config:
 
 def load(config: Config, folder: Path, rule: Rule, sources: dict[str, str]) -> tuple[TextToImage, Rule]:
     """The checkpoint with its modules on the devices, and the rule to draw by."""
-    dtype = dtype_of(config)
+    dtype = default_dtype(config.dtype)
     devices = jax.local_devices()
     print(f"loading {folder} on {len(devices)} x {devices[0].device_kind} in {dtype}")
     pipeline = load_pipeline(folder, jnp.dtype(dtype), variant=config.variant)
@@ -405,19 +406,12 @@ WORKING = (
 def settings_of(config: Config, folder: Path, sources: dict[str, str]) -> dict:
     """What the images depend on besides prompt and seed."""
     settings = {name: value for name, value in vars(config).items() if name not in WORKING and value is not None}
-    settings["dtype"] = dtype_of(config)
+    settings["dtype"] = default_dtype(config.dtype)
     settings["modules"] = {name: Path(path).name for name, path in sources.items()}
     settings["model_sha256"] = fingerprint(folder)
     hashed = sources | ({OWN_BASE: config.module_base} if config.module_base is not None else {})
     settings["modules_sha256"] = {name: fingerprint(path) for name, path in hashed.items()}
     return settings
-
-
-def dtype_of(config: Config) -> str:
-    """The name of what the networks compute in."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def solver_of(pipeline: Pipeline, folder: Path, config: Config) -> Solver:

@@ -8,10 +8,13 @@ from importlib import resources
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.data.images import encode_jpeg
+from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.models.lora import select_lora, split_lora
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,12 @@ def check():
 
 atexit.register(check)
 """
+
+ENCODE = ".venv/bin/python -m train.encode configs/sd15/encode_pick_a_pic.py"
+SMALL_ENCODE = (
+    "train.encode configs/sd15/encode_pick_a_pic.py --source.path {tmp}/pairs --model demo --encoding.size 64 64"
+    " --output {tmp}/prepared"
+)
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
@@ -51,6 +60,11 @@ COMMANDS = {
         " --module pos={tmp}/pos.safetensors --module neg={tmp}/neg.safetensors --rule cpgd --w 4 --steps 2"
         " --out {tmp}/cpgd"
     ),
+    ".venv/bin/python -m train.encode configs/demo/encode.py": (
+        "{python} -m train.encode configs/demo/encode.py --source.path {tmp}/pairs --output {tmp}/prepared"
+    ),
+    f"{ENCODE} --source.path /data/pickapic_v2": f"{{python}} -m {SMALL_ENCODE}",
+    f"{ENCODE} --source.path /data/pickapic_v2 --inspect 32": f"{{python}} -m {SMALL_ENCODE} --inspect 32",
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
         " --autoencoder.steps 2 --autoencoder.warmup-steps 1 --decoder.steps 2 --decoder.warmup-steps 1"
@@ -75,6 +89,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
         pytest.skip("would make a second environment, .venv")
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
+    save_pairs(tmp_path / "pairs" / "train-00000-of-00001.parquet")
     shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)
@@ -84,6 +99,9 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     if command == "make demo":
         assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".html", ".json", ".parquet", ".safetensors"}
         assert "held-out prompts" in done.stdout and "step/s" in done.stderr
+    if "train.encode" in command:
+        expected = "inspection.html" if "--inspect" in command else "pairs/dataset_info.json"
+        assert (tmp_path / "prepared" / expected).is_file() and "4 pairs" in done.stdout
 
 
 def save_modules(folder):
@@ -91,6 +109,11 @@ def save_modules(folder):
     _, lora = split_lora(unet.params)
     for i, name in enumerate(("pos", "neg")):
         save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
+
+
+def save_pairs(file):
+    image = encode_jpeg(np.random.default_rng(0).random((64, 64, 3)))
+    write_pairs(file, (LabelledPair("a", image, image, 1.0, f"{i}-0", f"{i}-1", "base", "base") for i in range(4)))
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):

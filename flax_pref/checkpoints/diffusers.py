@@ -56,6 +56,7 @@ def load_pipeline(
     param_dtype=None,
     variant: str | None = None,
     place: Placement | None = None,
+    with_unet: bool = True,
 ) -> Pipeline:
     """Reads a Stable Diffusion 1.x, 2.x or XL checkpoint.
 
@@ -66,6 +67,7 @@ def load_pipeline(
         param_dtype: what their parameters are kept in; None: as `dtype`.
         variant: of the weight files, e.g. "fp16"; None: the full ones if they are there, else the half ones.
         place: says where each parameter goes; None: the default device.
+        with_unet: False leaves out the weights of the UNet, by far the most, where only the encoders are needed.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -83,7 +85,7 @@ def load_pipeline(
         )
     options = {"param_dtype": param_dtype, "variant": variant, "place": place}
     pipeline = Pipeline(
-        unet=load_unet(folder / "unet", dtype, **options),
+        unet=load_unet(folder / "unet", dtype, **options) if with_unet else _without_weights(folder / "unet"),
         vae=load_vae(folder / "vae", dtype, **options),
         text_encoders=tuple(load_text_encoder(folder / name, dtype, **options) for name, _ in FAMILIES[class_name]),
         tokenizers=tuple(load_tokenizer(folder / name) for _, name in FAMILIES[class_name]),
@@ -94,6 +96,11 @@ def load_pipeline(
     )
     _check_parts(pipeline, folder)
     return pipeline
+
+
+def _without_weights(folder: Path) -> Network:
+    config = COMPONENTS["unet"].config.from_dict(read_json(folder / "config.json", expected=LAYOUT))
+    return Network(config, graphdef=None, params={})
 
 
 def _not_a_folder(file: Path) -> str:

@@ -1,56 +1,287 @@
-"""Preference pairs as latents and encoded captions: what the objectives consume."""
+"""Preference pairs as moments of latents and embeddings of captions: encoded once, on disk or in memory."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import collections
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.data.pick_a_pic import PreferencePair, decode_image
-from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
-from flax_pref.diffusion.latents import encode_images
+from flax_pref.checkpoints.weights import Network
+from flax_pref.data.images import Fitted, decode_image, fit_image
+from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
+from flax_pref.data.prepared import Records, Shapes
+from flax_pref.data.selection import Selection
+from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty
+
+T, R = TypeVar("T"), TypeVar("R")
+
+CAPTIONS_AT_ONCE = 64
 
 
-class EncodedPairs(NamedTuple):
-    """N preference pairs in memory; latents are scaled by the autoencoder's scaling_factor."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How images and captions are encoded."""
 
-    winner: np.ndarray  # [N, h, w, Z]
-    loser: np.ndarray  # [N, h, w, Z]
-    text: dict[str, np.ndarray]  # [N, ...] each, see diffusion.conditioning
-    empty: dict[str, np.ndarray]  # [...] the same of no caption
+    size: tuple[int, int] = (512, 512)
+    """Height and width in pixels that images are cut to, after they were resized to cover it."""
+    crop: Literal["center", "random"] = "center"
+    """Where to cut what is too long on one side; at random: the same place in every run."""
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    """Filter of the resizing, with antialiasing."""
+    mirrored: bool = False
+    """Encode mirror images too, for training with random flips; doubles time and space."""
+    smallest_side: int = 32
+    """Images that are smaller in pixels count as damaged."""
+    batch_size: int = 2
+    """Pairs that a device encodes at the same time."""
 
-    def batches(self, batch_size: int, *, caption_dropout: float, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Endless batches `{"winner", "loser", "text"}`: shuffled epochs, a share of the captions left out."""
-        rng = np.random.default_rng(seed)
-        order = np.empty(0, int)
-        while True:
-            while len(order) < batch_size:
-                order = np.concatenate([order, rng.permutation(len(self.winner))])
-            rows, order = order[:batch_size], order[batch_size:]
-            text = {name: array[rows] for name, array in self.text.items()}
-            dropped = rng.random(batch_size) < caption_dropout
-            for name, array in self.empty.items():
-                text[name][dropped] = array
-            yield {"winner": self.winner[rows], "loser": self.loser[rows], "text": text}
+    def __post_init__(self):
+        if min(self.size) < 1 or self.batch_size < 1:
+            raise ValueError(f"encoding: size={self.size}, batch_size={self.batch_size}; expected positive numbers")
 
 
-def encode_pairs(pipeline: Pipeline, pairs: Sequence[PreferencePair]) -> EncodedPairs:
-    """Decodes the images of pairs and encodes images and captions.
+class PairEncoder:
+    """Encodes pairs and captions on devices, while threads decode the images that come next.
 
-    Args:
-        pipeline: whose autoencoder and text encoder are used.
-        pairs: N pairs; all images of one size.
-
-    Raises:
-        ValueError: an image cannot be decoded; names it.
+    Attributes:
+        shapes: of what it gives.
+        encoding: how.
     """
-    images = np.stack(
-        [
-            decode_image(image, f"image {uid!r} of {pair.caption!r}")
-            for pair in pairs
-            for image, uid in ((pair.winner, pair.winner_uid), (pair.loser, pair.loser_uid))
-        ]
+
+    def __init__(self, pipeline: Pipeline, encoding: Encoding, mesh: Mesh | None = None):
+        """Puts the encoders on the devices.
+
+        Args:
+            pipeline: whose autoencoder and text encoders are used; its UNet is not.
+            encoding: how to encode.
+            mesh: of devices that share every batch; None: the default device.
+
+        Raises:
+            ValueError: the size does not fit the autoencoder.
+        """
+        factor = pipeline.vae.config.downscale_factor
+        if any(side % factor for side in encoding.size):
+            raise ValueError(f"encoding: size={encoding.size}; height and width must be multiples of {factor}")
+        self.encoding = encoding
+        self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._pipeline = dataclasses.replace(
+            pipeline,
+            vae=_replicated(pipeline.vae, mesh),
+            text_encoders=tuple(_replicated(encoder, mesh) for encoder in pipeline.text_encoders),
+        )
+        self._empty = {name: np.asarray(array, jnp.bfloat16) for name, array in encode_empty(pipeline).items()}
+        devices = 1 if mesh is None else mesh.size
+        self._pairs, self._captions = encoding.batch_size * devices, CAPTIONS_AT_ONCE * devices
+        height, width = (side // factor for side in encoding.size)
+        self.shapes = Shapes(
+            (1 + encoding.mirrored, height, width, 2 * pipeline.vae.config.latent_channels),
+            {name: array.shape for name, array in self._empty.items()},
+        )
+
+    def captions(self, texts: Sequence[str | None]) -> Iterator[dict[str, np.ndarray]]:
+        """The conditioning of each text, bfloat16 arrays by name; None is no caption."""
+        for chosen, n in chunks(len(texts), self._captions):
+            batch = [texts[i] for i in chosen]
+            encoded = encode_batch(self._pipeline, [text or "" for text in batch], sharding=self.sharding)
+            arrays = {name: np.asarray(array.astype(jnp.bfloat16)) for name, array in encoded.items()}
+            for i, text in enumerate(batch[:n]):
+                yield self._empty if text is None else {name: array[i] for name, array in arrays.items()}
+
+    def pairs(self, read: Iterable[tuple[int, PreferencePair | Drop]]) -> Iterator[tuple[int, "EncodedPair | Drop"]]:
+        """Encodes pairs by their rows.
+
+        Args:
+            read: rows with their pairs.
+
+        Yields:
+            the same rows with what became of them, those of a batch one after another; rows that are dropped may come
+            before others that were read before them.
+        """
+        batch, computing = [], None
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for row, fitted in _in_order(pool, self._fit, read, ahead=4 * self._pairs):
+                if isinstance(fitted, Drop):
+                    yield row, fitted
+                    continue
+                batch.append(fitted)
+                if len(batch) == self._pairs:
+                    # The devices compute this batch while the one before is taken from them.
+                    computing, done = (batch, self._moments(batch)), computing
+                    batch = []
+                    yield from _taken(done)
+            yield from _taken(computing)
+            if batch:
+                yield from _taken((batch, self._moments(batch)))
+
+    def _fit(self, item: tuple[int, PreferencePair | Drop]) -> "tuple[int, _Decoded | Drop]":
+        row, pair = item
+        if isinstance(pair, Drop):
+            return item
+        images = []
+        for place, (role, data) in enumerate((("winner", pair.winner), ("loser", pair.loser))):
+            image = decode_image(data, smallest_side=self.encoding.smallest_side)
+            if isinstance(image, Drop):
+                return row, image._replace(detail=f"{role}: {image.detail}")
+            how = {"crop": self.encoding.crop, "resample": self.encoding.resample}
+            images.append(fit_image(image, self.encoding.size, **how, key=2 * row + place))
+        kept = pair._replace(winner=b"", loser=b"")  # the encoded images are not needed any more
+        return row, _Decoded(kept, *images)
+
+    def _moments(self, batch: "Sequence[_Decoded]") -> jax.Array:
+        """Of winner and loser of each pair, `[P, 2, k, h, w, 2 Z]`, on the devices; P is always the same."""
+        filled = [batch[i] for i in next(chunks(len(batch), self._pairs))[0]]
+        pixels = np.stack([fitted.pixels for pair in filled for fitted in (pair.winner, pair.loser)])
+        pixels = pixels.reshape(self._pairs, 2, *pixels.shape[1:])
+        vae = self._pipeline.vae
+        return _encode(vae.graphdef, self.encoding.mirrored, vae.params, jax.device_put(pixels, self.sharding))
+
+
+class EncodedPair(NamedTuple):
+    """A pair without its images.
+
+    Attributes:
+        pair: with empty bytes for images.
+        winner: moments of the preferred image, bfloat16 `[k, h, w, 2 Z]`, see `prepared.Shapes`.
+        loser: of the other.
+        sizes: int32 `[k, 2, 4]`, see `prepared.Records`.
+    """
+
+    pair: PreferencePair
+    winner: np.ndarray
+    loser: np.ndarray
+    sizes: np.ndarray
+
+
+class _Decoded(NamedTuple):
+    pair: PreferencePair
+    winner: Fitted
+    loser: Fitted
+
+
+def _taken(computed: tuple[list[_Decoded], jax.Array] | None) -> Iterator[tuple[int, EncodedPair]]:
+    """The pairs of a batch, as soon as the devices have computed it."""
+    batch, moments = computed or ((), None)
+    moments = moments if moments is None else np.asarray(moments)
+    for i, (pair, *images) in enumerate(batch):
+        plain = [(*fitted.original_size, *fitted.crop_top_left) for fitted in images]
+        mirrored = [(*fitted.original_size, *_mirrored_crop(fitted)) for fitted in images]
+        sizes = np.array([plain, mirrored][: moments.shape[2]], np.int32)
+        yield pair.row, EncodedPair(pair, *moments[i], sizes)
+
+
+def _mirrored_crop(fitted: Fitted) -> tuple[int, int]:
+    """Top and left of the same crop in the mirror image of what was resized."""
+    top, left = fitted.crop_top_left
+    return top, fitted.resized_size[1] - fitted.pixels.shape[1] - left
+
+
+def _replicated(network: Network, mesh: Mesh | None) -> Network:
+    if mesh is None:
+        return network
+    return network._replace(params=jax.device_put(network.params, NamedSharding(mesh, PartitionSpec())))
+
+
+# At module level, so that what is compiled outlives an encoder.
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: jax.Array) -> jax.Array:
+    """uint8 `[P, 2, H, W, 3] -> [P, 2, k, h, w, 2 Z]` bfloat16."""
+    vae = nnx.merge(graphdef, params)
+    images = pixels.reshape(-1, *pixels.shape[2:])
+    orientations = (images, images[:, :, ::-1]) if mirrored else (images,)
+    moments = [
+        jnp.concatenate(vae.encode(side.astype(jnp.float32) / 127.5 - 1), axis=-1).astype(jnp.bfloat16)
+        for side in orientations
+    ]
+    return jnp.stack(moments, axis=1).reshape(*pixels.shape[:2], len(moments), *moments[0].shape[1:])
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """`map` in threads that are at most `ahead` items ahead of what is taken."""
+    running = collections.deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In memory
+
+
+class EncodedSet(Records):
+    """Encoded pairs in memory, for sets that are small enough: `Records` without preparing any."""
+
+    def __init__(
+        self, encoder: PairEncoder, reader: PairReader, selection: Selection, *, label: str = "encoding pairs"
+    ):
+        """Encodes all pairs of a selection.
+
+        Raises:
+            ValueError: none of them can be decoded, or a file is damaged.
+        """
+        self.drops = dict(selection.drops)
+        self._pairs: list[dict[str, np.ndarray]] = []
+        caption_of = dict(zip(selection.rows.tolist(), selection.caption_of.tolist(), strict=True))
+        encoded = encoder.pairs(zip(selection.rows.tolist(), pairs(reader, selection.rows), strict=True))
+        for row, result in tqdm(encoded, label, len(selection.rows), unit="pair"):
+            if isinstance(result, Drop):
+                self.drops[row] = result
+            else:
+                self._pairs.append(numbered(result, caption_of[row] + 1))
+        if not self._pairs:
+            raise ValueError(f"no pair can be used: {told_reasons(self.drops)}")
+        self._captions = list(encoder.captions([None, *selection.captions]))
+        self.shapes, self.image_size = encoder.shapes, encoder.encoding.size
+        self.fingerprint = digest(selection)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._pairs)
+
+    def pair(self, index: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        return self._pairs[index]
+
+    def conditioning(self, caption: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        return self._captions[caption]
+
+
+def numbered(encoded: EncodedPair, caption: int) -> dict[str, np.ndarray]:
+    """The record of a pair, with the number of its caption; see `Records.pair`."""
+    arrays = {"winner": encoded.winner, "loser": encoded.loser, "sizes": encoded.sizes}
+    first = np.bool_(encoded.pair.winner_first)
+    return {"row": np.int64(encoded.pair.row), "caption": np.int64(caption), "winner_first": first} | arrays
+
+
+def digest(selection: Selection) -> str:
+    """SHA-256 of which rows are used and of their captions, as hexadecimal."""
+    described = hashlib.sha256(selection.rows.tobytes() + selection.caption_of.tobytes())
+    for caption in selection.captions:
+        described.update(caption.encode() + b"\0")
+    return described.hexdigest()
+
+
+def told_reasons(drops: Mapping[int, Drop]) -> str:
+    """How many rows were dropped for each reason, the most frequent first, with an example of each."""
+    first = {}
+    for row, drop in drops.items():
+        first.setdefault(drop.reason, (row, drop.detail))
+    counts = collections.Counter(drop.reason for drop in drops.values()).most_common()
+    return "; ".join(
+        f"{count} rows: {reason} (first: row {first[reason][0]}{', ' if first[reason][1] else ''}{first[reason][1]})"
+        for reason, count in counts
     )
-    latents = encode_images(pipeline.vae, images, label="encoding pairs")
-    text = encode_prompts(pipeline, [pair.caption for pair in pairs])
-    return EncodedPairs(latents[0::2], latents[1::2], text, encode_empty(pipeline))

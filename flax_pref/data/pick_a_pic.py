@@ -1,16 +1,19 @@
-"""Preference pairs in the schema of Pick-a-Pic v2 (`yuvalkirstain/pickapic_v2`): parquet, in and out."""
+"""Preference pairs in the schema of Pick-a-Pic v1 and v2 (`yuvalkirstain/pickapic_v2`): parquet, in and out."""
 
-import collections
+import bisect
+import contextlib
 import dataclasses
-import io
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
+from flax_pref.data import fields
+from flax_pref.data.pairs import Drop, Judgement, Tie
 from flax_pref.files import replacing
 
 SCHEMA = pa.schema(
@@ -36,18 +39,145 @@ SCHEMA = pa.schema(
         "__index_level_0__": pa.int64(),
     }
 )
-READ = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "are_different", "has_label", "image_0_uid", "image_1_uid")
+IMAGES = ("jpg_0", "jpg_1")
+READ = ("caption", *IMAGES, "label_0", "label_1", "are_different", "has_label", "image_0_uid", "image_1_uid")
+SAID = (*(name for name in READ if name not in IMAGES), "model_0", "model_1")
+
+_FOOTERS_AT_ONCE = 16  # of files that may lie across a network
+_JUDGEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 1024, 4
+_ROWS_PER_PAGE = 8  # written at least; a page can only be read as a whole
+_BUFFER = 2**20  # bytes of a column that are read at once, not all of a row group
 
 
-@dataclasses.dataclass(frozen=True)
-class PreferencePair:
-    """Two images of one caption; winner and loser are encoded images (JPEG in Pick-a-Pic)."""
+class OpenableFile(Protocol):
+    """A file, wherever it is; `str` of it is its name in messages."""
 
-    caption: str
-    winner: bytes
-    loser: bytes
-    winner_uid: str
-    loser_uid: str
+    def open(self, mode: str) -> BinaryIO:
+        """Opens it."""
+
+
+class PickAPic:
+    """Random access to the rows of parquet files of Pick-a-Pic."""
+
+    winner_listed_first = False
+
+    def __init__(self, files: Sequence[OpenableFile]):
+        """Reads the footers of the files, which are the set in this order.
+
+        Raises:
+            ValueError: a file is no parquet, or lacks a column.
+        """
+        self.files = tuple(files)
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            groups = list(pool.map(_sizes_of_groups, self.files))
+        # The first row of each file and of each row group, and at last the end; the first row group of each file.
+        self._file_starts = list(itertools.accumulate(map(sum, groups), initial=0))
+        self._starts = list(itertools.accumulate(itertools.chain(*groups), initial=0))
+        self._first_groups = list(itertools.accumulate(map(len, groups), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def where(self, row: int) -> tuple[str, int]:
+        """See `PairReader`."""
+        file = self._file(row)
+        return str(self.files[file]), row - self._file_starts[file]
+
+    def judgements(self, rows: range) -> Iterator[Judgement | Tie | Drop]:
+        """See `PairReader`."""
+        for row in self._records(rows, SAID, _JUDGEMENTS_AT_ONCE):
+            yield fields.accepted(_judgement, row)
+
+    def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
+        """See `PairReader`."""
+        for row in self._records(rows, IMAGES, _IMAGES_AT_ONCE):
+            missing = [name for name in IMAGES if row[name] is None]
+            yield Drop("image is missing", missing[0]) if missing else (row["jpg_0"], row["jpg_1"])
+
+    def _records(self, rows: Sequence[int], columns: Sequence[str], at_once: int) -> Iterator[dict[str, Any]]:
+        """Those of the columns that there are, of ascending rows; `at_once` of them are in memory, and a page."""
+        for file, rows_of_file in itertools.groupby(rows, self._file):
+            with _opened(self.files[file]) as parquet:
+                there = [name for name in columns if name in parquet.schema_arrow.names]
+                for place, rows_of_group in itertools.groupby(rows_of_file, self._group):
+                    wanted = [row - self._starts[place] for row in rows_of_group]
+                    yield from _rows(parquet, place - self._first_groups[file], wanted, there, at_once)
+
+    def _file(self, row: int) -> int:
+        return bisect.bisect_right(self._file_starts, row) - 1
+
+    def _group(self, row: int) -> int:
+        """Its place among the row groups of all files."""
+        return bisect.bisect_right(self._starts, row) - 1
+
+
+def _judgement(row: dict[str, Any]) -> Judgement | Tie:
+    if row["has_label"] is False:
+        raise fields.Rejected("no label", damaged=False)
+    if row["are_different"] is False:
+        raise fields.Rejected("both images are the same", damaged=False)
+    winner = fields.preferred((row["label_0"], row["label_1"]))
+    if isinstance(winner, Tie):
+        return winner
+    return Judgement(
+        caption=fields.caption(row["caption"]),
+        winner=winner,
+        ids=(
+            fields.identifier(row["image_0_uid"], "image_0_uid"),
+            fields.identifier(row["image_1_uid"], "image_1_uid"),
+        ),
+        models=fields.two_models(row.get("model_0"), row.get("model_1")),
+    )
+
+
+@contextlib.contextmanager
+def _opened(file: OpenableFile) -> Iterator[pq.ParquetFile]:
+    """The file, and its name on all that goes wrong with it."""
+    try:
+        with (
+            file.open("rb") as opened,
+            # Anything else reads whole row groups.
+            pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as parquet,
+        ):
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: cannot be read as parquet ({reason}); if damaged, download it again") from error
+
+
+def _sizes_of_groups(file: OpenableFile) -> list[int]:
+    """Number of rows of each row group, of a file with the columns of Pick-a-Pic."""
+    with _opened(file) as parquet:
+        schema = parquet.schema_arrow
+        missing = [name for name in READ if name not in schema.names]
+        if missing and set(missing) <= set(IMAGES):
+            raise ValueError(
+                f"{file}: no column {missing[0]!r}: this is the copy without images (pickapic_v2_no_images); get the "
+                "one with images, yuvalkirstain/pickapic_v2"
+            )
+        if missing:
+            raise ValueError(f"{file}: no column {missing[0]!r}; Pick-a-Pic has {', '.join(READ)}")
+        for name in IMAGES:
+            kind = schema.field(name).type
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                raise ValueError(f"{file}: column {name!r} is of type {kind}; expected binary, the bytes of a JPEG")
+        return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+
+
+def _rows(
+    parquet: pq.ParquetFile, group: int, wanted: Sequence[int], columns: Sequence[str], at_once: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of a row group, by their ascending numbers in it."""
+    start = done = 0
+    for batch in parquet.iter_batches(batch_size=at_once, row_groups=[group], columns=columns):
+        end = start + len(batch)
+        stop = bisect.bisect_left(wanted, end)
+        if done < stop:
+            yield from batch.take([row - start for row in wanted[done:stop]]).to_pylist()
+        start, done = end, stop
+        if done == len(wanted):
+            return
+    raise pa.ArrowInvalid(f"row group {group} ends after {start} rows, before row {wanted[-1]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,72 +194,6 @@ class LabelledPair:
     model_1: str
 
 
-class PairReader:
-    """Streams the pairs with a preference from parquet files, a few rows at a time.
-
-    `counts` tells after an iteration what became of the rows: `pairs`, and those left out: `ties`, `unlabelled` and
-    `identical` (both images are the same).
-    """
-
-    def __init__(self, path: str | Path):
-        """Takes a parquet file, or a folder whose `*.parquet` are read in the order of their names.
-
-        Raises:
-            FileNotFoundError: there is no such file, or none in the folder.
-        """
-        path = Path(path)
-        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not self.files or not self.files[0].is_file():
-            raise FileNotFoundError(f"{path}: no parquet file; expected one, or a folder of *.parquet")
-        self.counts = collections.Counter()
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        """Yields the pairs.
-
-        Raises:
-            ValueError: a file is no parquet, lacks a column, or has a label other than 0, 0.5 and 1.
-        """
-        self.counts = collections.Counter()
-        for file in self.files:
-            try:
-                parquet = pq.ParquetFile(file)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{file}: not a parquet file ({error})") from error
-            with parquet:
-                if missing := [name for name in READ if name not in parquet.schema_arrow.names]:
-                    raise ValueError(
-                        f"{file}: no column {missing[0]!r}; expected the columns of Pick-a-Pic v2: {', '.join(READ)}"
-                    )
-                number = 0
-                for rows in parquet.iter_batches(batch_size=64, columns=list(READ)):
-                    for row in rows.to_pylist():
-                        if pair := self._pair(row, f"{file}, row {number}"):
-                            yield pair
-                        number += 1
-
-    def _pair(self, row: dict, where: str) -> PreferencePair | None:
-        labels = (row["label_0"], row["label_1"])
-        if row["has_label"] is False or None in labels:
-            self.counts["unlabelled"] += 1
-        elif row["are_different"] is False:
-            self.counts["identical"] += 1
-        elif labels == (0.5, 0.5):
-            self.counts["ties"] += 1
-        elif labels in ((1.0, 0.0), (0.0, 1.0)):
-            self.counts["pairs"] += 1
-            winner, loser = (0, 1) if labels[0] else (1, 0)
-            return PreferencePair(
-                caption=row["caption"],
-                winner=row[f"jpg_{winner}"],
-                loser=row[f"jpg_{loser}"],
-                winner_uid=row[f"image_{winner}_uid"],
-                loser_uid=row[f"image_{loser}_uid"],
-            )
-        else:
-            raise ValueError(f"{where}: labels {labels}; expected (1, 0), (0, 1) or, for a tie, (0.5, 0.5)")
-        return None
-
-
 def write_pairs(file: str | Path, pairs: Iterable[LabelledPair], *, rows_per_group: int = 256) -> None:
     """Writes pairs with all columns of Pick-a-Pic v2; the file appears under its name only when it is complete.
 
@@ -137,7 +201,7 @@ def write_pairs(file: str | Path, pairs: Iterable[LabelledPair], *, rows_per_gro
         ValueError: a label is none of 0, 0.5 and 1.
     """
     rows = []
-    with replacing(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA) as writer:
+    with replacing(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, write_batch_size=_ROWS_PER_PAGE) as writer:
         for index, pair in enumerate(pairs):
             rows.append(_row(index, pair))
             if len(rows) == rows_per_group:
@@ -163,23 +227,3 @@ def _row(index: int, pair: LabelledPair) -> dict:
         "num_example_per_prompt": 1,
         "__index_level_0__": index,
     }
-
-
-def decode_image(data: bytes, where: str = "image") -> np.ndarray:
-    """An encoded image as float32 `[H, W, 3]` in [0, 1].
-
-    Raises:
-        ValueError: the bytes are no image; the message begins with `where`.
-    """
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where}: not a complete image of a known format ({len(data)} bytes)") from error
-
-
-def encode_image(image: np.ndarray) -> bytes:
-    """An image `[H, W, 3]` in [0, 1] as JPEG of quality 95 with full colour resolution."""
-    buffer = io.BytesIO()
-    pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()

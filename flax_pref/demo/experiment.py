@@ -14,11 +14,17 @@ import optax
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
-from flax_pref.data.encode import EncodedPairs, encode_pairs
-from flax_pref.data.pick_a_pic import LabelledPair, PairReader, encode_image, write_pairs
+from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
+from flax_pref.data.images import encode_jpeg
+from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
+from flax_pref.data.pipeline import InputConfig, PairBatches
+from flax_pref.data.prepared import Records
+from flax_pref.data.selection import Choice, select
+from flax_pref.data.sources import Source, open_source
 from flax_pref.demo import judge, world
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
+from flax_pref.diffusion.latents import latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
@@ -175,8 +181,8 @@ class Demo:
             (
                 LabelledPair(
                     caption=caption,
-                    jpg_0=encode_image(images[0][i]),
-                    jpg_1=encode_image(images[1][i]),
+                    jpg_0=encode_jpeg(images[0][i]),
+                    jpg_1=encode_jpeg(images[1][i]),
                     label_0=float(first_wins[i]),
                     image_0_uid=f"{i:06d}-0",
                     image_1_uid=f"{i:06d}-1",
@@ -188,16 +194,17 @@ class Demo:
         )
         return file
 
-    def read_back(self, file: Path) -> EncodedPairs:
-        """Reads the pairs as any Pick-a-Pic file is read, and encodes them."""
-        reader = PairReader(file)
-        pairs = encode_pairs(self.pipeline, list(reader))
-        print(f"read {dict(reader.counts)} from {file}")
+    def read_back(self, file: Path) -> Records:
+        """Reads the pairs as any Pick-a-Pic file is read, and encodes them in memory."""
+        reader = open_source(Source(layout="pick_a_pic", path=str(file)))
+        encoder = PairEncoder(self.pipeline, Encoding(size=(world.RESOLUTION,) * 2, batch_size=self.config.batch_size))
+        pairs = EncodedSet(encoder, reader, select(reader, Choice()))
+        print(f"read {len(pairs)} pairs from {file}")
         return pairs
 
     # Training
 
-    def train(self, pairs: EncodedPairs) -> None:
+    def train(self, pairs: Records) -> None:
         """Trains the bank: the DPO module, then the positive and negative modules in one run."""
         config = self.config
         objectives = (
@@ -210,23 +217,26 @@ class Demo:
         for i, name in enumerate(MODULES):
             save_lora(select_lora(lora, i), config.output / f"{name}.safetensors", alpha=config.alpha)
 
-    def train_modules(self, training: ModuleTraining, objective, pairs: EncodedPairs, seed: int, label: str) -> None:
+    def train_modules(self, training: ModuleTraining, objective, pairs: Records, seed: int, label: str) -> None:
         """Minimises one objective; modules that it does not predict with keep their weights."""
-        unet = self.pipeline.unet
+        unet, scaling_factor = self.pipeline.unet, self.pipeline.vae.config.scaling_factor
         backbone, lora = split_lora(unet.params)
+        config = InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout)
 
         def loss(lora, batch, key):
-            return objective(bank_predict(unet.graphdef, join_lora(backbone, lora)), batch, key)
+            predict = bank_predict(unet.graphdef, join_lora(backbone, lora))
+            return objective(predict, latent_modes(batch, scaling_factor), key)
 
-        state, _ = fit(
-            loss,
-            lora,
-            pairs.batches(training.batch_size, caption_dropout=training.caption_dropout, seed=seed),
-            optimizer=training.optimizer(),
-            steps=training.steps,
-            seed=seed,
-            label=label,
-        )
+        with PairBatches(pairs, config, seed=seed) as batches:
+            state, _ = fit(
+                loss,
+                lora,
+                batches,
+                optimizer=training.optimizer(),
+                steps=training.steps,
+                seed=seed,
+                label=label,
+            )
         unet = unet._replace(params=join_lora(backbone, state.params))
         self.pipeline = dataclasses.replace(self.pipeline, unet=unet)
 

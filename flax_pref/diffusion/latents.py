@@ -1,6 +1,8 @@
 """Between images and the latents of diffusion: the autoencoder with its scaling factor, a few images at a time."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,34 @@ def encode_images(
             latents.append(vae.config.scaling_factor * np.asarray(drawn)[:n])
             progress.update(n)
     return np.concatenate(latents)
+
+
+def draw_latents(batch: Mapping[str, Any], key: jax.Array, scaling_factor: float) -> dict[str, Any]:
+    """A batch of pairs with latents drawn from their posteriors, mean + exp(logvar / 2) noise, in place of the moments.
+
+    Args:
+        batch: `winner` and `loser` `[B, h, w, 2 Z]`, mean and logarithm of the variance; `row` `[B]`.
+        key: of this step. Each image has its own, from this one, its pair's row and whether it is the winner.
+        scaling_factor: of the autoencoder.
+
+    Returns:
+        The batch with `winner` and `loser` float32 `[B, h, w, Z]`, scaled.
+    """
+    latents = {}
+    for i, image in enumerate(("winner", "loser")):
+        keys = jax.vmap(lambda row, i=i: jax.random.fold_in(jax.random.fold_in(key, row), i))(batch["row"])
+        latents[image] = scaling_factor * _draw(*_moments(batch[image]), keys)
+    return {**batch, **latents}
+
+
+def latent_modes(batch: Mapping[str, Any], scaling_factor: float) -> dict[str, Any]:
+    """A batch of pairs with the modes of their posteriors in place of the moments; see `draw_latents`."""
+    return {**batch, **{image: scaling_factor * _mode(*_moments(batch[image])) for image in ("winner", "loser")}}
+
+
+def _moments(stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mean, logvar = jnp.split(stored.astype(jnp.float32), 2, axis=-1)
+    return mean, logvar
 
 
 def decode_latents(vae: Network, latents: jax.Array, *, shards: int = 1) -> jax.Array:

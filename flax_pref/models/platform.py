@@ -13,3 +13,8 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def default_dtype(dtype: str) -> str:
+    """What networks compute in where "auto" is asked for: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    return dtype if dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16"

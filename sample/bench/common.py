@@ -63,11 +63,6 @@ def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def auto_dtype(dtype: str) -> str:
-    """What "auto" stands for: bfloat16 on TPUs and GPUs, float32 on CPUs."""
-    return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 

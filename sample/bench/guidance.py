@@ -25,9 +25,9 @@ from flax_pref.diffusion.solvers import Solver, from_config
 from flax_pref.models.attention import Kernel
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
+from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
 from sample.bench.common import (
-    auto_dtype,
     measured_peak,
     memory_peak_gb,
     peak_flops,
@@ -77,7 +77,7 @@ def bench_guidance(bench: Guidance) -> dict:
     """Seconds, work and memory of a step under each rule, and seconds of cPGD in torch."""
     if bench.batch_size < 1:
         raise ValueError(f"bench: --batch-size {bench.batch_size}; expected at least one image")
-    family, dtype, on_cpu = FAMILIES[bench.family], auto_dtype(bench.dtype), jax.default_backend() == "cpu"
+    family, dtype, on_cpu = FAMILIES[bench.family], default_dtype(bench.dtype), jax.default_backend() == "cpu"
     size = (bench.size or family.resolution) // 8
     steps, rounds = (
         given if given is not None else default

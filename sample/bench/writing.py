@@ -19,8 +19,9 @@ from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Writer
+from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES
-from sample.bench.common import auto_dtype, random_network
+from sample.bench.common import random_network
 from sample.bench.guidance import sampler, sampler_inputs
 
 
@@ -118,7 +119,7 @@ def simulated_device(photos: np.ndarray, bench: Writing) -> Callable[[int], np.n
 
 def real_device(bench: Writing) -> Callable[[int], jax.Array]:
     """The sampler with classifier-free guidance and the decoder, compiled."""
-    family, dtype = FAMILIES[bench.family], auto_dtype(bench.dtype)
+    family, dtype = FAMILIES[bench.family], default_dtype(bench.dtype)
     unet, vae = (random_network(kind, getattr(family, kind), jnp.dtype(dtype)) for kind in ("unet", "vae"))
     latent_size = bench.size // vae.config.downscale_factor
     solver = from_config(family.scheduler_config, bench.steps, name="ddim")

@@ -7,7 +7,7 @@ import pytest
 
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.diffusion import latents as module
-from flax_pref.diffusion.latents import decode_latents, encode_images
+from flax_pref.diffusion.latents import decode_latents, draw_latents, encode_images, latent_modes
 from flax_pref.models.vae import VAEConfig
 
 CONFIG = VAEConfig(
@@ -85,3 +85,50 @@ def test_an_autoencoder_that_needs_range_does_not_compute_in_float16(dtype, comp
     network = abstract_network("vae", CONFIG, dtype)
     assert nnx.merge(network.graphdef, network.params).decoder.conv_in.dtype == computes
     assert {leaf.dtype for leaf in jax.tree.leaves(network.params)} == {jnp.dtype(dtype)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def pairs_of(rows, *, logvar=0.0):
+    """Moments of pairs with these rows: means that tell the row, winners above and losers below zero."""
+    rows = jnp.asarray(rows, jnp.int32)
+    mean = jnp.broadcast_to(1.0 + rows[:, None, None, None], (len(rows), 16, 16, 4))
+    winner, loser = (
+        jnp.concatenate([sign * mean, jnp.full_like(mean, logvar)], -1).astype(jnp.bfloat16) for sign in (1, -1)
+    )
+    return {"winner": winner, "loser": loser, "row": rows, "text": {"encoder_hidden_states": jnp.ones((len(rows), 2))}}
+
+
+def test_latents_of_pairs_are_drawn_about_their_means_and_scaled():
+    batch = pairs_of([0, 1, 2], logvar=np.log(4.0))
+    drawn = draw_latents(batch, jax.random.key(0), 0.5)
+    assert drawn["winner"].shape == (3, 16, 16, 4) and drawn["winner"].dtype == jnp.float32
+    assert drawn["text"] is batch["text"]
+    for sign, image in ((1, "winner"), (-1, "loser")):
+        noise = np.asarray(drawn[image]) / 0.5 - sign * np.arange(1, 4).reshape(-1, 1, 1, 1)
+        assert noise.std() == pytest.approx(2, rel=0.05)
+        assert np.abs(noise.mean((1, 2, 3))).max() < 0.2
+    modes = latent_modes(batch, 0.5)
+    for sign, image in ((1, "winner"), (-1, "loser")):
+        assert (modes[image] == sign * 0.5 * np.arange(1, 4).reshape(-1, 1, 1, 1)).all()
+
+
+def test_an_image_of_a_pair_draws_from_its_own_key_wherever_it_is_in_the_batch():
+    key = jax.random.key(0)
+    drawn, moved = draw_latents(pairs_of([4, 5, 6]), key, 1.0), draw_latents(pairs_of([6, 7, 4]), key, 1.0)
+    noise = {image: drawn[image] - latent_modes(pairs_of([4, 5, 6]), 1.0)[image] for image in ("winner", "loser")}
+    for image in noise:
+        np.testing.assert_allclose(moved[image][::2], drawn[image][::-2], atol=1e-6)
+    images = [np.asarray(noise[image][i]).ravel() for image in noise for i in range(3)]
+    # And that of another step.
+    images += [np.asarray(draw_latents(pairs_of([4, 5, 6]), jax.random.key(1), 1.0)["winner"][0] - 5).ravel()]
+    assert np.abs(np.corrcoef(images) - np.eye(7)).max() < 0.15  # of 1,024 numbers each: five standard errors
+
+
+def test_latents_without_variance_are_the_modes():
+    batch = pairs_of([3, 9], logvar=-30.0)
+    drawn, modes = draw_latents(batch, jax.random.key(0), 0.18215), latent_modes(batch, 0.18215)
+    for image in ("winner", "loser"):
+        np.testing.assert_allclose(drawn[image], modes[image], atol=1e-5)

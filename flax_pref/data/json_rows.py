@@ -1,0 +1,130 @@
+"""Rows of JSON in a file, of which only the places are kept in memory; and the images that they name."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flax_pref.data.fields import Rejected, accepted, json_object
+from flax_pref.data.pairs import Drop
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonRows:
+    """Random access to rows by their place in the file."""
+
+    def __init__(self, file: epath.Path, places: Sequence[int]):
+        """Takes where each row begins and ends, in bytes: two numbers for each.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        if not len(places):
+            raise ValueError(f"{file}: no records in it; expected at least one")
+        self.file = file
+        self._places = np.array(places, np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def objects(self, rows: Iterable[int]) -> Iterator[dict[str, Any] | Drop]:
+        """The objects that the rows are.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        with self.file.open("rb") as opened:
+            for row in rows:
+                start, end = map(int, self._places[row])
+                opened.seek(start)
+                data = opened.read(end - start)
+                if len(data) < end - start:
+                    raise ValueError(f"{self.file}: ends in row {row}, but was longer before; leave it as it is")
+                yield accepted(json_object, data)
+
+
+def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
+    """Where each element of a JSON list begins and ends, in bytes, and its value.
+
+    Texts of the value that are not ASCII are wrong: the file is read as Latin-1, in which places are bytes.
+
+    Raises:
+        ValueError: the file is not a JSON list.
+    """
+    data = file.read_bytes()
+    text = data.decode("latin-1")
+    place = _SPACE.match(text, len(_BOM) if data.startswith(_BOM) else 0).end()
+    del data
+    if text[place : place + 1] != "[":
+        raise ValueError(f"{file}: begins with {text[place : place + 20]!r}; expected a JSON list of records")
+    place = _SPACE.match(text, place + 1).end()
+    decoder = json.JSONDecoder()
+    ended = text[place : place + 1] == "]"
+    while not ended:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(file, place, getattr(error, "msg", error)) from error
+        yield place, end, value
+        place = _SPACE.match(text, end).end()
+        mark = text[place : place + 1]
+        if mark not in ("]", ","):
+            raise _not_json(file, place, "expected a comma, or a bracket that ends the list")
+        ended = mark == "]"
+        place = place if ended else _SPACE.match(text, place + 1).end()
+    if _SPACE.match(text, place + 1).end() < len(text):
+        raise _not_json(file, place, "something follows the list")
+
+
+def json_lines(file: epath.Path) -> Iterator[tuple[int, int, int]]:
+    """Where each line that is not blank begins and ends, in bytes, and its number from 1 up."""
+    place = 0
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            mark = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+            if line[mark:].strip():
+                yield place + mark, place + len(line), number
+            place += len(line)
+
+
+def read_images(folder: epath.Path, names: tuple[str, str]) -> tuple[bytes, bytes] | Drop:
+    """Two files of a folder."""
+    found = []
+    for name in names:
+        try:
+            found.append((folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return Drop("image is missing", name)
+        except OSError as error:
+            return Drop("image cannot be read", f"{name}: {error.strerror or error}")
+    return found[0], found[1]
+
+
+def check_columns(row: Any, needed: Sequence[str], where: str, layout: str) -> None:
+    """Checks the first record of a file, whose columns the others will have too.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    there = list(row) if isinstance(row, dict) else []
+    if missing := [name for name in needed if name not in there]:
+        raise ValueError(
+            f"{where}: no column {missing[0]!r}; there are {', '.join(map(repr, there)) or 'none'}, and {layout} has "
+            f"{', '.join(map(repr, needed))}"
+        )
+
+
+def field(row: dict[str, Any], name: str) -> Any:
+    """The value of a column that the first record has."""
+    if name not in row:
+        raise Rejected("a field is missing", name)
+    return row[name]
+
+
+def _not_json(file: epath.Path, place: int, reason: object) -> ValueError:
+    return ValueError(f"{file}, byte {place}: not JSON ({reason}); download it again")

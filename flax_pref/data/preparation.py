@@ -1,0 +1,310 @@
+"""Writing a prepared set, shard by shard: killed at any moment, it goes on with the shards that are missing.
+
+Every shard is made of rows of its own, so neither the number of processes nor what a kill left behind changes a byte of
+it. `.parts` holds a record of each finished shard, written after the shard itself; at the end the records become
+dropped.jsonl and the descriptions of the two data sets, of which that of the pairs appears last.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flax_pref.config import UserError
+from flax_pref.data.encode import Encoding, PairEncoder, digest, numbered, told_reasons
+from flax_pref.data.pairs import Drop, PairReader, pairs
+from flax_pref.data.prepared import (
+    CAPTIONS,
+    PAIRS,
+    Shapes,
+    bits,
+    caption_features,
+    describe,
+    pair_features,
+    shard_name,
+    write_shard,
+)
+from flax_pref.data.selection import Choice, Selection
+from flax_pref.data.sources import Source
+from flax_pref.files import difference, read_json, replacing, write_json
+from flax_pref.parallel.hosts import wait_for_others
+
+SETTINGS, DROPPED, INSPECTION, PARTS = "settings.json", "dropped.jsonl", "inspection.html", ".parts"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Encodes a preference set for training."""
+
+    output: Path
+    """Folder of the prepared set, on a disk that all hosts see (a bucket: mounted)."""
+    model: str
+    """The checkpoint whose autoencoder and text encoders are used: folder in the layout of diffusers, Hub id, or
+    "demo"."""
+    source: Source
+    choice: Choice = dataclasses.field(default_factory=Choice)
+    encoding: Encoding = dataclasses.field(default_factory=Encoding)
+
+    max_drop_share: float = 0.01
+    """Stop if a larger share of the rows is damaged; rows that `choice` leaves out do not count."""
+    shard_size: int = 1024
+    """Rows of the set in a shard, which is what a kill loses at most."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    variant: str | None = None
+    """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
+    mesh: str = "data=-1"
+    """How to use a host's devices: data=-1 shares out the pairs of every batch."""
+    hosts: str | None = None
+    """auto, or ADDRESS:PORT,PROCESSES,NUMBER, where several processes share the shards."""
+    inspect: int = 0
+    """Encode nothing; write inspection.html with so many random pairs and what the set is like."""
+
+    def __post_init__(self):
+        if self.shard_size < 1 or not 0 <= self.max_drop_share <= 1 or self.inspect < 0:
+            raise ValueError(
+                f"shard_size={self.shard_size}, max_drop_share={self.max_drop_share}, inspect={self.inspect}: expected "
+                "a positive size, a share between 0 and 1, and no negative number of pairs"
+            )
+
+
+class _Shard(NamedTuple):
+    name: str  # PAIRS or CAPTIONS
+    number: int
+
+
+class Preparation:
+    """One prepared set that is being written, by this process and perhaps by others."""
+
+    def __init__(
+        self,
+        folder: Path,
+        reader: PairReader,
+        selection: Selection,
+        settings: dict[str, Any],
+        *,
+        shard_size: int,
+        max_drop_share: float,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Describes the work; `begin` looks at the folder.
+
+        Args:
+            folder: to be created or continued.
+            reader: of the preference set.
+            selection: of its rows.
+            settings: what the records depend on, values that JSON can hold: `size` among them. A folder that was begun
+                with others is refused.
+            shard_size: rows of the set in a shard of pairs, captions in a shard of captions.
+            max_drop_share: of the rows that may be damaged.
+            process_index: of this process, which writes every process_count-th shard.
+            process_count: how many processes write.
+        """
+        self.folder, self.reader, self.selection = folder, reader, selection
+        self.settings = json.loads(json.dumps({**settings, "shard_size": shard_size, "selection": digest(selection)}))
+        self.counts = {
+            PAIRS: math.ceil(selection.total / shard_size),
+            CAPTIONS: math.ceil((1 + len(selection.captions)) / shard_size),
+        }
+        self._shard_size, self._max_drop_share = shard_size, max_drop_share
+        self._process, self._processes = process_index, process_count
+
+    @property
+    def finished(self) -> bool:
+        """Whether the set is complete."""
+        return (self.folder / PAIRS / "dataset_info.json").is_file()
+
+    def begin(self) -> None:
+        """Creates the folder, or continues it.
+
+        Raises:
+            UserError: it was begun with other settings, or holds something else.
+        """
+        if self._process == 0:
+            file = self.folder / SETTINGS
+            if file.is_file():
+                begun = read_json(file, expected="the settings of a prepared set")
+                if begun != self.settings:
+                    raise UserError(
+                        f"{self.folder}: was begun with {difference(begun, self.settings)}: choose another --output, "
+                        "or repeat the settings"
+                    )
+            elif any(file.name not in (INSPECTION, DROPPED) for file in self.folder.glob("*")):
+                raise UserError(f"{self.folder}: is not empty and holds no prepared set; choose another --output")
+            else:
+                with replacing(file) as unfinished:
+                    write_json(unfinished, self.settings)
+            for leftover in self.folder.glob("*/.*"):  # of a kill
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self._check_damage()
+        wait_for_others("the folder is there")
+
+    def pending(self) -> list[_Shard]:
+        """Shards of this process that are not finished yet."""
+        shards = [_Shard(name, i) for name in (CAPTIONS, PAIRS) for i in range(self.counts[name])]
+        return [shard for shard in shards[self._process :: self._processes] if self._part(shard) is None]
+
+    def encode(self, encoder: PairEncoder) -> None:
+        """Writes the shards of this process that are missing.
+
+        Raises:
+            UserError: too many rows are damaged.
+        """
+        pending = self.pending()
+        count = sum(len(self.selection.rows[self._used(shard)]) for shard in pending if shard.name == PAIRS)
+        with tqdm(total=count, desc="encoding", unit="pair") as progress:
+            for shard in pending:
+                if shard.name == CAPTIONS:
+                    self._write_captions(shard, encoder)
+                else:
+                    self._write_pairs(shard, encoder, progress)
+                    self._check_damage()
+
+    def finish(self, shapes: Shapes) -> dict[str, Any]:
+        """Describes the set when all processes have come here; its metadata, in process 0.
+
+        Args:
+            shapes: of the encoder.
+
+        Raises:
+            UserError: too many rows are damaged, or no pair is left.
+        """
+        wait_for_others("all shards are written")
+        metadata = self._describe(shapes) if self._process == 0 else {}
+        wait_for_others("the set is described")
+        return metadata
+
+    # One shard
+
+    def _write_captions(self, shard: _Shard, encoder: PairEncoder) -> None:
+        span = self._span(shard)
+        texts = [None, *self.selection.captions][span.start : span.stop]
+        records = (
+            {"caption": text or "", **{name: bits(array) for name, array in arrays.items()}}
+            for text, arrays in zip(texts, encoder.captions(texts), strict=True)
+        )
+        count = write_shard(self._file(shard), caption_features(encoder.shapes), records)
+        self._record(shard, count, {})
+
+    def _write_pairs(self, shard: _Shard, encoder: PairEncoder, progress: tqdm) -> None:
+        used = self._used(shard)
+        rows = self.selection.rows[used].tolist()
+        caption_of = dict(zip(rows, (1 + self.selection.caption_of[used]).tolist(), strict=True))
+        drops = {}
+
+        def records():
+            for row, result in encoder.pairs(zip(rows, pairs(self.reader, rows), strict=True)):
+                progress.update()
+                if isinstance(result, Drop):
+                    drops[row] = result
+                    continue
+                record = numbered(result, caption_of[row])
+                known = {name: getattr(result.pair, name) for name in ("winner_id", "loser_id", "confidence", "margin")}
+                moments = {name: bits(record[name]) for name in ("winner", "loser")}
+                yield record | {name: math.nan if value is None else value for name, value in known.items()} | moments
+
+        count = write_shard(self._file(shard), pair_features(encoder.shapes), records())
+        self._record(shard, count, drops)
+
+    def _record(self, shard: _Shard, count: int, drops: dict[int, Drop]) -> None:
+        """Notes that a shard is finished: from now on it is not written again."""
+        file = self._file(shard)
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        noted = {"records": count, "bytes": file.stat().st_size, "sha256": sha256, "drops": sorted(drops.items())}
+        with replacing(self._part_file(shard)) as unfinished:
+            write_json(unfinished, noted)
+
+    def _part(self, shard: _Shard) -> dict[str, Any] | None:
+        """What was noted of a finished shard; None: it is not finished."""
+        if not self._part_file(shard).is_file():
+            return None
+        noted = read_json(self._part_file(shard), expected="the record of a shard")
+        file = self._file(shard)
+        return noted if file.is_file() and file.stat().st_size == noted["bytes"] else None
+
+    def _part_file(self, shard: _Shard) -> Path:
+        return self.folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
+
+    def _file(self, shard: _Shard) -> Path:
+        return self.folder / shard.name / shard_name(shard.name, shard.number, self.counts[shard.name])
+
+    def _span(self, shard: _Shard) -> range:
+        return range(shard.number * self._shard_size, (shard.number + 1) * self._shard_size)
+
+    def _used(self, shard: _Shard) -> slice:
+        """Which of the selected rows are in a shard of pairs."""
+        span = self._span(shard)
+        return slice(*np.searchsorted(self.selection.rows, (span.start, span.stop)).tolist())
+
+    # The whole
+
+    def _shards(self, name: str) -> Iterator[_Shard]:
+        return (_Shard(name, i) for i in range(self.counts[name]))
+
+    def _drops(self) -> dict[int, Drop]:
+        """All rows dropped as far as they have been read, in ascending order."""
+        parts = filter(None, map(self._part, self._shards(PAIRS)))
+        found = {row: Drop(*drop) for part in parts for row, drop in part["drops"]}
+        return dict(sorted((self.selection.drops | found).items()))
+
+    def _check_damage(self) -> None:
+        """Stops if too many rows are damaged."""
+        drops = self._drops()
+        damaged = {row: drop for row, drop in drops.items() if drop.damaged}
+        total = self.selection.total
+        if len(damaged) > self._max_drop_share * total:
+            self._list(drops)
+            raise UserError(
+                f"{len(damaged)} of {total} rows are damaged ({len(damaged) / total:.1%}), more than "
+                f"max_drop_share={self._max_drop_share:g} allows: {told_reasons(damaged)}; all are listed in "
+                f"{self.folder / DROPPED}: repair the set, or allow more with --max-drop-share"
+            )
+
+    def _list(self, drops: dict[int, Drop]) -> None:
+        with replacing(self.folder / DROPPED) as unfinished, unfinished.open("w", encoding="utf-8") as lines:
+            for row, drop in drops.items():
+                file, number = self.reader.where(row)
+                what = {"file": file, "row": number, "reason": drop.reason, "detail": drop.detail}
+                lines.write(json.dumps(what, ensure_ascii=False) + "\n")
+
+    def _describe(self, shapes: Shapes) -> dict[str, Any]:
+        """Lists what was dropped, accounts for every row, and describes both data sets."""
+        parts = {name: [self._part(shard) for shard in self._shards(name)] for name in self.counts}
+        if missing := [name for name, noted in parts.items() if None in noted]:
+            raise UserError(f"{self.folder}: shards of {missing[0]} are missing; run the same command again")
+        self._check_damage()
+        drops, ties, total = self._drops(), self.selection.ties, self.selection.total
+        lengths = {name: [part["records"] for part in noted] for name, noted in parts.items()}
+        count = sum(lengths[PAIRS])
+        if total != count + ties + len(drops):  # nothing is lost without a word
+            raise AssertionError(f"{total} rows, but {count} pairs, {ties} ties and {len(drops)} dropped rows")
+        if not count:
+            raise UserError(f"{self.folder}: no pair is left of {total} rows: {ties} ties; {told_reasons(drops)}")
+        self._list(drops)
+        metadata = {
+            "settings": self.settings,
+            "counts": {
+                **{"rows": total, "pairs": count, "ties": ties, "dropped": len(drops)},
+                "captions": len(self.selection.captions),
+            },
+            "dropped": dict(collections.Counter(drop.reason for drop in drops.values()).most_common()),
+            "sha256": {
+                self._file(shard).name: part["sha256"]
+                for name, noted in parts.items()
+                for shard, part in zip(self._shards(name), noted, strict=True)
+            },
+        }
+        describe(self.folder / CAPTIONS, caption_features(shapes), lengths[CAPTIONS], metadata)
+        describe(self.folder / PAIRS, pair_features(shapes), lengths[PAIRS], metadata)
+        shutil.rmtree(self.folder / PARTS)
+        return metadata

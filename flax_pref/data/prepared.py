@@ -1,0 +1,222 @@
+"""Prepared sets: pairs as moments of their latents, captions as embeddings, encoded once and read in any order.
+
+A prepared set is a folder with two data sets of tensorflow-datasets in ArrayRecord files. In `pairs` each record is one
+pair, with the number of its caption; in `captions` each is one distinct caption with its conditioning, and record 0 is
+that of no caption: the empty prompt, or zeros in SDXL. Numbers are bfloat16, which tensorflow-datasets does not know:
+they are stored as the bytes of uint16.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flax_pref.files import read_json, replacing
+
+PAIRS, CAPTIONS, SPLIT, FORMAT = "pairs", "captions", "train", "array_record"
+EMPTY = 0  # number of the caption that says nothing
+
+
+class Shapes(NamedTuple):
+    """Shapes of what a set holds.
+
+    Attributes:
+        moments: `(k, h, w, 2 Z)` of an image: mean and logarithm of the variance of its latents, unscaled, of the image
+            and, if k is 2, of its mirror image.
+        conditioning: of each array that the UNet is told of a caption, by name; see `diffusion.conditioning`.
+    """
+
+    moments: tuple[int, int, int, int]
+    conditioning: Mapping[str, tuple[int, ...]]
+
+
+class Records(Protocol):
+    """Encoded pairs by number, in memory or on disk.
+
+    Attributes:
+        shapes: of the arrays.
+        image_size: (height, width) in pixels that the images were cut to.
+        fingerprint: tells one set from another.
+    """
+
+    shapes: Shapes
+    image_size: tuple[int, int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of pairs, N."""
+
+    def pair(self, index: int) -> dict[str, np.ndarray]:
+        """Pair `index`, 0 .. N-1.
+
+        Returns:
+            `row` int64, its row in the set that was encoded; `caption` int64, its number; `winner` and `loser` bfloat16
+            `[k, h, w, 2 Z]`; `winner_first` bool; `sizes` int32 `[k, 2, 4]`: of winner and loser (height, width) before
+            and (top, left) of the crop after resizing, in pixels.
+        """
+
+    def conditioning(self, caption: int) -> dict[str, np.ndarray]:
+        """What the UNet is told of a caption, bfloat16 arrays by name; of no caption for `EMPTY`."""
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """A bfloat16 array as uint16."""
+    return np.asarray(array, jnp.bfloat16).view(np.uint16)
+
+
+def numbers(array: np.ndarray) -> np.ndarray:
+    """What `bits` made uint16 of, without a copy."""
+    return array.view(jnp.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def pair_features(shapes: Shapes) -> tfds.features.FeaturesDict:
+    """Schema of `pairs`."""
+    moments = _half(shapes.moments, "Mean and log-variance of the latents, unscaled, of the image and its mirror image")
+    number = tfds.features.Scalar(np.float32, doc="NaN where the set does not tell")
+    return tfds.features.FeaturesDict(
+        {
+            "row": tfds.features.Scalar(np.int64, doc="In the set that was encoded"),
+            "caption": tfds.features.Scalar(np.int64, doc="Number in captions"),
+            "winner": moments,
+            "loser": moments,
+            "winner_first": tfds.features.Scalar(np.bool_, doc="The preferred image was the first of the two"),
+            "sizes": tfds.features.Tensor(
+                shape=(shapes.moments[0], 2, 4),
+                dtype=np.int32,
+                encoding="bytes",
+                doc="Of winner and loser: height and width before, top and left of the crop after resizing",
+            ),
+            "winner_id": tfds.features.Text(),
+            "loser_id": tfds.features.Text(),
+            "confidence": number,
+            "margin": number,
+        }
+    )
+
+
+def caption_features(shapes: Shapes) -> tfds.features.FeaturesDict:
+    """Schema of `captions`."""
+    arrays = {name: _half(shape, "Of the text encoders") for name, shape in shapes.conditioning.items()}
+    return tfds.features.FeaturesDict({"caption": tfds.features.Text(), **arrays})
+
+
+def _half(shape: Sequence[int], doc: str) -> tfds.features.Tensor:
+    return tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes", doc=f"{doc}; bits of bfloat16")
+
+
+def shard_name(name: str, shard: int, count: int) -> str:
+    """File of a shard, as tensorflow-datasets names them."""
+    return f"{name}-{SPLIT}.{FORMAT}-{shard:05d}-of-{count:05d}"
+
+
+def write_shard(file: Path, features: tfds.features.FeaturesDict, records: Iterable[Mapping[str, Any]]) -> int:
+    """Writes records into an ArrayRecord file, which appears when it is complete; how many there were."""
+    count, serializer = 0, tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialized():
+        nonlocal count
+        for record in records:
+            example = serializer.get_tf_example(features.encode_example(record))
+            # What is a dict in protobuf has another order in every process, unless it is asked for one.
+            yield count, example.SerializeToString(deterministic=True)
+            count += 1
+
+    adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[tfds.core.FileFormat.ARRAY_RECORD]
+    with replacing(file) as unfinished:
+        adapter.write_examples(unfinished, serialized())
+    return count
+
+
+def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequence[int], metadata: Mapping) -> None:
+    """Writes what tensorflow-datasets needs to read the shards of a folder; dataset_info.json appears last.
+
+    Args:
+        folder: with the files of `shard_name`.
+        features: of the records.
+        lengths: number of records in each shard.
+        metadata: for metadata.json; what JSON can hold.
+    """
+    name = folder.name
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.dataset_info.DatasetIdentity(
+            name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
+        ),
+        description=f"Preference {name}, encoded for Stable Diffusion",
+        features=features,
+        metadata=tfds.core.MetadataDict(metadata),
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix=FORMAT)
+    size = sum((folder / shard_name(name, i, len(lengths))).stat().st_size for i in range(len(lengths)))
+    info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(SPLIT, list(lengths), size, template)]))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as written:
+        info.write_to_directory(written)
+        for file in sorted(Path(written).iterdir(), key=lambda file: file.name == "dataset_info.json"):
+            os.replace(file, folder / file.name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class PreparedSet(Records):
+    """A prepared set on disk; see `Records`. Its files are read by many threads and processes at the same time."""
+
+    def __init__(self, folder: str | Path):
+        """Opens a set that `train.encode` has finished.
+
+        Raises:
+            FileNotFoundError: there is none, or a file of it is missing.
+            ValueError: a file is damaged.
+        """
+        folder = Path(folder)
+        self.metadata = read_json(folder / PAIRS / "metadata.json", expected=f"{folder} to be a prepared set, finished")
+        self._pairs, self._captions = (_open(folder / name) for name in (PAIRS, CAPTIONS))
+        self.image_size = tuple(self.metadata["settings"]["size"])
+        self.fingerprint = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()
+        arrays = self.conditioning(EMPTY)
+        self.shapes = Shapes(self.pair(0)["winner"].shape, {name: array.shape for name, array in arrays.items()})
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._pairs)
+
+    def pair(self, index: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        record = self._pairs[index]
+        arrays = {name: numbers(record[name]) for name in ("winner", "loser")}
+        return {name: np.asarray(record[name]) for name in ("row", "caption", "winner_first", "sizes")} | arrays
+
+    def conditioning(self, caption: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        record = self._captions[caption]
+        return {name: numbers(array) for name, array in record.items() if name != "caption"}
+
+    def text(self, caption: int) -> str:
+        """A caption as text."""
+        return self._captions[caption]["caption"].decode()
+
+
+def _open(folder: Path) -> Sequence[dict[str, Any]]:
+    """The records of one of the two data sets; every file is there and as long as it was written."""
+    builder = tfds.builder_from_directory(folder)
+    split = builder.info.splits[SPLIT]
+    for file in split.filepaths:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file, but the prepared set has it; copy the whole folder again")
+    size = sum(file.stat().length for file in split.filepaths)
+    if size != split.num_bytes:
+        written = int(split.num_bytes)
+        raise ValueError(f"{folder}: its shards have {size} bytes, but {written} were written; copy the folder again")
+    return builder.as_data_source(split=SPLIT)

@@ -1,0 +1,168 @@
+"""Where a preference set lies, and the reader that its layout needs."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
+
+from etils import epath
+from huggingface_hub import HfFileSystem, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from flax_pref.checkpoints.hub import HUB_ID
+from flax_pref.data.hpd import HPDv2, HPDv3
+from flax_pref.data.pair_folder import NAME, PairFolder
+from flax_pref.data.pairs import PairReader
+from flax_pref.data.pick_a_pic import PickAPic
+from flax_pref.data.webdataset import Tars
+
+Layout = Literal["pick_a_pic", "hpdv2", "hpdv3", "folder", "webdataset"]
+
+_SPLIT = re.compile(r"((?:train|validation|test)(?:_unique)?)-")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
+_TOTAL = re.compile(r"-of-(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A preference set."""
+
+    layout: Layout
+    """How it is stored: pick_a_pic: parquet; hpdv2, hpdv3: a JSON list beside the images; folder: pairs.jsonl and the
+    images that it names; webdataset: tar files."""
+    path: str
+    """File or folder, local or gs://...; for pick_a_pic also the id of a dataset on the Hub, as
+    yuvalkirstain/pickapic_v2."""
+    split: str = "train"
+    """Which part of it, where its files are named by parts (pick_a_pic, hpdv2, hpdv3)."""
+
+
+class HubFile(NamedTuple):
+    """A file of a dataset on the Hub, read without downloading all of it."""
+
+    filesystem: HfFileSystem
+    path: str
+
+    @property
+    def name(self) -> str:
+        """Without its folders."""
+        return self.path.rpartition("/")[2]
+
+    def open(self, mode: str) -> BinaryIO:
+        """Opens it."""
+        return self.filesystem.open(self.path, mode)
+
+    def __str__(self) -> str:
+        return f"hf://{self.path}"
+
+
+File = TypeVar("File", epath.Path, Path, HubFile)
+
+
+def open_source(source: Source) -> PairReader:
+    """The reader of a set.
+
+    Raises:
+        FileNotFoundError: there is no such set, or no such part of it.
+        ValueError: a file is damaged or has another schema; names it.
+    """
+    return _OPENERS[source.layout](source)
+
+
+def _open_pick_a_pic(source: Source) -> PickAPic:
+    path = epath.Path(source.path).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{path}: no *.parquet in it or in its folder data; expected those of Pick-a-Pic")
+        return PickAPic(_of_split(files, source.split, path))
+    if path.exists():
+        return PickAPic([path])
+    if not HUB_ID.fullmatch(source.path):
+        raise FileNotFoundError(
+            f"{path}: no such file or folder, and not the id of a dataset of the Hub (owner/name); expected *.parquet"
+        )
+    return PickAPic(_downloaded(source) or _on_hub(source))
+
+
+def _of_split(files: Sequence[File], split: str, where: object) -> list[File]:
+    """Those of a split; all, where names tell of none.
+
+    Raises:
+        FileNotFoundError: names tell of other splits only.
+    """
+    splits = [match[1] if (match := _SPLIT.match(file.name)) else None for file in files]
+    if not any(splits):
+        return list(files)
+    chosen = [file for file, its in zip(files, splits, strict=True) if its == split]
+    if not chosen:
+        there = ", ".join(sorted({its for its in splits if its}))
+        raise FileNotFoundError(f"{where}: no files of the split {split!r}; there are {there}: choose with split")
+    return chosen
+
+
+def _downloaded(source: Source) -> list[Path]:
+    """The files in the Hub's cache; none, if it does not hold all of the split."""
+    try:
+        folder = snapshot_download(source.path, repo_type="dataset", local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return []
+    files = [file for file in sorted(Path(folder).rglob("*.parquet")) if _is_of(file, source.split)]
+    total = _TOTAL.search(files[0].name) if files else None
+    return files if total is None or len(files) == int(total[1]) else []
+
+
+def _is_of(file: File, split: str) -> bool:
+    match = _SPLIT.match(file.name)
+    return match is None or match[1] == split
+
+
+def _on_hub(source: Source) -> list[HubFile]:
+    filesystem = HfFileSystem()
+    try:
+        paths = sorted(filesystem.glob(f"datasets/{source.path}/**/*.parquet"))
+    except Exception as error:  # those of an HTTP client that the Hub's library has changed before
+        raise FileNotFoundError(
+            f"{source.path}: no such file or folder, and the Hub cannot be reached ({type(error).__name__}); connect "
+            "to the network, or download the parquet files and give the path of their folder"
+        ) from error
+    if not paths:
+        raise FileNotFoundError(
+            f"{source.path}: no such file or folder, and on the Hub no such dataset with parquet files, or one that "
+            "needs a login (hf auth login)"
+        )
+    return _of_split([HubFile(filesystem, path) for path in paths], source.split, source.path)
+
+
+def _json_list(source: Source) -> epath.Path:
+    path = epath.Path(source.path).expanduser()
+    file = path / f"{source.split}.json" if path.is_dir() else path
+    if not file.exists():
+        there = sorted(other.name for other in file.parent.glob("*.json"))
+        raise FileNotFoundError(
+            f"{file}: no such file; expected the JSON list of a split, and there are {', '.join(there) or 'none'}"
+        )
+    return file
+
+
+def _open_folder(source: Source) -> PairFolder:
+    path = epath.Path(source.path).expanduser()
+    return PairFolder(path.parent if path.name == NAME else path)
+
+
+def _open_webdataset(source: Source) -> Tars:
+    path = epath.Path(source.path).expanduser()
+    # Compressed ones are named in an error of their own.
+    files = sorted(path.glob("*.tar")) or sorted(path.glob("*.tar.*")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"{path}: no such file, or no *.tar in this folder; expected a WebDataset")
+    return Tars(files)
+
+
+_OPENERS: dict[str, Callable[[Source], PairReader]] = {
+    "pick_a_pic": _open_pick_a_pic,
+    "hpdv2": lambda source: HPDv2(_json_list(source)),
+    "hpdv3": lambda source: HPDv3(_json_list(source)),
+    "folder": _open_folder,
+    "webdataset": _open_webdataset,
+}

@@ -1,0 +1,118 @@
+"""Encodes a preference set for training, once: `python -m train.encode configs/demo/encode.py`."""
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.modules import fingerprint
+from flax_pref.config import check_output_folder, load_config, run_main
+from flax_pref.data.encode import PairEncoder
+from flax_pref.data.images import decode_image
+from flax_pref.data.inspection import write_inspection
+from flax_pref.data.pairs import PairReader
+from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
+from flax_pref.data.selection import Selection, select
+from flax_pref.data.sources import open_source
+from flax_pref.diffusion.conditioning import warn_of_cuts
+from flax_pref.models.platform import default_dtype
+from flax_pref.parallel.hosts import join
+from flax_pref.parallel.mesh import make_mesh
+
+
+def main(arguments: list[str]) -> None:
+    """Writes the prepared set, or goes on with it, or shows what it is made from."""
+    config = load_config(arguments, EncodeConfig)
+    process, processes = join(config.hosts)
+    reader = open_source(config.source)
+    selection = select(reader, config.choice)
+    if process == 0:
+        print(summary(selection, config))
+    if config.inspect:
+        if process == 0:
+            inspect(reader, selection, config)
+        return
+    check_output_folder(config.output)
+    folder = find_checkpoint(config.model, variant=config.variant)
+    preparation = Preparation(
+        config.output,
+        reader,
+        selection,
+        settings_of(config, folder),
+        shard_size=config.shard_size,
+        max_drop_share=config.max_drop_share,
+        process_index=process,
+        process_count=processes,
+    )
+    preparation.begin()
+    if preparation.finished:
+        print(f"{config.output}: is complete; nothing to do")
+        return
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    pipeline = load_pipeline(folder, jnp.dtype(default_dtype(config.dtype)), variant=config.variant, with_unet=False)
+    if process == 0:
+        warn_of_cuts(pipeline, selection.captions)
+    encoder = PairEncoder(pipeline, config.encoding, None if mesh.size == 1 else mesh)
+    preparation.encode(encoder)
+    metadata = preparation.finish(encoder.shapes)
+    if process == 0:
+        counts = metadata["counts"]
+        print(
+            f"{config.output}: {counts['rows']} rows = {counts['pairs']} pairs + {counts['ties']} ties + "
+            f"{counts['dropped']} dropped; {counts['captions']} captions"
+        )
+        for reason, count in metadata["dropped"].items():
+            print(f"  {count} dropped: {reason}")
+
+
+def summary(selection: Selection, config: EncodeConfig) -> str:
+    """What became of the rows before any image was read."""
+    kept, dropped = len(selection.rows), len(selection.drops)
+    lines = [
+        f"{config.source.path}: {selection.total} rows = {kept} pairs + {selection.ties} ties + {dropped} dropped; "
+        f"{len(selection.captions)} captions"
+    ]
+    if config.choice.unique_roles:
+        cost = selection.cost_of_unique_roles
+        lines.append(f"unique roles cost {cost} of {kept + cost} pairs")
+    return "\n".join(lines)
+
+
+def inspect(reader: PairReader, selection: Selection, config: EncodeConfig) -> None:
+    """Writes the page with random pairs."""
+    file = check_output_folder(config.output) / INSPECTION
+    write_inspection(
+        file,
+        reader,
+        selection,
+        config.inspect,
+        title=f"{config.source.path} ({config.source.layout}, {config.source.split})",
+        decode=partial(decode_image, smallest_side=config.encoding.smallest_side),
+    )
+    print(f"wrote {file}")
+
+
+def settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:
+    """What the records depend on; with other settings the set is another one."""
+    encoding = dataclasses.asdict(config.encoding)
+    del encoding["batch_size"]
+    parts = [
+        part
+        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        if (folder / part).is_dir()
+    ]
+    return {
+        **{"source": dataclasses.asdict(config.source), "choice": dataclasses.asdict(config.choice)},
+        **{"model": config.model, "model_sha256": {part: fingerprint(folder / part) for part in parts}},
+        **{**encoding, "dtype": default_dtype(config.dtype)},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
