@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.checkpoints.weights import Network
+from flax_pref.config import UserError
 from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import Records, Shapes
@@ -224,25 +225,30 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
 class EncodedSet(Records):
     """Encoded pairs in memory, for sets that are small enough: `Records` without preparing any."""
 
-    def __init__(
-        self, encoder: PairEncoder, reader: PairReader, selection: Selection, *, label: str = "encoding pairs"
-    ):
+    def __init__(self, encoder: PairEncoder, reader: PairReader, selection: Selection, *, max_drop_share: float = 0.01):
         """Encodes all pairs of a selection.
 
+        Args:
+            encoder: of images and captions.
+            reader: of the set.
+            selection: of its rows.
+            max_drop_share: of the rows that may be damaged.
+
         Raises:
-            ValueError: none of them can be decoded, or a file is damaged.
+            UserError: more of them are, or no pair is left.
+            ValueError: a file is damaged.
         """
         self.drops = dict(selection.drops)
         self._pairs: list[dict[str, np.ndarray]] = []
         caption_of = dict(zip(selection.rows.tolist(), selection.caption_of.tolist(), strict=True))
         encoded = encoder.pairs(zip(selection.rows.tolist(), pairs(reader, selection.rows), strict=True))
-        for row, result in tqdm(encoded, label, len(selection.rows), unit="pair"):
+        for row, result in tqdm(encoded, "encoding pairs", len(selection.rows), unit="pair"):
             if isinstance(result, Drop):
                 self.drops[row] = result
             else:
                 self._pairs.append(numbered(result, caption_of[row] + 1))
-        if not self._pairs:
-            raise ValueError(f"no pair can be used: {told_reasons(self.drops)}")
+        check_damage(self.drops, selection.total, max_drop_share)
+        account(selection, len(self._pairs), self.drops)
         self._captions = list(encoder.captions([None, *selection.captions]))
         self.shapes, self.image_size = encoder.shapes, encoder.encoding.size
         self.fingerprint = digest(selection)
@@ -273,6 +279,33 @@ def digest(selection: Selection) -> str:
     for caption in selection.captions:
         described.update(caption.encode() + b"\0")
     return described.hexdigest()
+
+
+def account(selection: Selection, count: int, drops: Mapping[int, Drop]) -> None:
+    """That every row became one of `count` pairs, a tie or one of the `drops`.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    total, ties = selection.total, selection.ties
+    if total != count + ties + len(drops):  # nothing is lost without a word
+        raise AssertionError(f"{total} rows, but {count} pairs, {ties} ties and {len(drops)} dropped rows")
+    if not count:
+        raise UserError(f"no pair is left of {total} rows, {ties} of them ties; {told_reasons(drops)}")
+
+
+def check_damage(drops: Mapping[int, Drop], total: int, max_drop_share: float) -> None:
+    """That no more than a share of all rows is damaged.
+
+    Raises:
+        UserError: more of them are; tells the reasons.
+    """
+    damaged = {row: drop for row, drop in drops.items() if drop.damaged}
+    if len(damaged) > max_drop_share * total:
+        raise UserError(
+            f"{len(damaged)} of {total} rows are damaged ({len(damaged) / total:.1%}), more than "
+            f"max_drop_share={max_drop_share:g} allows: {told_reasons(damaged)}; repair the set, or allow more"
+        )
 
 
 def told_reasons(drops: Mapping[int, Drop]) -> str:

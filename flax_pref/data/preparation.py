@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_pref.config import UserError
-from flax_pref.data.encode import Encoding, PairEncoder, digest, numbered, told_reasons
+from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digest, numbered
 from flax_pref.data.pairs import Drop, PairReader, pairs
 from flax_pref.data.prepared import (
     CAPTIONS,
@@ -260,15 +260,11 @@ class Preparation:
     def _check_damage(self) -> None:
         """Stops if too many rows are damaged."""
         drops = self._drops()
-        damaged = {row: drop for row, drop in drops.items() if drop.damaged}
-        total = self.selection.total
-        if len(damaged) > self._max_drop_share * total:
+        try:
+            check_damage(drops, self.selection.total, self._max_drop_share)
+        except UserError as error:
             self._list(drops)
-            raise UserError(
-                f"{len(damaged)} of {total} rows are damaged ({len(damaged) / total:.1%}), more than "
-                f"max_drop_share={self._max_drop_share:g} allows: {told_reasons(damaged)}; all are listed in "
-                f"{self.folder / DROPPED}: repair the set, or allow more with --max-drop-share"
-            )
+            raise UserError(f"{error}; all are listed in {self.folder / DROPPED}") from error
 
     def _list(self, drops: dict[int, Drop]) -> None:
         with replacing(self.folder / DROPPED) as unfinished, unfinished.open("w", encoding="utf-8") as lines:
@@ -286,11 +282,8 @@ class Preparation:
         drops, ties, total = self._drops(), self.selection.ties, self.selection.total
         lengths = {name: [part["records"] for part in noted] for name, noted in parts.items()}
         count = sum(lengths[PAIRS])
-        if total != count + ties + len(drops):  # nothing is lost without a word
-            raise AssertionError(f"{total} rows, but {count} pairs, {ties} ties and {len(drops)} dropped rows")
-        if not count:
-            raise UserError(f"{self.folder}: no pair is left of {total} rows: {ties} ties; {told_reasons(drops)}")
         self._list(drops)
+        account(self.selection, count, drops)
         metadata = {
             "settings": self.settings,
             "counts": {
@@ -298,6 +291,7 @@ class Preparation:
                 "captions": len(self.selection.captions),
             },
             "dropped": dict(collections.Counter(drop.reason for drop in drops.values()).most_common()),
+            "dropped_rows": f"../{DROPPED}",
             "sha256": {
                 self._file(shard).name: part["sha256"]
                 for name, noted in parts.items()

@@ -142,7 +142,7 @@ def test_a_caption_is_encoded_once(tmp_path, encoder):
 def test_a_set_in_memory_has_the_records_of_the_prepared_one(tmp_path, encoder):
     file = write_set(tmp_path / "a.parquet", damaged=(5,), ties=(4,))
     prepare(tmp_path / "set", file, encoder, shard_size=1000)
-    prepared, memory = PreparedSet(tmp_path / "set"), EncodedSet(encoder, *opened(file))
+    prepared, memory = PreparedSet(tmp_path / "set"), EncodedSet(encoder, *opened(file), max_drop_share=0.1)
     assert len(memory) == len(prepared) == 28 and memory.shapes == prepared.shapes
     for i in range(28):
         one, other = memory.pair(i), prepared.pair(i)
@@ -229,9 +229,11 @@ def test_rows_that_the_config_leaves_out_are_listed_but_not_damage(tmp_path, enc
 
 def test_a_set_without_a_pair_is_refused_with_the_reasons(tmp_path, encoder):
     file = write_set(tmp_path / "a.parquet", count=4, damaged=(0, 1, 2), ties=(3,))
-    with pytest.raises(UserError, match="no pair is left of 4 rows: 1 ties; 3 rows: image is truncated"):
+    with pytest.raises(UserError, match="no pair is left of 4 rows, 1 of them ties; 3 rows: image is truncated"):
         prepare(tmp_path / "set", file, encoder, max_drop_share=1)
-    with pytest.raises(ValueError, match="no pair can be used: 3 rows"):
+    with pytest.raises(UserError, match="no pair is left of 4 rows"):
+        EncodedSet(encoder, *opened(file), max_drop_share=1)
+    with pytest.raises(UserError, match=r"3 of 4 rows are damaged \(75\.0%\), more than max_drop_share=0.01 allows: 3"):
         EncodedSet(encoder, *opened(file))
 
 
