@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import preference_sets
 import pytest
 from PIL import Image
 
@@ -65,20 +66,18 @@ def encoder(pipeline):
     return PairEncoder(pipeline, ENCODING)
 
 
-def opened(file, choice=None):
-    reader = open_source(Source(layout="pick_a_pic", path=str(file)))
+def opened(file, choice=None, layout="pick_a_pic"):
+    reader = open_source(Source(layout=layout, path=str(file)))
     return reader, select(reader, choice or Choice())
 
 
-def prepare(folder, file, encoder, *, max_drop_share=0.2, settings=None, hosts=(0, 1), shard_size=8, choice=None):
+def prepare(folder, file, encoder, *, max_drop_share=0.2, settings=None, shard_size=8, **how):
     begun = Preparation(
         folder,
-        *opened(file, choice),
+        *opened(file, **how),
         {"size": [64, 64]} | (settings or {}),
         shard_size=shard_size,
         max_drop_share=max_drop_share,
-        process_index=hosts[0],
-        process_count=hosts[1],
     )
     begun.begin()
     begun.encode(encoder)
@@ -153,6 +152,30 @@ def test_a_set_in_memory_has_the_records_of_the_prepared_one(tmp_path, encoder):
     for caption in range(11):
         for name, array in memory.conditioning(caption).items():
             np.testing.assert_array_equal(array, prepared.conditioning(caption)[name])
+
+
+def test_every_layout_gives_the_same_records(tmp_path, encoder):
+    rows = preference_sets.examples(6)
+    writers = {
+        "pick_a_pic": preference_sets.write_pick_a_pic,
+        "hpdv2": preference_sets.write_hpdv2,
+        "hpdv3": preference_sets.write_hpdv3,
+        "folder": preference_sets.write_pair_folder,
+        "webdataset": preference_sets.write_tars,
+    }
+    prepared = {}
+    for layout, write in writers.items():
+        (tmp_path / layout).mkdir()
+        path = write(tmp_path / layout, rows)
+        prepare(tmp_path / f"{layout} prepared", path, encoder, layout=layout)
+        prepared[layout] = PreparedSet(tmp_path / f"{layout} prepared")
+    for layout, records in prepared.items():
+        assert len(records) == 6
+        for i in range(6):
+            one, other = records.pair(i), prepared["pick_a_pic"].pair(i)
+            for name in ("row", "caption", "winner", "loser", "sizes"):
+                np.testing.assert_array_equal(one[name], other[name], err_msg=f"{layout}, {name}")
+            assert records.text(int(one["caption"])) == f"caption {i}"
 
 
 def test_sizes_and_crops_of_both_images_are_recorded_also_of_their_mirror_images(tmp_path, pipeline):
