@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,6 +117,7 @@ class Preparation:
         }
         self._shard_size, self._max_drop_share = shard_size, max_drop_share
         self._process, self._processes = process_index, process_count
+        self._noted: dict[_Shard, dict[str, Any]] = {}  # of finished shards, as far as this process has looked
 
     @property
     def finished(self) -> bool:
@@ -145,13 +146,12 @@ class Preparation:
                     write_json(unfinished, self.settings)
             for leftover in self.folder.glob("*/.*"):  # of a kill
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self._check_damage()
+        self._check_damage(self._own())
         wait_for_others("the folder is there")
 
     def pending(self) -> list[_Shard]:
         """Shards of this process that are not finished yet."""
-        shards = [_Shard(name, i) for name in (CAPTIONS, PAIRS) for i in range(self.counts[name])]
-        return [shard for shard in shards[self._process :: self._processes] if self._part(shard) is None]
+        return [shard for shard in self._own() if self._part(shard) is None]
 
     def encode(self, encoder: PairEncoder) -> None:
         """Writes the shards of this process that are missing.
@@ -167,7 +167,6 @@ class Preparation:
                     self._write_captions(shard, encoder)
                 else:
                     self._write_pairs(shard, encoder, progress)
-                    self._check_damage()
 
     def finish(self, shapes: Shapes) -> dict[str, Any]:
         """Describes the set when all processes have come here; its metadata, in process 0.
@@ -214,6 +213,8 @@ class Preparation:
 
         count = write_shard(self._file(shard), pair_features(encoder.shapes), records())
         self._record(shard, count, drops)
+        if drops:
+            self._check_damage(self._own())
 
     def _record(self, shard: _Shard, count: int, drops: dict[int, Drop]) -> None:
         """Notes that a shard is finished: from now on it is not written again."""
@@ -226,11 +227,12 @@ class Preparation:
 
     def _part(self, shard: _Shard) -> dict[str, Any] | None:
         """What was noted of a finished shard; None: it is not finished."""
-        if not self._part_file(shard).is_file():
-            return None
-        noted = read_json(self._part_file(shard), expected="the record of a shard")
-        file = self._file(shard)
-        return noted if file.is_file() and file.stat().st_size == noted["bytes"] else None
+        if shard not in self._noted and self._part_file(shard).is_file():
+            noted = read_json(self._part_file(shard), expected="the record of a shard")
+            file = self._file(shard)
+            if file.is_file() and file.stat().st_size == noted["bytes"]:
+                self._noted[shard] = noted
+        return self._noted.get(shard)
 
     def _part_file(self, shard: _Shard) -> Path:
         return self.folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
@@ -251,15 +253,19 @@ class Preparation:
     def _shards(self, name: str) -> Iterator[_Shard]:
         return (_Shard(name, i) for i in range(self.counts[name]))
 
-    def _drops(self) -> dict[int, Drop]:
-        """All rows dropped as far as they have been read, in ascending order."""
-        parts = filter(None, map(self._part, self._shards(PAIRS)))
+    def _own(self) -> list[_Shard]:
+        shards = [*self._shards(CAPTIONS), *self._shards(PAIRS)]
+        return shards[self._process :: self._processes]
+
+    def _drops(self, shards: Iterable[_Shard]) -> dict[int, Drop]:
+        """Rows dropped by the selection and in those of the shards that are finished, in ascending order."""
+        parts = filter(None, map(self._part, shards))
         found = {row: Drop(*drop) for part in parts for row, drop in part["drops"]}
         return dict(sorted((self.selection.drops | found).items()))
 
-    def _check_damage(self) -> None:
-        """Stops if too many rows are damaged."""
-        drops = self._drops()
+    def _check_damage(self, shards: Iterable[_Shard]) -> None:
+        """Stops if too many rows are damaged, as far as these shards are finished."""
+        drops = self._drops(shards)
         try:
             check_damage(drops, self.selection.total, self._max_drop_share)
         except UserError as error:
@@ -278,8 +284,8 @@ class Preparation:
         parts = {name: [self._part(shard) for shard in self._shards(name)] for name in self.counts}
         if missing := [name for name, noted in parts.items() if None in noted]:
             raise UserError(f"{self.folder}: shards of {missing[0]} are missing; run the same command again")
-        self._check_damage()
-        drops, ties, total = self._drops(), self.selection.ties, self.selection.total
+        self._check_damage(self._shards(PAIRS))
+        drops, ties, total = self._drops(self._shards(PAIRS)), self.selection.ties, self.selection.total
         lengths = {name: [part["records"] for part in noted] for name, noted in parts.items()}
         count = sum(lengths[PAIRS])
         self._list(drops)
