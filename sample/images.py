@@ -72,9 +72,9 @@ RuleName = Literal[
 # Ways to use modules pos and neg, with the time of an image against plain CFG's and the share of full cPGD's gain that
 # docs/guidance.md has measured.
 PRESETS = {
-    "full": {"rule": "cpgd"},  # 3.3, 100 %
-    "fast": {"rule": "cpgd", "merge": True},  # 1.0, 102 %
-    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.3, 108 %
+    "full": {"rule": "cpgd"},  # 3.1, 100 %
+    "fast": {"rule": "cpgd", "merge": True},  # 1.0, 107 %
+    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.1, 105 %
 }
 
 

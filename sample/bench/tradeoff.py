@@ -205,15 +205,17 @@ def plot(rows: list[dict], file: Path) -> None:
     axes.annotate("95 % of cPGD's gain", (2.6, 0.95 * whole), va="bottom", fontsize=8, color="#666")
     axes.annotate("1.3 x CFG", (1.3, 0), rotation=90, ha="right", va="bottom", fontsize=8, color="#666")
     colours = {FULL: "#1f77b4", CONDITIONAL: "#d95f02", MERGED: "#2ca02c"}
-    for number, row in enumerate(row for row in rows if row["w"] is not None):
+    shown = [row for row in rows if row["w"] is not None]
+    by_time = sorted(range(len(shown)), key=lambda i: shown[i]["time"])
+    for number, row in enumerate(shown):
         colour = colours[SETTINGS[row["setting"]].tuned]
         low, high = row["gain_ci"]
         error = [[row["gain"] - low], [high - row["gain"]]]
         axes.errorbar(row["time"], row["gain"], yerr=error, fmt="o", color=colour, capsize=2, linewidth=0.8)
-        aside = (5, 4) if number % 2 else (-6, 4)  # neighbours often lie beside each other
+        # Neighbours are named at opposite ends of their intervals, for many lie close to each other.
+        end, aside = (high, 3) if by_time.index(number) % 2 else (low, -10)
         axes.annotate(
-            *(str(number + 1), (row["time"], row["gain"]), aside),
-            **{"textcoords": "offset points", "ha": "left" if number % 2 else "right"},
+            str(number + 1), (row["time"], end), (0, aside), textcoords="offset points", ha="center", fontsize=8
         )
         axes.plot([], [], "o", color=colour, label=f"{number + 1}  {row['setting']}")
     axes.set_xlabel("time per image, plain CFG = 1")
