@@ -8,13 +8,12 @@ The checkpoint is a folder in the layout of diffusers, or the Hub id of one: Sta
 the small one of this package. Killed and started again with the same flags, the program goes on where it was.
 """
 
-import contextlib
 import dataclasses
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,6 +54,7 @@ from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.hosts import join, wait_for_others
 from flax_pref.parallel.mesh import make_mesh
+from flax_pref.parallel.signals import stopped_by
 
 RuleName = Literal[
     "cfg",
@@ -253,17 +253,6 @@ class Chosen:
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.pixels)[self.places]
-
-
-@contextlib.contextmanager
-def stopped_by(number: signal.Signals) -> Iterator:
-    """A function that tells whether the signal has come; without this it would end the program at once."""
-    come = []
-    before = signal.signal(number, lambda *_: come.append(number))
-    try:
-        yield lambda: bool(come)
-    finally:
-        signal.signal(number, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

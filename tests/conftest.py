@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 
 def pytest_configure(config):
@@ -14,3 +15,8 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     # Where the size is limited, JAX locks the folder: no process reads what another has half written.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)
+
+
+def pytest_collection_modifyitems(items):
+    # Tests of whole programs are the longest: begun first, they leave no worker waiting for another at the end.
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)

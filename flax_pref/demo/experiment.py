@@ -79,7 +79,7 @@ class DemoConfig:
     alpha: float
     targets: tuple[str, ...] = DEFAULT_TARGETS
     beta: float
-    """Of Diffusion-DPO."""
+    """Of Diffusion-DPO, with the factor 1/2 as in its authors' code."""
     dpo: ModuleTraining
     positive_negative: ModuleTraining
 

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from preference_formulas import SCHEDULE
 
-from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.objectives.autoencoding import autoencoding
-from flax_pref.objectives.denoising import denoising, draw_noise, positive_negative, velocity_weights
+from flax_pref.objectives.denoising import denoising, draw_noise, noisy_images, positive_negative, velocity_weights
 from flax_pref.objectives.dpo import diffusion_dpo
 
-SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KEY = jax.random.key(7)
 PAIRS, SHAPE = 5, (4, 4, 3)
 
@@ -71,6 +70,39 @@ def test_positive_learns_from_winners_and_negative_from_losers(batch):
     assert float(metrics["winner"]) == pytest.approx(winner, rel=1e-5)
     assert float(metrics["loser"]) == pytest.approx(loser, rel=1e-5)
     assert float(loss) == pytest.approx(winner + loser, rel=1e-5)
+
+
+def test_a_module_alone_learns_as_it_does_beside_the_other(batch):
+    both = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)[1]
+    winner = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, negative=None)[1]
+    loser = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, positive=None)[1]
+    for image, alone in (("winner", winner), ("loser", loser)):
+        assert alone.keys() == {"loss", image}
+        assert float(alone[image]) == pytest.approx(float(both[image]), rel=1e-6)
+
+
+def test_each_row_is_its_own_image_under_the_noise_and_the_timestep_of_its_pair(batch):
+    images = ("winner", "loser", "winner")
+    noisy = noisy_images(batch, KEY, SCHEDULE, images)
+    timesteps, noise = draw_noise(SCHEDULE, batch["winner"], KEY)
+    np.testing.assert_array_equal(noisy.timesteps, timesteps)
+    np.testing.assert_array_equal(noisy.noise[:, 0], noise)
+    abar = SCHEDULE.alphas_cumprod[np.asarray(timesteps)][:, None, None, None]
+    for r, image in enumerate(images):
+        np.testing.assert_array_equal(noisy.text[:, r], batch["text"])
+        expected = np.sqrt(abar) * batch[image] + np.sqrt(1 - abar) * noise
+        np.testing.assert_allclose(noisy.latents[:, r], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sdxl_is_told_the_size_of_each_image_and_other_networks_are_not(batch):
+    sizes = np.random.default_rng(1).uniform(0, 1024, (PAIRS, 2, 6)).astype(np.float32)
+    states, pooled = batch["text"], batch["text"][:, 0]
+    sdxl = {**batch, "time_ids": sizes, "text": {"encoder_hidden_states": states, "text_embeds": pooled}}
+    text = noisy_images(sdxl, KEY, SCHEDULE, ("loser", "winner")).text
+    np.testing.assert_array_equal(text["time_ids"], sizes[:, ::-1])
+    np.testing.assert_array_equal(text["text_embeds"][:, 1], pooled)
+    other = {**batch, "time_ids": sizes, "text": {"encoder_hidden_states": states}}
+    assert noisy_images(other, KEY, SCHEDULE).text.keys() == {"encoder_hidden_states"}
 
 
 @pytest.mark.parametrize("beta", [1.0, 20.0])

@@ -1,0 +1,104 @@
+"""The losses of all objectives in float64 numpy, written from the papers, and their derivatives.
+
+A loss is a function of `error[network, image] [B]`, denoising errors. Derivatives are those along the imaginary axis,
+`f'(x) = Im f(x + ih) / h`, which has no cancellation: errors may be complex, and what is constant in a loss is a real
+part.
+"""
+
+import numpy as np
+
+from flax_pref.diffusion.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+IMAGES = ("winner", "loser")
+
+
+def squared_errors(predictions, noise):
+    """`error[network, image]` of `predictions[network] [B, 2, H, W, C]` (winner, loser) and `noise [B, H, W, C]`."""
+    return {
+        (network, image): ((prediction[:, i] - noise) ** 2).mean(axis=(1, 2, 3))
+        for network, prediction in predictions.items()
+        for i, image in enumerate(IMAGES)
+    }
+
+
+def gradients(loss, predictions):
+    """Of `loss(predictions)` with respect to each number of the predictions, as a dict of arrays like them."""
+    found = {}
+    for network, prediction in predictions.items():
+        found[network] = np.zeros_like(prediction)
+        for place in np.ndindex(prediction.shape):
+            moved = prediction.astype(complex)
+            moved[place] += 1e-30j
+            found[network][place] = loss({**predictions, network: moved}).imag / 1e-30
+    return found
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def change(error, network, image):
+    return error[network, image] - error["base", image].real  # the reference is a constant
+
+
+def dpo_logits(error, network, beta):
+    return -beta / 2 * (change(error, network, "winner") - change(error, network, "loser"))
+
+
+def dpo(error, network="dpo", beta=1.0):
+    return -np.log(sigmoid(dpo_logits(error, network, beta))).mean()
+
+
+def swapped_dpo(error, beta, network="neg"):
+    # As its authors write it, without the factor 1/2 and so with half the beta.
+    logits = (beta / 2) * (-change(error, network, "loser") + change(error, network, "winner"))
+    return -np.log(sigmoid(logits)).mean()
+
+
+def safeguards(predictions, noise, mu):
+    """lambda of each pair, from the gradients of the two errors."""
+    found = []
+    for prediction, own_noise in zip(predictions["dpo"].real, noise, strict=True):
+        gradient_winner, gradient_loser = (2 * (row - own_noise).ravel() / own_noise.size for row in prediction)
+        product = gradient_winner @ gradient_loser
+        bound = (1 - mu) * (gradient_winner @ gradient_winner) / product
+        found.append(min(max(bound, 0), 1) if product > 0 else 1)
+    return np.array(found)
+
+
+def sdpo(error, beta, weights):
+    loser = error["dpo", "loser"]
+    scaled = loser.real + weights * (loser - loser.real)
+    return dpo({**error, ("dpo", "loser"): scaled}, beta=beta)
+
+
+def chats(error, beta):
+    return -np.log(sigmoid(-beta * (change(error, "pos", "winner") + change(error, "neg", "loser")))).mean()
+
+
+def kto(error, beta):
+    gains = np.stack([-change(error, "kto", image) for image in IMAGES])
+    baseline = max(gains.real.mean(), 0)
+    signs = np.array([[1], [-1]])
+    return (1 - sigmoid(signs * beta * (gains - baseline))).mean()
+
+
+def mapo(error, beta, h=0.5, timesteps=1000):
+    winner, loser = (error["mapo", image] for image in IMAGES)
+    score_winner, score_loser = (h * x / (np.exp(h * x) - 1) for x in (winner, loser))
+    # log sigmoid(x) = -log(1 + exp(-x)), where exp may overflow only for x far below zero.
+    return (winner + beta * np.log(1 + np.exp(-timesteps * (score_winner - score_loser)))).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What scripts got wrong
+
+
+def dpo_with_the_mean_inside(error, beta):
+    return -np.log(sigmoid(dpo_logits(error, "dpo", beta).mean()))
+
+
+def dpo_with_a_clipped_ratio(error, beta, largest=0.5):
+    logits = dpo_logits(error, "dpo", beta)
+    return -np.log(sigmoid(np.where(abs(logits.real) > largest, largest * np.sign(logits.real), logits))).mean()

@@ -1,0 +1,352 @@
+"""Losses and gradients of every preference objective against transcriptions in float64, and of DPO against torch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import preference_formulas as formulas
+import pytest
+import torch
+from preference_formulas import IMAGES, SCHEDULE, gradients, safeguards, squared_errors
+
+from flax_pref.objectives.chats import chats
+from flax_pref.objectives.denoising import draw_noise, positive_negative
+from flax_pref.objectives.dpo import diffusion_dpo
+from flax_pref.objectives.kto import diffusion_kto
+from flax_pref.objectives.mapo import likelihood, mapo
+from flax_pref.objectives.npo import npo, positive_negative_dpo
+from flax_pref.objectives.sdpo import diffusion_sdpo
+
+KEY = jax.random.key(7)
+PAIRS, SHAPE = 6, (2, 2, 2)
+TOLERANCE = 1e-6  # relative: of the loss, and of the largest gradient of a network
+MU = 0.6
+
+
+@pytest.fixture(autouse=True)
+def float64(request):
+    with jax.enable_x64(getattr(request, "param", True)):
+        yield
+
+
+def conditioned(latents):
+    """A batch as SDXL's, whose `time_ids` tell which image a row is, and whose text is the pair's number."""
+    number = np.arange(PAIRS, dtype=np.float32)
+    return {
+        **latents,
+        "text": {"encoder_hidden_states": number[:, None, None], "text_embeds": number[:, None]},
+        "time_ids": np.tile(np.float32([[0], [1]]), (PAIRS, 1, 6)),
+    }
+
+
+BATCH = conditioned({image: np.zeros((PAIRS, *SHAPE), np.float32) for image in IMAGES})
+EMPTY = {"encoder_hidden_states": np.float32([[-1]]), "text_embeds": np.float32([-1])}
+
+
+def known_noise():
+    return np.asarray(draw_noise(SCHEDULE, BATCH["winner"], KEY)[1], np.float64)
+
+
+def predictions_of(*networks, seed=0, spread=(0.2, 1.2)):
+    """A prediction of every network for winner and loser of every pair, `[B, 2, H, W, C]`, none of them good.
+
+    The quality differs from pair to pair, and from one to the next the residuals of winner and loser agree more.
+    """
+    rng = np.random.default_rng(seed)
+    quality = rng.uniform(*spread, (len(networks), PAIRS, 2, 1, 1, 1))
+    drawn = rng.standard_normal((len(networks), PAIRS, 2, *SHAPE))
+    agreement = np.linspace(-0.9, 0.9, PAIRS)[:, None, None, None]
+    drawn[:, :, 1] = agreement * drawn[:, :, 0] + np.sqrt(1 - agreement**2) * drawn[:, :, 1]
+    return dict(zip(networks, known_noise()[:, None] + quality * drawn, strict=True))
+
+
+def predict_with(predictions):
+    """The rows that are asked for, found by what each row is told."""
+
+    def predict(networks, latents, timesteps, text):
+        image = text["time_ids"][:, :, 0].astype(int)
+        rows = [predictions[name][jnp.arange(PAIRS), image[:, r]] for r, name in enumerate(networks)]
+        return jnp.stack(rows, axis=1)
+
+    return predict
+
+
+def relative(found, expected):
+    return float(np.max(np.abs(np.asarray(found) - expected)) / np.max(np.abs(found)))
+
+
+def compare(objective, formula, predictions):
+    """Relative errors of the loss and of the gradients of each network, of an objective against a formula."""
+
+    def loss(predictions):
+        return objective(predict_with(predictions), BATCH, KEY)[0]
+
+    value, found = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, predictions))
+    expected = gradients(formula, predictions)
+    compared = {"loss": relative(value, formula(predictions).real)}
+    for network, gradient in expected.items():
+        if network == "base":
+            assert not np.any(gradient) and not np.any(found["base"]), "the reference must get no gradient"
+        else:
+            compared[network] = relative(found[network], gradient)
+    print({name: f"{error:.1e}" for name, error in compared.items()})
+    return compared
+
+
+def of_errors(formula):
+    return lambda predictions: formula(squared_errors(predictions, known_noise()))
+
+
+def sdpo(predictions, beta):
+    weights = safeguards(predictions, known_noise(), MU)
+    return formulas.sdpo(squared_errors(predictions, known_noise()), beta, weights)
+
+
+CASES = {
+    "positive and negative": (
+        partial(positive_negative),
+        of_errors(lambda error: error["pos", "winner"].mean() + error["neg", "loser"].mean()),
+        ("pos", "neg"),
+    ),
+    "positive alone": (
+        partial(positive_negative, negative=None),
+        of_errors(lambda error: error["pos", "winner"].mean()),
+        ("pos",),
+    ),
+    "negative alone": (
+        partial(positive_negative, positive=None),
+        of_errors(lambda error: error["neg", "loser"].mean()),
+        ("neg",),
+    ),
+    "dpo": (partial(diffusion_dpo, beta=3.0), of_errors(partial(formulas.dpo, beta=3.0)), ("base", "dpo")),
+    "sdpo": (partial(diffusion_sdpo, beta=3.0, mu=MU), partial(sdpo, beta=3.0), ("base", "dpo")),
+    "npo": (partial(npo, beta=3.0), of_errors(partial(formulas.swapped_dpo, beta=3.0)), ("base", "neg")),
+    "dpo and npo": (
+        partial(positive_negative_dpo, beta=3.0),
+        of_errors(lambda error: formulas.dpo(error, "pos", 3.0) + formulas.swapped_dpo(error, 3.0)),
+        ("base", "pos", "neg"),
+    ),
+    "chats": (
+        partial(chats, beta=3.0, empty=EMPTY),
+        of_errors(partial(formulas.chats, beta=3.0)),
+        ("base", "pos", "neg"),
+    ),
+    "kto": (partial(diffusion_kto, beta=3.0), of_errors(partial(formulas.kto, beta=3.0)), ("base", "kto")),
+    "mapo": (partial(mapo, beta=0.1), of_errors(partial(formulas.mapo, beta=0.1)), ("mapo",)),
+}
+
+
+# The formulas themselves in float64, and what rounding leaves of them in the float32 that training computes in.
+@pytest.mark.parametrize(
+    ("float64", "tolerance"), [(True, TOLERANCE), (False, 1e-5)], ids=["float64", "float32"], indirect=["float64"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_formula(case, float64, tolerance):
+    objective, formula, networks = CASES[case]
+    if case == "chats":  # noise and dropout have keys of their own
+        objective = with_key_of_noise(objective)
+    compared = compare(partial(objective, schedule=SCHEDULE), formula, predictions_of(*networks))
+    assert max(compared.values()) < tolerance
+
+
+def with_key_of_noise(objective):
+    """An objective that draws noise with a part of the key, given predictions as if it were the noise that is known."""
+
+    def with_known_noise(predict, batch, key, **options):
+        noise_key, _ = jax.random.split(key)
+        known, drawn = (draw_noise(SCHEDULE, BATCH["winner"], k)[1] for k in (key, noise_key))
+
+        def shifted(networks, latents, timesteps, text):
+            return predict(networks, latents, timesteps, text) - known[:, None] + drawn[:, None]
+
+        return objective(shifted, batch, key, **options)
+
+    return with_known_noise
+
+
+def test_the_data_has_pairs_of_every_kind_that_the_safeguard_tells_apart():
+    weights = safeguards(predictions_of("base", "dpo"), known_noise(), MU)
+    assert (weights == 1).any() and ((weights > 0) & (weights < 0.9)).any()
+
+
+@pytest.mark.parametrize(("spread", "positive"), [((0.1, 0.3), True), ((2.0, 3.0), False)])
+def test_kto_judges_against_the_mean_but_never_below_zero(spread, positive):
+    predictions = predictions_of("base") | predictions_of("kto", seed=1, spread=spread)
+    objective = partial(diffusion_kto, schedule=SCHEDULE, beta=3.0)
+    compared = compare(objective, of_errors(partial(formulas.kto, beta=3.0)), predictions)
+    assert max(compared.values()) < TOLERANCE
+    baseline = float(objective(predict_with(predictions), BATCH, KEY)[1]["baseline"])
+    assert (baseline > 0) == positive
+
+
+def test_the_safeguard_changes_gradients_and_not_the_loss():
+    predictions = jax.tree.map(jnp.asarray, predictions_of("base", "dpo"))
+    options = {"schedule": SCHEDULE, "beta": 3.0}
+
+    def both(objective):
+        value, gradient = jax.value_and_grad(
+            lambda predictions: objective(predict_with(predictions), BATCH, KEY, **options)[0]
+        )(predictions)
+        return float(value), gradient["dpo"]
+
+    (plain, gradient), (guarded, guarded_gradient) = both(diffusion_dpo), both(partial(diffusion_sdpo, mu=MU))
+    assert guarded == pytest.approx(plain, rel=1e-12)
+    np.testing.assert_allclose(guarded_gradient[:, 0], gradient[:, 0], rtol=1e-12, err_msg="winners")
+    weights = safeguards(predictions_of("base", "dpo"), known_noise(), MU)
+    np.testing.assert_allclose(guarded_gradient[:, 1], weights[:, None, None, None] * gradient[:, 1], rtol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes that the comparison finds
+
+
+@pytest.mark.parametrize("wrong", [formulas.dpo_with_the_mean_inside, formulas.dpo_with_a_clipped_ratio])
+def test_a_known_mistake_would_be_found(wrong):
+    objective = partial(diffusion_dpo, schedule=SCHEDULE, beta=3.0)
+    compared = compare(objective, of_errors(partial(wrong, beta=3.0)), predictions_of("base", "dpo"))
+    assert min(compared.values()) > 1000 * TOLERANCE, "loss and gradient both tell"
+
+
+def test_no_pair_loses_its_gradient_however_far_it_is_from_the_reference():
+    predictions = jax.tree.map(jnp.asarray, predictions_of("base", "dpo"))
+    error = squared_errors(predictions_of("base", "dpo"), known_noise())
+    logits = formulas.dpo_logits(error, "dpo", 3.0)
+    assert (abs(logits) > 0.1).sum() >= PAIRS // 2, "data where clipping at 0.1 would do harm"
+
+    def loss(predictions):
+        return diffusion_dpo(predict_with(predictions), BATCH, KEY, schedule=SCHEDULE, beta=3.0)[0]
+
+    assert (jnp.abs(jax.grad(loss)(predictions)["dpo"]).max(axis=(2, 3, 4)) > 1e-6).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch
+
+
+def torch_dpo(policy, reference, noise, beta):
+    """Diffusion-DPO as a training script for torch would have it: winners first, then losers."""
+    target = torch.cat([noise, noise])
+
+    def margins(predicted):
+        each = torch.nn.functional.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
+        return each[: len(noise)] - each[len(noise) :]
+
+    with torch.no_grad():
+        of_reference = margins(reference)
+    return -torch.nn.functional.logsigmoid(-0.5 * beta * (margins(policy) - of_reference)).mean()
+
+
+@pytest.mark.parametrize("beta", [3.0, 5000.0])
+def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
+    # As close to the reference as policies are at the beta of the authors' code.
+    predictions = predictions_of("base", "dpo")
+    predictions["dpo"] = predictions["base"] + (3 / beta) * (predictions["dpo"] - predictions["base"])
+    policy, reference = (
+        torch.from_numpy(np.moveaxis(predictions[name], 1, 0).reshape(-1, *SHAPE).copy()) for name in ("dpo", "base")
+    )
+    policy.requires_grad_()
+    expected = torch_dpo(policy, reference, torch.from_numpy(known_noise().copy()), beta)
+    expected.backward()
+
+    def loss(policy):
+        predict = predict_with({"base": jnp.asarray(predictions["base"]), "dpo": policy})
+        return diffusion_dpo(predict, BATCH, KEY, schedule=SCHEDULE, beta=beta)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(predictions["dpo"]))
+    of_torch = np.moveaxis(policy.grad.numpy().reshape(2, PAIRS, *SHAPE), 0, 1)
+    compared = {"loss": relative(value, expected.item()), "gradient": relative(gradient, of_torch)}
+    print({name: f"{error:.1e}" for name, error in compared.items()})
+    assert max(compared.values()) < TOLERANCE
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before any training
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss"),
+    [
+        (partial(diffusion_dpo, beta=5000.0), np.log(2)),
+        (partial(diffusion_sdpo, beta=5000.0, mu=MU), np.log(2)),
+        (partial(npo, beta=4000.0), np.log(2)),
+        (partial(positive_negative_dpo, beta=5000.0), 2 * np.log(2)),
+        (partial(chats, beta=1000.0, empty=EMPTY), np.log(2)),
+        (partial(diffusion_kto, beta=1000.0), 0.5),
+    ],
+    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "kto"],
+)
+def test_an_untrained_module_is_undecided(objective, loss):
+    base = predictions_of("base")["base"]
+    same = dict.fromkeys(("base", "dpo", "pos", "neg", "kto"), jnp.asarray(base))
+    found, metrics = objective(predict_with(same), BATCH, KEY, schedule=SCHEDULE)
+    assert float(found) == pytest.approx(loss, rel=1e-12)
+    decided = {name: float(value) for name, value in metrics.items() if name.endswith("accuracy")}
+    assert decided and set(decided.values()) == {0.5}
+    changes = [float(value) for name, value in metrics.items() if name.endswith(("winner", "loser"))]
+    assert changes and not any(changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What networks are asked and told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_one_prediction_of_the_modules_and_one_of_the_reference(case):
+    objective, _, networks = CASES[case]
+    calls = []
+
+    def predict(networks, latents, timesteps, text):
+        calls.append(networks)
+        return latents
+
+    objective(predict, BATCH, KEY, schedule=SCHEDULE)
+    modules = {network for network in networks if network != "base"}
+    assert set(calls[0]) == modules
+    assert calls[1:] == ([("base", "base")] if "base" in networks else [])
+
+
+def test_chats_drops_prompts_of_losers_for_the_negative_module_and_the_reference_alike():
+    calls = []
+
+    def predict(networks, latents, timesteps, text):
+        calls.append((networks, {name: np.asarray(x) for name, x in text.items()}))
+        return latents
+
+    chats(predict, BATCH, KEY, schedule=SCHEDULE, beta=1.0, empty=EMPTY)
+    assert [networks for networks, _ in calls] == [("pos", "neg"), ("base", "base")]
+    (_, told), (_, told_reference) = calls
+    dropped = told["text_embeds"][:, 1, 0] == -1
+    assert 0 < dropped.sum() < PAIRS
+    for name in ("encoder_hidden_states", "text_embeds"):
+        winner, loser = (told[name].reshape(PAIRS, 2)[:, i] for i in (0, 1))
+        np.testing.assert_array_equal(winner, np.arange(PAIRS), err_msg="winners keep their prompts")
+        np.testing.assert_array_equal(loser, np.where(dropped, -1, np.arange(PAIRS)))
+        np.testing.assert_array_equal(told[name], told_reference[name])
+    np.testing.assert_array_equal(told["time_ids"], BATCH["time_ids"], err_msg="sizes are no prompt")
+
+
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, 0), (1.0, 1)])
+def test_chats_drops_the_share_of_prompts_that_is_asked_for(dropout, share):
+    def predict(networks, latents, timesteps, text):
+        assert (np.asarray(text["text_embeds"])[:, 1] == -1).mean() == share
+        return latents
+
+    chats(predict, BATCH, KEY, schedule=SCHEDULE, beta=1.0, empty=EMPTY, dropout=dropout)
+
+
+def test_the_score_of_mapo_does_not_overflow_where_training_has_diverged():
+    score, slope = jax.value_and_grad(likelihood)(jnp.float32(500.0))
+    assert float(score) == 0 and float(slope) == 0
+    assert float(likelihood(jnp.float32(1e-6))) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_base_that_does_not_predict_noise_is_refused():
+    velocity = type(SCHEDULE)(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction', expected 'epsilon'"):
+        diffusion_dpo(predict_with({}), BATCH, KEY, schedule=velocity, beta=1.0)
+
+
+def test_no_module_to_train_is_an_error():
+    with pytest.raises(ValueError, match="at least one module"):
+        positive_negative(predict_with({}), BATCH, KEY, schedule=SCHEDULE, positive=None, negative=None)
