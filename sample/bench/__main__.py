@@ -7,12 +7,10 @@ goes to sampling while images are encoded and written. `tradeoff`: what cheaper 
 world.
 """
 
-import json
 import sys
 
-import tyro
-
-from flax_pref.config import parse_flags, run_main
+from flax_pref.config import run_main
+from sample.bench.common import run_bench
 from sample.bench.guidance import Guidance, bench_guidance
 from sample.bench.load import Load, bench_load
 from sample.bench.tradeoff import Tradeoff, bench_tradeoff
@@ -30,13 +28,7 @@ BENCHES = {
 
 def main(arguments: list[str]) -> None:
     """Runs one bench and prints its figures."""
-    kinds = {kind.__name__.lower(): kind() for kind in BENCHES}
-    bench = parse_flags(arguments, tyro.extras.subcommand_type_from_defaults(kinds))
-    figures = BENCHES[type(bench)](bench)
-    print(json.dumps(figures, indent=2))
-    if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps(figures, indent=2) + "\n")
+    run_bench(BENCHES, arguments)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,38 @@
-"""What benches share: random networks and inputs, timing in turns, and what the device could do at best."""
+"""What benches share: command line, random networks and inputs, timing in turns, what a device could do at best."""
 
+import json
 import re
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from flax_pref.checkpoints.weights import Network, abstract_network
+from flax_pref.config import parse_flags
 from flax_pref.models.presets import Family
+
+
+def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str]) -> None:
+    """Runs the bench that the arguments name, prints its figures, and writes them where its field `json` says.
+
+    Args:
+        benches: for each kind of flags, named as on the command line but for its capital, what gives the figures.
+        arguments: `["data", "--json", "data.json"]`.
+    """
+    kinds = {kind.__name__.lower(): kind() for kind in benches}
+    bench = parse_flags(arguments, tyro.extras.subcommand_type_from_defaults(kinds))
+    figures = benches[type(bench)](bench)
+    print(json.dumps(figures, indent=2))
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def random_network(kind: str, config, dtype="float32") -> Network:

@@ -4,12 +4,10 @@
 JPEGs are decoded and resized, beside torch's DataLoader; and whether memory stays flat over a million pairs.
 """
 
-import json
 import sys
 
-import tyro
-
-from flax_pref.config import parse_flags, run_main
+from flax_pref.config import run_main
+from sample.bench.common import run_bench
 from train.bench.data import Data, bench_data
 
 BENCHES = {Data: bench_data}
@@ -17,13 +15,7 @@ BENCHES = {Data: bench_data}
 
 def main(arguments: list[str]) -> None:
     """Runs one bench and prints its figures."""
-    kinds = {kind.__name__.lower(): kind() for kind in BENCHES}
-    bench = parse_flags(arguments, tyro.extras.subcommand_type_from_defaults(kinds))
-    figures = BENCHES[type(bench)](bench)
-    print(json.dumps(figures, indent=2))
-    if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps(figures, indent=2) + "\n")
+    run_bench(BENCHES, arguments)
 
 
 if __name__ == "__main__":
