@@ -139,15 +139,20 @@ class Preparation:
                         f"{self.folder}: was begun with {difference(begun, self.settings)}: choose another --output, "
                         "or repeat the settings"
                     )
-            elif any(file.name not in (INSPECTION, DROPPED) for file in self.folder.glob("*")):
+            elif any(file.name not in (INSPECTION, DROPPED) for file in self.folder.glob("[!.]*")):
                 raise UserError(f"{self.folder}: is not empty and holds no prepared set; choose another --output")
             else:
                 with replacing(file) as unfinished:
                     write_json(unfinished, self.settings)
-            for leftover in self.folder.glob("*/.*"):  # of a kill
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._remove_leftovers()
         self._check_damage(self._own())
         wait_for_others("the folder is there")
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a kill has left behind, of files that were being written or removed."""
+        patterns = (f".{SETTINGS}.*", f".{DROPPED}.*", "*/.*", *([PARTS] if self.finished else []))
+        for leftover in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def pending(self) -> list[_Shard]:
         """Shards of this process that are not finished yet."""

@@ -336,6 +336,21 @@ def test_killed_before_any_file_appears_and_begun_again_a_run_gives_the_same_fil
     assert contents(folder) == expected
 
 
+def test_what_kills_leave_behind_does_not_stay(tmp_path, encoder):
+    file = write_set(tmp_path / "a.parquet", count=4)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".settings.json.5f").write_text("{")
+    prepare(tmp_path / "set", file, encoder)
+    expected = contents(tmp_path / "set")
+    assert not any(Path(name).name.startswith(".") for name in expected)
+    (tmp_path / "set" / ".parts").mkdir()
+    (tmp_path / "set" / ".parts" / "pairs-00000.json").write_text("{}")
+    (tmp_path / "set" / PAIRS / ".pairs-train.5f").write_bytes(b"half")
+    again = Preparation(tmp_path / "set", *opened(file), {"size": [64, 64]}, shard_size=8, max_drop_share=0.2)
+    again.begin()
+    assert again.finished and contents(tmp_path / "set") == expected
+
+
 def test_processes_write_what_one_writes(tmp_path, encoder, monkeypatch):
     file = write_set(tmp_path / "a.parquet", damaged=(5,))
     prepare(tmp_path / "one", file, encoder)
