@@ -18,18 +18,19 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     Args:
         path_or_id: a local path, or the id of a repository on the Hub such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", of which the parts that are needed are downloaded into the
-            Hub's cache; or "demo", the small one of this package. What exists locally is never looked for on the Hub.
+            Hub's cache; or "demo", the small one of this package (a folder of that name is "./demo"). What exists
+            locally is never looked for on the Hub.
         variant: of the weight files, e.g. "fp16"; None for the full ones.
 
     Raises:
         FileNotFoundError: it is neither, or it can be neither reached nor found in the cache.
     """
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
     name = str(path_or_id)
     if name == DEMO:
         return Path(str(resources.files("flax_pref.demo") / "base"))
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"{name}: no such folder, and not the id of a Hub repository (owner/name); expected a folder in the layout "
