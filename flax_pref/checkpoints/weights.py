@@ -53,6 +53,14 @@ def with_attention(network: Network, kernel: Kernel) -> Network:
     return network._replace(graphdef=nnx.graphdef(unet))
 
 
+def replicated(network: Network, mesh: jax.sharding.Mesh | None) -> Network:
+    """The network with its parameters on every device of a mesh; as it is where there is none."""
+    if mesh is None:
+        return network
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return network._replace(params=jax.device_put(network.params, everywhere))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The mapping
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.checkpoints.weights import Network
+from flax_pref.checkpoints.weights import replicated
 from flax_pref.config import UserError
 from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
@@ -78,8 +78,8 @@ class PairEncoder:
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._pipeline = dataclasses.replace(
             pipeline,
-            vae=_replicated(pipeline.vae, mesh),
-            text_encoders=tuple(_replicated(encoder, mesh) for encoder in pipeline.text_encoders),
+            vae=replicated(pipeline.vae, mesh),
+            text_encoders=tuple(replicated(encoder, mesh) for encoder in pipeline.text_encoders),
         )
         self._empty = {name: np.asarray(array, jnp.bfloat16) for name, array in encode_empty(pipeline).items()}
         devices = 1 if mesh is None else mesh.size
@@ -187,12 +187,6 @@ def _mirrored_crop(fitted: Fitted) -> tuple[int, int]:
     return top, fitted.resized_size[1] - fitted.pixels.shape[1] - left
 
 
-def _replicated(network: Network, mesh: Mesh | None) -> Network:
-    if mesh is None:
-        return network
-    return network._replace(params=jax.device_put(network.params, NamedSharding(mesh, PartitionSpec())))
-
-
 # At module level, so that what is compiled outlives an encoder.
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: jax.Array) -> jax.Array:
@@ -291,7 +285,8 @@ def account(selection: Selection, count: int, drops: Mapping[int, Drop]) -> None
     if total != count + ties + len(drops):  # nothing is lost without a word
         raise AssertionError(f"{total} rows, but {count} pairs, {ties} ties and {len(drops)} dropped rows")
     if not count:
-        raise UserError(f"no pair is left of {total} rows, {ties} of them ties; {told_reasons(drops)}")
+        reasons = f"; {told_reasons(drops)}" if drops else ""
+        raise UserError(f"no pair is left of {total} rows, {ties} of them ties{reasons}")
 
 
 def check_damage(drops: Mapping[int, Drop], total: int, max_drop_share: float) -> None:

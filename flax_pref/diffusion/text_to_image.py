@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.checkpoints.weights import Network
+from flax_pref.checkpoints.weights import Network, replicated
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty, size_ids, warn_of_cuts
 from flax_pref.diffusion.guidance import Rule, Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
@@ -173,8 +173,8 @@ class TextToImage:
         """The checkpoint's text encoders and autoencoder where they compute."""
         return dataclasses.replace(
             self.pipeline,
-            vae=self._replicated(self.pipeline.vae),
-            text_encoders=tuple(map(self._replicated, self.pipeline.text_encoders)),
+            vae=replicated(self.pipeline.vae, self.mesh),
+            text_encoders=tuple(replicated(encoder, self.mesh) for encoder in self.pipeline.text_encoders),
         )
 
     @cached_property
@@ -183,18 +183,13 @@ class TextToImage:
         networks = {"base": self.pipeline.unet, **self.modules}
         if self.mesh is not None and AXIS in self.mesh.shape:
             return stack({name: (network.graphdef, network.params) for name, network in networks.items()}, self.mesh)
-        placed = {name: self._replicated(network) for name, network in networks.items()}
+        placed = {name: replicated(network, self.mesh) for name, network in networks.items()}
         return Bank(tuple(Member(name, network.graphdef, network.params) for name, network in placed.items()))
 
     @cached_property
     def empty(self) -> dict[str, np.ndarray]:
         """Conditioning of the empty prompt."""
         return encode_empty(self.pipeline)
-
-    def _replicated(self, network: Network) -> Network:
-        if self.mesh is None:
-            return network
-        return network._replace(params=jax.device_put(network.params, NamedSharding(self.mesh, PartitionSpec())))
 
 
 _bars: dict[int, tqdm] = {}
