@@ -20,7 +20,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_pref.models.layers import Conv, Linear, normal
-from flax_pref.models.platform import platform
+from flax_pref.models.platform import CACHED, platform
 
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
@@ -410,11 +410,34 @@ def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
     adapters is a bank of "base" alone. For networks with weights of their own see `models.bank`.
     """
 
-    def predict(networks, latents, timesteps, text):
+    def predict_rows(params, networks, latents, timesteps, text):
         module = nnx.merge(graphdef, params)
         set_rows(module, networks)
         timesteps = jnp.repeat(timesteps, len(networks))
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, text))
         return module(flat[0], timesteps, **flat[1]).reshape(latents.shape)
 
+    def predict(networks, latents, timesteps, text):
+        inputs, predictions, start = (params, latents, text), [], 0
+        for group in _at_once(params, networks, latents):
+            rows = slice(start, start := start + len(group))
+            own_params, *whole = inputs
+            own_latents, own_text = jax.tree.map(lambda x, rows=rows: x[:, rows], whole)
+            predictions.append(predict_rows(own_params, group, own_latents, timesteps, own_text))
+            # Without the barrier XLA may begin with all groups at once, whose activations would meet in memory.
+            inputs, _ = jax.lax.optimization_barrier((inputs, predictions[-1]))
+        return jnp.concatenate(predictions, axis=1)
+
     return predict
+
+
+def _at_once(params: dict, networks: Rows, latents: jax.Array) -> list[Rows]:
+    """Groups of rows that go through the network together: all of them, but on CPUs those of one network.
+
+    There rows gain nothing from each other, and lose as soon as their activations leave the cache.
+    """
+    width = params["conv_in"]["kernel"].shape[-1]
+    activations = 4 * width * latents.size // latents.shape[-1]  # bytes, at full resolution
+    if platform() == "cpu" and 2 * activations > CACHED:  # read and written
+        return [tuple(group) for _, group in itertools.groupby(networks)]
+    return [networks]

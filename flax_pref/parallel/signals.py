@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,3 +37,36 @@ def anywhere(come: bool) -> bool:
     if jax.process_count() == 1:
         return come
     return bool(multihost_utils.process_allgather(np.array(come)).any())
+
+
+class StopTogether:
+    """Tells all processes at the same step that one of them was told to end; to be called once in each step.
+
+    Several processes ask each other about once in a second, for that waits for the devices.
+    """
+
+    def __init__(self, come: Callable[[], bool], *, seconds: float = 1.0):
+        """Begins to count steps.
+
+        Args:
+            come: whether it has come to this process; see `stopped_by`.
+            seconds: between two times that the processes ask each other.
+        """
+        self._come, self._seconds = come, seconds
+        self._left = self._steps = 1  # until they ask each other; between two times
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether to end after this step."""
+        if jax.process_count() == 1:
+            return self._come()
+        self._left -= 1
+        if self._left:
+            return False
+        now = time.monotonic()
+        steps = max(1, min(2 * self._steps, round(self._steps * self._seconds / max(now - self._asked, 1e-6))))
+        # Each process may have measured another time: the first one decides when they ask again.
+        answers = multihost_utils.process_allgather(np.array([self._come(), steps]))
+        self._left = self._steps = int(answers[0, 1])
+        self._asked = time.monotonic()
+        return bool(answers[:, 0].any())

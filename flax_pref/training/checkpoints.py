@@ -62,8 +62,7 @@ class RunCheckpoints:
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep={keep}, keep_every={keep_every}: expected numbers of steps, 1 or more")
-        folder = os.fspath(folder)
-        self.folder = epath.Path(folder if "://" in folder else os.path.abspath(folder))
+        self.folder = _absolute(folder)
         self._keep, self._keep_every = keep, keep_every
         self._check_settings(json.loads(json.dumps(dict(settings))))
         self._orbax = ocp.StandardCheckpointer()
@@ -141,7 +140,7 @@ class RunCheckpoints:
 
     def _forget(self, newest: int) -> None:
         """Removes the steps that are not kept, and what kills have left behind."""
-        steps = self._steps()
+        steps = _steps(self.folder)
         whole = [n for n in steps if n <= newest and n not in self._damaged and (self._path(n) / MANIFEST).exists()]
         kept = {n for n in whole if self._keep_every is not None and n % self._keep_every == 0}
         for step in set(steps) - kept.union(whole[-self._keep :]):
@@ -162,8 +161,8 @@ class RunCheckpoints:
         """
         self.wait()
         newest = -1
-        for step in reversed(self._steps()) if jax.process_index() == 0 else ():
-            damage = self._damage(step)
+        for step in reversed(_steps(self.folder)) if jax.process_index() == 0 else ():
+            damage = _damage(self._path(step))
             if damage is None:
                 newest = step
                 break
@@ -190,45 +189,25 @@ class RunCheckpoints:
         """
         self.wait()
         if step != self._whole:
-            damage = self._damage(step) if jax.process_index() == 0 else None
+            damage = _damage(self._path(step)) if jax.process_index() == 0 else None
             if _of_first_process(damage is not None):
                 raise ValueError(f"{self._path(step)}: {damage or 'damaged'}; expected a step that is whole")
         noted = _read_manifest(self._path(step))
         leaves = _named(like)
-        self._check_leaves(step, noted["leaves"], _described(leaves))
+        if differences := _first_differences(noted["leaves"], _described(leaves)):
+            raise ValueError(
+                f"{self._path(step)}: saved with {differences}; go on with the model, modules and optimizer that the "
+                "run began with"
+            )
         restored = self._orbax.restore(self._path(step) / STATE, jax.tree.map(_placed, leaves))
         self._saved = step
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves]), noted["data"]
-
-    def _check_leaves(self, step: int, saved: Mapping[str, str], asked: Mapping[str, str]) -> None:
-        differ = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
-        if differ:
-            first = ({name: leaves[name] for name in differ[:3] if name in leaves} for leaves in (saved, asked))
-            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise ValueError(
-                f"{self._path(step)}: saved with {difference(*first)}{more}; go on with the model, modules and "
-                "optimizer that the run began with"
-            )
-
-    def _damage(self, step: int) -> str | None:
-        """Why a step is not whole; None: it is."""
-        folder = self._path(step)
-        try:
-            files = _read_manifest(folder)["files"]
-            measured = _measure(folder, list(files))
-        except (OSError, ValueError) as error:
-            return str(error)
-        return next((f"{name} is not what was saved" for name in files if measured[name] != files[name]), None)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The folder
 
     def _path(self, step: int) -> epath.Path:
         return self.folder / str(step)
-
-    def _steps(self) -> list[int]:
-        """All steps with a folder, whole or not, in ascending order."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def _check_settings(self, now: dict[str, Any]) -> None:
         file = self.folder / SETTINGS
@@ -241,7 +220,7 @@ class RunCheckpoints:
                 )
         elif jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._steps():
+            if _steps(self.folder):
                 raise UserError(f"{file}: missing beside checkpoints; restore it, or choose another --output")
             _write_json(file, now)
 
@@ -265,8 +244,72 @@ class RunCheckpoints:
         self.close()
 
 
+def read_part(folder: str | os.PathLike, path: str, like: Any) -> Any:
+    """Some of the arrays of another run's newest whole step, whatever its settings.
+
+    Args:
+        folder: of its checkpoints.
+        path: of the part within what was saved, as `jax.tree_util.keystr` writes it: `['train'].params`.
+        like: the part alone, as in `RunCheckpoints.restore`.
+
+    Raises:
+        UserError: no step is whole, or the newest has not these arrays.
+    """
+    folder = _absolute(folder)
+    whole = -1
+    if jax.process_index() == 0 and folder.is_dir():
+        whole = next((step for step in reversed(_steps(folder)) if _damage(folder / str(step)) is None), -1)
+    whole = _of_first_process(whole)
+    if whole < 0:
+        raise UserError(f"{folder}: has no checkpoint that is whole; expected the folder of a run that has saved one")
+    saved = _read_manifest(folder / str(whole))["leaves"]
+    leaves = {f"{path}{name}": leaf for name, leaf in _named(like).items()}
+    asked = _described(leaves)
+    own = {name: kind for name, kind in saved.items() if name.startswith(path)}
+    if own != asked:
+        raise UserError(
+            f"{folder / str(whole)}: saved with {_first_differences(own, asked)}; expected the modules, adapters and "
+            "model that are trained now"
+        )
+    placed = jax.tree.map(_placed, leaves)
+    options = ocp.args.PyTreeRestore(
+        item=placed, restore_args=ocp.checkpoint_utils.construct_restore_args(placed), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as orbax:
+        restored = orbax.restore(folder / str(whole) / STATE, args=options)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Arrays and files
+
+
+def _absolute(folder: str | os.PathLike) -> epath.Path:
+    folder = os.fspath(folder)
+    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """All steps with a folder, whole or not, in ascending order."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """Why a step is not whole; None: it is."""
+    try:
+        files = _read_manifest(folder)["files"]
+        measured = _measure(folder, list(files))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return next((f"{name} is not what was saved" for name in files if measured[name] != files[name]), None)
+
+
+def _first_differences(saved: Mapping[str, str], asked: Mapping[str, str]) -> str:
+    """Where the arrays of a step are others than those asked for; empty: nowhere."""
+    differ = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
+    first = ({name: leaves[name] for name in differ[:3] if name in leaves} for leaves in (saved, asked))
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return f"{difference(*first)}{more}" if differ else ""
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""What benches share: command line, random networks and inputs, timing in turns, what a device could do at best."""
+"""What benches share: command line, random networks and inputs, timing in turns, memory."""
 
 import json
-import re
 import resource
 import statistics
 import sys
@@ -97,43 +96,3 @@ def memory_peak_gb() -> float:
     """Largest memory in use on the device so far; where the device is the host, that of this process."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 1e9 if stats else peak_gb()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Peak
-
-# Dense FLOP/s in bfloat16 of one device of JAX, after its maker; the first pattern that is found in its kind counts.
-PEAKS = {
-    r"TPU v4$": 275e12,
-    r"TPU v5 lite|TPU v5e": 197e12,
-    r"TPU v5": 459e12,
-    r"TPU v6": 918e12,
-    r"TPU ?(v7|7x)": 2307e12 / 2,  # a chip is two devices
-    r"H100 PCIe": 756e12,
-    r"H100|H200": 989e12,
-    r"A100": 312e12,
-    r"L4\b": 121e12,
-}
-
-
-def peak_flops(device_kind: str, dtype: str) -> tuple[float | None, str]:
-    """The peak of an accelerator in FLOP/s and what it is, or None and why there is none."""
-    peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device_kind)), None)
-    if peak is None:
-        return None, f"no peak of {device_kind} is known here"
-    if dtype != "bfloat16" and (dtype != "float16" or "TPU" in device_kind):
-        return None, f"only peaks of 16-bit products are known here, this is {dtype}"
-    return peak, "that of the maker for dense bfloat16"
-
-
-def measured_peak(sizes: tuple[int, ...] = (2048, 4096)) -> float:
-    """FLOP/s of the best of a few float32 matrix products: what a CPU reaches, with all else that runs on it."""
-    multiply, best = jax.jit(jnp.matmul), 0.0
-    for size in sizes:
-        square = jnp.full((size, size), 0.5)
-        multiply(square, square).block_until_ready()
-        for _ in range(2):
-            started = time.perf_counter()
-            multiply(square, square).block_until_ready()
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import Network, to_stored, with_attention
@@ -27,14 +26,8 @@ from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
-from sample.bench.common import (
-    measured_peak,
-    memory_peak_gb,
-    peak_flops,
-    random_inputs,
-    random_network,
-    time_in_turns,
-)
+from flax_pref.parallel.peak import peak_of, step_flops
+from sample.bench.common import memory_peak_gb, random_inputs, random_network, time_in_turns
 
 MODULES = ("pos", "neg")
 RULES = {
@@ -88,8 +81,8 @@ def bench_guidance(bench: Guidance) -> dict:
     plain = with_attention(random_network("unet", family.unet, dtype), bench.attention)
     adapted = with_adapters(plain, bench.rank)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_lora(adapted.params)[1]))
-    device = jax.devices()[0].device_kind
-    peak, peak_is = (measured_peak(), "measured") if on_cpu else peak_flops(device, dtype)
+    device = jax.devices()[0]
+    peak, peak_is = peak_of(device, dtype)
 
     rows, candidates, outputs, peaks = {}, {}, {}, {}
     for name in dict.fromkeys(("cfg", *bench.rules)):
@@ -98,10 +91,12 @@ def bench_guidance(bench: Guidance) -> dict:
         started = time.perf_counter()
         compiled = program.lower(network.params, *inputs).compile()
         memory = compiled.memory_analysis()
+        # XLA counts the body of a loop once: that is one step of the sampler.
+        counted = sampler(with_attention(network, "xla"), rule, solver, bench.batch_size, size)
         rows[name] = {
             "predictions": tabulate(rule, 1, 1).evaluations * bench.batch_size,
             "compile_seconds": round(time.perf_counter() - started, 2),
-            "gflop_per_step": step_flops(network, rule, solver, bench.batch_size, size, inputs) / 1e9,
+            "gflop_per_step": step_flops(counted, network.params, *inputs) / 1e9,
             "argument_bytes": memory.argument_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
         }
@@ -132,7 +127,7 @@ def bench_guidance(bench: Guidance) -> dict:
         row["gflop_per_step"] = round(row["gflop_per_step"], 3)
     figures = {
         **{"family": bench.family, "size": 8 * size, "batch_size": bench.batch_size, "rank": bench.rank},
-        **{"dtype": dtype, "device": device, "jax": jax.__version__, "attention": bench.attention},
+        **{"dtype": dtype, "device": device.device_kind, "jax": jax.__version__, "attention": bench.attention},
         **{"steps": steps, "rounds": rounds, "steps_per_image": STEPS_PER_IMAGE},
         **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is},
         **{"parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(plain.params))},
@@ -180,21 +175,6 @@ def sampler(network: Network, rule: Rule, solver: Solver, batch_size: int, size:
         return sample(bank, table, solver, keys, text, empty, shape)
 
     return jax.jit(draw)
-
-
-def step_flops(
-    network: Network, rule: Rule, solver: Solver, batch_size: int, size: int, inputs: tuple[Any, ...]
-) -> float:
-    """Floating-point operations of one step, as XLA counts them in the program before it is optimised.
-
-    XLA counts the body of a loop once: that is one step of the sampler, and would be too little of the loops over
-    blocks that CPUs get; kernels it does not count at all. So this is the program for a device that has neither.
-    """
-    program = sampler(with_attention(network, "xla"), rule, solver, batch_size, size)
-    device = AbstractDevice(device_kind="other", num_cores=None, platform="other")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return program.lower(network.params, *inputs).cost_analysis()["flops"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

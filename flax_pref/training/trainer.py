@@ -1,0 +1,489 @@
+"""The trainer: one loop for every method, from one CPU to many hosts, that goes on after any kill.
+
+runs/dpo/config.json       what the run is
+runs/dpo/checkpoints/      what it goes on from
+runs/dpo/metrics.jsonl     what it has seen, and tensorboard/, samples/, profile/
+runs/dpo/modules/          what it has trained
+"""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_pref.checkpoints.diffusers import load_pipeline, load_unet
+from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, with_attention
+from flax_pref.config import UserError, check_output_folder, dump_config
+from flax_pref.data.pipeline import InputConfig, PairBatches
+from flax_pref.data.prepared import EMPTY, PreparedSet, Records
+from flax_pref.diffusion.latents import draw_latents, latent_modes
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.text_to_image import to_bytes
+from flax_pref.files import read_json
+from flax_pref.models.attention import Kernel
+from flax_pref.models.platform import default_dtype
+from flax_pref.models.unet import UNetConfig
+from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
+from flax_pref.parallel.peak import peak_of, step_flops
+from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
+from flax_pref.parallel.signals import PREEMPTED, StopTogether, stopped_by
+from flax_pref.training.checkpoints import RunCheckpoints, read_part
+from flax_pref.training.export import ExportConfig, export_modules, load_exported
+from flax_pref.training.methods import OfflineMethod
+from flax_pref.training.networks import LoRA, Weights, trained_networks
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.records import Profile, Recorder, budget, memory_limit
+from flax_pref.training.samples import SampleConfig, Samples
+from flax_pref.training.step import TrainState, make_step, new_state
+
+PATIENCE = 10  # steps in a row that are not finite, which end a run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What a run that was killed goes on from."""
+
+    every: int = 100
+    """Steps between two checkpoints; a kill loses fewer, SIGTERM none."""
+    keep: int = 2
+    """How many of the newest to keep."""
+    keep_every: int | None = None
+    """Keep those of steps that this number divides, too, forever."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A window of steps that JAX's profiler records."""
+
+    first: int | None = None
+    """Step to begin with, counted from 1; None: none is recorded."""
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains preference modules."""
+
+    output: Path
+    """Folder of the run. Where it holds checkpoints, the run goes on from the newest one."""
+    model: str
+    """The base: folder in the layout of diffusers, Hub id, or "demo"."""
+    variant: str | None = None
+    """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
+    data: Path
+    """Folder of a prepared set, as train.encode writes it."""
+    method: OfflineMethod
+
+    weights: Weights = "lora"
+    """Train adapters, or a network with weights of its own for each module."""
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
+    input: InputConfig
+    optimizer: OptimizerConfig
+    steps: int
+    accumulation: int = 1
+    """Parts of a batch whose gradients are computed one after another: as many times less memory for activations."""
+    average_decay: float = 0.0
+    """Of an exponential moving average of what is trained, which is then drawn from and exported; 0: none."""
+    latents: Literal["sample", "mode"] = "sample"
+    """Of an image: a draw from the autoencoder's distribution, anew at each step, or its most likely value."""
+    seed: int = 0
+    """Of the order of pairs, adapters, timesteps and noise."""
+    init_from: Path | None = None
+    """Begin with the modules of another run: its folder (the newest checkpoint), or one with exported modules."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs. What is trained is always kept
+    in float32."""
+    attention: Kernel = "auto"
+    mesh: str = "data=-1"
+    """How to use all devices: data and fsdp divide the batch, fsdp large parameters too, tensor layers; -1: the rest of
+    the devices."""
+    hosts: str = "auto"
+    """auto joins the processes of a TPU pod, Slurm and other clusters; ADDRESS:PORT,PROCESSES,NUMBER; or none."""
+    host_timeout: int = 120
+    """Seconds after which the others end when a host no longer answers."""
+
+    checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    export_only: bool = False
+    """Train nothing; write the modules of the newest checkpoint."""
+    record_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+
+    def __post_init__(self):
+        for field in ("steps", "accumulation", "record_every", "host_timeout"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}; expected 0 to 1, without 1")
+        if self.input.batch_size % self.accumulation:
+            raise ValueError(
+                f"input.batch_size={self.input.batch_size} cannot be divided into accumulation={self.accumulation} "
+                "parts; choose a multiple"
+            )
+
+
+# What may change when a run goes on: it makes the same steps, up to rounding.
+FREE = (
+    *("output", "dtype", "attention", "mesh", "hosts", "host_timeout", "checkpoints", "samples", "export"),
+    *("export_only", "record_every", "profile"),
+)
+FREE_OF_INPUT = ("threads", "prefetch", "workers")
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """What the steps of a run depend on."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
+    settings["method"] = {"name": type(config.method).__name__, **settings["method"]}
+    if config.optimizer.schedule == "constant":
+        del settings["steps"]  # such a run can be made longer
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+class Source(Protocol):
+    """Where the batches of a run come from."""
+
+    def next(self, params: Any) -> Any:
+        """The next batch, global arrays on the mesh; it may be drawn with the networks as they are now."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the next batch lies, as JSON can hold it."""
+
+    def arrays(self) -> Any:
+        """What else the next batches depend on: arrays whose shapes never change."""
+
+    def restore(self, position: dict[str, Any], arrays: Any) -> None:
+        """Goes to where `position` and `arrays` were asked for."""
+
+
+class Pairs:
+    """Batches of a preference set as a `Source`."""
+
+    def __init__(self, batches: PairBatches):
+        self._batches = batches
+
+    def next(self, params: Any) -> Any:
+        """See `Source`."""
+        return next(self._batches)
+
+    def position(self) -> dict[str, Any]:
+        """See `Source`."""
+        return self._batches.state()
+
+    def arrays(self) -> Any:
+        """See `Source`."""
+        return {}
+
+    def restore(self, position: dict[str, Any], arrays: Any) -> None:
+        """See `Source`."""
+        self._batches.restore(position)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def train(config: TrainConfig) -> None:
+    """Trains until the last step, be it from the newest checkpoint on, then writes the modules.
+
+    Raises:
+        UserError, ValueError, OSError: what the config asks for cannot be had.
+        FloatingPointError: too many steps in a row were not finite.
+        SystemExit: with `PREEMPTED`, after SIGTERM, when the run is saved.
+    """
+    if jax.process_index() == 0:
+        check_output_folder(config.output)
+    kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
+    with RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints:
+        run = Run(config, checkpoints)
+        if jax.process_index() == 0:
+            dump_config(config, config.output / "config.json")
+        with run.open_source() as source:
+            state, first = run.begin(source)
+            if config.export_only and first == 0:
+                raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")
+            if first < config.steps and not config.export_only:
+                state = run.train(state, first, source)
+        run.export(state, config.output / "modules")
+
+
+class Run:
+    """One run: networks on a mesh, data, and the loop over its steps."""
+
+    def __init__(self, config: TrainConfig, checkpoints: RunCheckpoints):
+        """Reads the base and opens the data; nothing is computed yet."""
+        self.config, self.checkpoints = config, checkpoints
+        self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
+        self.whole = NamedSharding(self.mesh, PartitionSpec())
+        self.folder = find_checkpoint(config.model, variant=config.variant)
+        self.records = PreparedSet(config.data)
+        check_data(self.records, component_config("unet", self.folder), config)
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json", expected=LAYOUT)
+        self.schedule = NoiseSchedule.from_dict(scheduler)
+        self.optimizer = config.optimizer.build(config.steps)
+        self.base = self._load_base()
+        modules = config.method.modules
+        self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
+        self.shapes = self._state_shapes()
+        self.frozen: Any = None  # of the base, once it is known how the run begins
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Networks
+
+    def _load_base(self) -> Network:
+        config, dtype = self.config, jnp.dtype(default_dtype(self.config.dtype))
+        heads = attention_heads(component_config("unet", self.folder))
+
+        def place(path, shape):
+            return NamedSharding(self.mesh, partition(".".join(map(str, path)), shape, self.mesh, heads=heads))
+
+        base = load_unet(
+            self.folder / "unet",
+            dtype,
+            # What is frozen is kept in what networks compute in; weights that are trained begin from float32.
+            param_dtype=dtype if config.weights == "lora" else jnp.float32,
+            variant=config.variant,
+            place=place,
+        )
+        return with_attention(base, config.attention)
+
+    def _new_state(self, params: dict, key: jax.Array) -> TrainState:
+        return new_state(self._first_params(params, key), self.optimizer, key, averaged=self.config.average_decay > 0)
+
+    def _state_shapes(self) -> TrainState:
+        """The state as shapes with their shardings."""
+        shapes = jax.eval_shape(self._new_state, self.base.params, jax.random.key(0))
+        shardings = like_params(shapes, shapes.params, self.mesh, heads=attention_heads(self.base.config))
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+        )
+
+    @property
+    def shardings(self) -> TrainState:
+        """Of the state."""
+        return jax.tree.map(lambda shape: shape.sharding, self.shapes)
+
+    def begin(self, source: Source) -> tuple[TrainState, int]:
+        """The state that the run goes on from, and the number of steps made; puts the source to where it belongs."""
+        config, step = self.config, self.checkpoints.latest()
+        if step is not None:
+            shapes = {"train": self.shapes, "source": jax.tree.map(shape_of, source.arrays())}
+            saved, position = self.checkpoints.restore(step, shapes)
+            source.restore(position, saved["source"])
+            state = saved["train"]
+            tell(f"{self.checkpoints.folder}: goes on from step {step}")
+        else:
+            key = jax.device_put(jax.random.key(config.seed), self.whole)
+            with jax.set_mesh(self.mesh):
+                state = jax.jit(self._new_state, out_shardings=self.shardings)(self.base.params, key)
+            if config.init_from is not None:
+                params = self._params_of(config.init_from)
+                average = None if state.average is None else jax.tree.map(jnp.copy, params)
+                state = state._replace(params=params, average=average)
+        self._freeze()
+        return state, step or 0
+
+    def _params_of(self, folder: Path) -> Any:
+        """The modules of another run, or exported ones, where those of this run are."""
+        tell(f"begins with the modules of {folder}")
+        if (folder / "checkpoints").is_dir():
+            return read_part(folder / "checkpoints", "['train'].params", self.shapes.params)
+        return load_exported(folder, self.trained, self.base, self.config.lora, self.shapes.params)
+
+    def _freeze(self) -> None:
+        """Keeps of the base what modules are compared with, or images drawn with, and no other copy of it."""
+        params, config = self.base.params, self.config
+        self.base = self.base._replace(params=jax.tree.map(shape_of, params))
+        if config.weights == "full":
+            if not config.method.reference and config.samples.every is None:
+                params = {}
+            dtype = jnp.dtype(default_dtype(config.dtype))
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        self.frozen = params
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    @contextlib.contextmanager
+    def open_source(self) -> Iterator[Source]:
+        """The batches of the run."""
+        config, sharding = self.config, batch_sharding(self.mesh)
+        parts = config.accumulation * self.mesh.size // self.mesh.shape.get("tensor", 1)
+        if config.input.batch_size % parts:
+            raise ValueError(
+                f"input.batch_size={config.input.batch_size} cannot be divided over accumulation={config.accumulation} "
+                f"and the mesh {config.mesh!r}; choose a multiple of {parts}"
+            )
+        with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
+            yield Pairs(batches)
+
+    def objective(self) -> Callable:
+        """`(params, frozen, batch, key) -> (loss, metrics)` of encoded pairs."""
+        empty = {name: jnp.asarray(array) for name, array in self.records.conditioning(EMPTY).items()}
+        loss = self.config.method.objective(self.schedule, empty)
+        scale = component_config("vae", self.folder).scaling_factor
+        drawn = self.config.latents == "sample"
+
+        def objective(params, frozen, batch, key):
+            key, latents_key = jax.random.split(key)
+            batch = draw_latents(batch, latents_key, scale) if drawn else latent_modes(batch, scale)
+            return loss(self.trained.predict(params, frozen), batch, key)
+
+        return objective
+
+    def compile(self, state: TrainState, batch: Any) -> tuple[Callable, float]:
+        """The step for this machine, and its floating-point operations; prints what it takes."""
+        config = self.config
+        step = make_step(
+            self.objective(),
+            self.optimizer,
+            config.optimizer.rate(config.steps),
+            accumulation=config.accumulation,
+            average_decay=config.average_decay,
+            shardings=self.shardings.params,
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.whole))
+        with jax.set_mesh(self.mesh):
+            started = time.perf_counter()
+            compiled = jitted.lower(state, self.frozen, batch).compile()
+            seconds = time.perf_counter() - started
+            # XLA counts one of the parts that a batch is divided into.
+            flops = config.accumulation * step_flops(jitted, state, self.frozen, batch)
+        held = {
+            **{"base": self.frozen, "modules": state.params, "optimizer": state.optimizer},
+            **({} if state.average is None else {"average": state.average}),
+            **{"batch": batch},
+        }
+        tell(budget(self.mesh, held, compiled.memory_analysis(), memory_limit(self.mesh)))
+        tell(f"the step was compiled in {seconds:.1f} s")
+        return compiled, flops
+
+    def train(self, state: TrainState, first: int, source: Source) -> TrainState:
+        """The loop, from step `first` to the last."""
+        config = self.config
+        batch = source.next(state.params)
+        step, flops = self.compile(state, batch)
+        samples = self.samples()
+        recorder = Recorder(
+            config.output,
+            total=config.steps,
+            first=first,
+            per_step=config.input.batch_size,
+            chips=self.mesh.size,
+            flops=flops,
+            peak=peak_of(self.mesh.local_devices[0], default_dtype(config.dtype))[0],
+            every=config.record_every,
+        )
+        profile = self.profile()
+        with recorder, profile, stopped_by(signal.SIGTERM) as come, jax.set_mesh(self.mesh):
+            stopping = StopTogether(come)
+            for number in range(first + 1, config.steps + 1):
+                if batch is None:
+                    batch = source.next(state.params)
+                profile.at(number, state)
+                state, metrics = step(state, self.frozen, batch)
+                batch = None
+                newest = recorder.add(number, metrics)
+                skipped = newest["skipped_in_a_row"] if newest else 0
+                if skipped >= PATIENCE:
+                    raise FloatingPointError(
+                        f"{skipped} steps in a row, up to step {newest['step']}, had a loss or gradients that are not "
+                        f"finite; {self.checkpoints.folder} has what was good: lower optimizer.learning-rate, or "
+                        "compute in float32"
+                    )
+                last, told = number == config.steps, stopping()
+                if (due(number, config.checkpoints.every) and not skipped) or last or told:
+                    recorder.flush()
+                    self.checkpoints.save(number, {"train": state, "source": source.arrays()}, source.position())
+                if samples is not None and due(number, config.samples.every):
+                    recorder.flush()
+                    images = samples.draw(self.trained.predict(average_of(state), self.frozen))
+                    recorder.images(number, np.asarray(to_bytes(images)), config.samples.prompts)
+                if due(number, config.export.every) and not last:
+                    recorder.flush()
+                    self.export(state, config.output / "modules" / f"step_{number:06}")
+                if told and not last:
+                    self.checkpoints.wait()
+                    tell(f"told to end: saved step {number}; the same command goes on from there")
+                    raise SystemExit(PREEMPTED)
+        self.checkpoints.wait()
+        return state
+
+    def profile(self) -> Profile:
+        """The window of the profiler; none lies behind the last step."""
+        window = self.config.profile
+        return Profile(self.config.output, window.first or self.config.steps + 1, window.steps)
+
+    def samples(self) -> Samples | None:
+        """What draws the sample images of the run, if there are any."""
+        config = self.config
+        if config.samples.every is None:
+            return None
+        dtype = jnp.dtype(default_dtype(config.dtype))
+        pipeline = load_pipeline(self.folder, dtype, variant=config.variant, with_unet=False)
+        rule = config.method.rule(config.samples.w, config.samples.guidance_scale)
+        return Samples(pipeline, config.samples, rule, self.records.shapes.moments[1:3], self.mesh)
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        """Writes the modules."""
+        config = self.config
+        params = average_of(state)
+        paths = export_modules(folder, self.trained, self.base, self.frozen, params, config.lora, config.export)
+        tell("\n".join(f"wrote {path}" for path in paths))
+
+
+def component_config(part: str, folder: Path) -> Any:
+    """The config of a network of a checkpoint."""
+    file = folder / part / "config.json"
+    return COMPONENTS[part].config.from_dict(read_json(file, expected=LAYOUT))
+
+
+def check_data(records: Records, unet: UNetConfig, config: TrainConfig) -> None:
+    """That a prepared set was made for networks like this one.
+
+    Raises:
+        UserError: it was not.
+    """
+    text, channels = records.shapes.conditioning, records.shapes.moments[-1] // 2
+    kind = ("two text encoders (SDXL)" if "text_embeds" in text else "one text encoder", f"{channels} channels")
+    width = text["encoder_hidden_states"][-1]
+    sdxl = unet.addition_embed_type == "text_time"
+    if channels != unet.in_channels or width != unet.cross_attention_dim or ("text_embeds" in text) != sdxl:
+        raise UserError(
+            f"{config.data}: was encoded with {kind[0]} of width {width} and latents of {kind[1]}, but {config.model} "
+            f"expects width {unet.cross_attention_dim} and {unet.in_channels} channels: encode the set with "
+            f"--model {config.model}"
+        )
+
+
+def average_of(state: TrainState) -> Any:
+    """What is drawn from and written: the moving average, where there is one."""
+    return state.params if state.average is None else state.average
+
+
+def due(number: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done after this one."""
+    return every is not None and number % every == 0
+
+
+def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def tell(text: str) -> None:
+    """Prints, on one host."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
