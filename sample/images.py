@@ -147,7 +147,8 @@ class Config:
     """How to use the devices: data=-1 shares out the images, network=3,data=-1 puts base and modules with full weights
     on different devices too."""
     hosts: str | None = None
-    """auto, or ADDRESS:PORT,PROCESSES,NUMBER, where several processes share the work."""
+    """None: joins the other processes of a TPU pod, Slurm or Open MPI, where there are any; or auto, none, or
+    ADDRESS:PORT,PROCESSES,NUMBER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
     variant: str | None = None

@@ -64,7 +64,8 @@ class EncodeConfig:
     mesh: str = "data=-1"
     """How to use a host's devices: data=-1 shares out the pairs of every batch."""
     hosts: str | None = None
-    """auto, or ADDRESS:PORT,PROCESSES,NUMBER, where several processes share the shards."""
+    """None: joins the other processes of a TPU pod, Slurm or Open MPI, where there are any; or auto, none, or
+    ADDRESS:PORT,PROCESSES,NUMBER."""
     inspect: int = 0
     """Encode nothing; write inspection.html with so many random pairs and what the set is like."""
 

@@ -66,11 +66,16 @@ def sample_trajectory(
     text: Any,
     empty: Any,
     shape: tuple[int, int, int],
+    *,
+    start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the latents that `sample` draws, and returns all that lie on the way, with their log-probabilities.
 
     Online training needs these: the probability of each step, guidance included, under the networks that took it. It
     keeps S + 1 times the memory of the latents. The arguments are those of `sample`; the solver must be stochastic.
+
+    Args:
+        start: the initial noise `[B, H, W, C]`, for trajectories that begin at one point; None: drawn from the keys.
 
     Returns:
         latents, float32 `[S + 1, B, H, W, C]`, from the initial noise to what `sample` returns, and log_probs, float32
@@ -87,7 +92,7 @@ def sample_trajectory(
     def observe(latents, noise_pred, row, next_latents):
         return next_latents, log_prob(next_latents, latents, noise_pred, row)
 
-    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape)
+    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape, start)
     return jnp.concatenate([start[None], visited]), log_probs
 
 
@@ -114,10 +119,11 @@ def _walk(
     text: Any,
     empty: Any,
     shape: tuple[int, int, int],
+    start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The scan of `sample`: the first latents, the last ones, and stacked over the steps what observe returns.
 
-    observe is called in each step as `observe(latents, noise_pred, row, next_latents)`.
+    observe is called in each step as `observe(latents, noise_pred, row, next_latents)`; without a start, that is drawn.
     """
     num_images, num_steps = len(keys), len(solver.timesteps)
     if table.w.shape != (num_steps, num_images):
@@ -159,7 +165,8 @@ def _walk(
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
         return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
 
-    start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
+    if start is None:
+        start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
     state = State(start, no_history(solver, start), (jnp.zeros_like(start),) * (2 if reuses else 0))
     strengths = (table.steady, table.contrast, table.w, table.extrapolation)
     state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)

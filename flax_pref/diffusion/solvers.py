@@ -114,19 +114,28 @@ def log_prob(next_latents: jax.Array, latents: jax.Array, noise_pred: jax.Array,
         row: one row of a stochastic solver; or one of each image, that is, with a leading axis B.
 
     Returns:
-        float32 `[B]`.
+        `[B]`, in no less than float32.
 
     Raises:
         ValueError: the solver is not stochastic.
     """
     if not row.stochastic:
         raise ValueError("log_prob: the solver draws no noise, so its steps have no density; take ddim with eta > 0")
-    mean, _ = step(latents.astype(jnp.float32), noise_pred.astype(jnp.float32), row)
+    dtype = jnp.promote_types(noise_pred.dtype, jnp.float32)
+    mean, _ = step(latents.astype(dtype), noise_pred.astype(dtype), row)
     draws = row.fresh_noise_coef > 0
     # A harmless deviation where none is drawn: what jnp.where leaves out must still have finite gradients.
     deviation = jnp.where(draws, row.fresh_noise_coef, 1)
-    distance = jnp.square((next_latents.astype(jnp.float32) - mean) / _per_image(deviation)).mean((1, 2, 3))
+    distance = jnp.square((next_latents.astype(dtype) - mean) / _per_image(deviation)).mean((1, 2, 3))
     return jnp.where(draws, -distance / 2 - jnp.log(deviation) - np.log(2 * np.pi) / 2, 0)
+
+
+def clean_estimate(schedule: NoiseSchedule, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """r and u, `[S]` each, of the estimate of the clean latents `x_0 = r x + u noise_pred` at trained timesteps `[S]`.
+
+    The latents x are those of DDIM and DPM-Solver++, of variance one.
+    """
+    return _x_0(schedule, schedule.alphas_cumprod[np.asarray(timesteps, int)])
 
 
 def ddim(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
@@ -79,9 +78,7 @@ def attention_heads(config: UNetConfig) -> dict[int, int]:
     return heads
 
 
-def shardings(
-    params: Any, mesh: Mesh, *, heads: Mapping[int, int] | None = None, min_size: int = MIN_SIZE
-) -> Any:
+def shardings(params: Any, mesh: Mesh, *, heads: Mapping[int, int] | None = None, min_size: int = MIN_SIZE) -> Any:
     """A `NamedSharding` for each leaf of nested parameters, arrays or their `ShapeDtypeStruct`; see `partition`."""
 
     def sharding(path, leaf):

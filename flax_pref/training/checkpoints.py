@@ -210,18 +210,19 @@ class RunCheckpoints:
         return self.folder / str(step)
 
     def _check_settings(self, now: dict[str, Any]) -> None:
+        """Settings of a run that has saved nothing yet may change: it has only failed to begin."""
         file = self.folder / SETTINGS
-        if file.exists():
-            begun = _read_settings(file)
-            if begun != now:
-                raise UserError(
-                    f"{self.folder}: holds checkpoints of a run with {difference(_flat(begun), _flat(now))}: repeat "
-                    "these settings, or choose another --output and begin anew from those weights with --init-from"
-                )
-        elif jax.process_index() == 0:
+        steps = _steps(self.folder) if self.folder.is_dir() else []
+        begun = _read_settings(file) if file.exists() else None
+        if begun is None and steps and jax.process_index() == 0:
+            raise UserError(f"{file}: missing beside checkpoints; restore it, or choose another --output")
+        if begun is not None and begun != now and any((self._path(step) / MANIFEST).exists() for step in steps):
+            raise UserError(
+                f"{self.folder}: holds checkpoints of a run with {difference(_flat(begun), _flat(now))}: repeat "
+                "these settings, or choose another --output and begin anew from those weights with --init-from"
+            )
+        if begun != now and jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if _steps(self.folder):
-                raise UserError(f"{file}: missing beside checkpoints; restore it, or choose another --output")
             _write_json(file, now)
 
     def close(self) -> None:

@@ -72,9 +72,12 @@ class OptimizerConfig:
                 weight_decay=self.weight_decay,
             )
         else:
-            # As the published runs used it: with a learning rate of its own, not one relative to the parameters.
-            optimizer = optax.adafactor(
-                rate, multiply_by_parameter_scale=False, weight_decay_rate=self.weight_decay or None
+            # As the published runs used it: with a learning rate of its own, not one relative to the parameters. optax
+            # would let parameters decay by weight_decay itself; its update has its sign already.
+            optimizer = optax.chain(
+                optax.adafactor(multiply_by_parameter_scale=False),
+                optax.add_decayed_weights(-self.weight_decay),
+                optax.scale_by_schedule(rate),
             )
         return (
             optimizer if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)

@@ -43,14 +43,14 @@ class SampleConfig:
 class Samples:
     """Draws the images of a run; all processes draw, and each has the result."""
 
-    def __init__(self, pipeline: Pipeline, config: SampleConfig, rule: Rule, latents: tuple[int, int], mesh: Mesh):
+    def __init__(self, pipeline: Pipeline, config: SampleConfig, rule: Rule, size: tuple[int, int], mesh: Mesh):
         """Encodes the prompts.
 
         Args:
             pipeline: encoders and decoder on a device of this process; its UNet is not used.
             config: what to draw.
             rule: of guidance.
-            latents: height and width of the latents.
+            size: height and width of the images in pixels.
             mesh: where the networks are.
         """
         self._vae = pipeline.vae
@@ -60,11 +60,10 @@ class Samples:
         sharding = self._whole if count % divided.num_devices else divided
         text, empty = encode_prompts(pipeline, config.prompts), encode_empty(pipeline)
         if pipeline.unet.config.addition_embed_type == "text_time":
-            size = tuple(side * pipeline.vae.config.downscale_factor for side in latents)
             sizes = size_ids(size, (0, 0), size)
             text, empty = {**text, "time_ids": np.tile(sizes, (count, 1))}, {**empty, "time_ids": sizes}
         solver = from_config(pipeline.scheduler_config, config.steps)
-        table = tabulate(rule, config.steps, count)
+        table = tabulate(rule, len(solver.timesteps), count)
         keys = jax.random.key_data(image_keys(config.seed, range(count)))
         self._inputs = (
             jax.device_put((table, solver), self._whole),
@@ -72,7 +71,8 @@ class Samples:
             jax.device_put(text, sharding),
             jax.device_put(empty, self._whole),
         )
-        self._shape = (*latents, pipeline.vae.config.latent_channels)
+        factor, channels = pipeline.vae.config.downscale_factor, pipeline.vae.config.latent_channels
+        self._shape = (size[0] // factor, size[1] // factor, channels)
 
     def draw(self, bank: Bank) -> np.ndarray:
         """Images under the networks as they are now, float32 `[N, H, W, 3]` in [0, 1]."""

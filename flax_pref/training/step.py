@@ -86,7 +86,7 @@ def make_step(
         gradients, metrics = gradients_of(state.params, frozen, batch, key)
         if shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, shardings)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

@@ -11,15 +11,16 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_pref.checkpoints.diffusers import load_pipeline, load_unet
+from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet, load_vae
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, with_attention
 from flax_pref.config import UserError, check_output_folder, dump_config
@@ -36,13 +37,16 @@ from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, stopped_by
+from flax_pref.rewards.reward import make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported
 from flax_pref.training.methods import OfflineMethod
 from flax_pref.training.networks import LoRA, Weights, trained_networks
+from flax_pref.training.online import OnlineMethod, Rollouts
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder, budget, memory_limit
 from flax_pref.training.samples import SampleConfig, Samples
+from flax_pref.training.sources import OnlineConfig, Pairs, Source, read_online_prompts
 from flax_pref.training.step import TrainState, make_step, new_state
 
 PATIENCE = 10  # steps in a row that are not finite, which end a run
@@ -79,14 +83,17 @@ class TrainConfig:
     """The base: folder in the layout of diffusers, Hub id, or "demo"."""
     variant: str | None = None
     """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
-    data: Path
-    """Folder of a prepared set, as train.encode writes it."""
-    method: OfflineMethod
+    method: OfflineMethod | OnlineMethod
+    data: Path | None = None
+    """Of methods that train on pairs: folder of a prepared set, as train.encode writes it."""
+    input: InputConfig | None = None
+    """Of methods that train on pairs: how these become batches."""
+    online: OnlineConfig | None = None
+    """Of online methods: what is drawn and judged."""
 
     weights: Weights = "lora"
     """Train adapters, or a network with weights of its own for each module."""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
-    input: InputConfig
     optimizer: OptimizerConfig
     steps: int
     accumulation: int = 1
@@ -107,8 +114,9 @@ class TrainConfig:
     mesh: str = "data=-1"
     """How to use all devices: data and fsdp divide the batch, fsdp large parameters too, tensor layers; -1: the rest of
     the devices."""
-    hosts: str = "auto"
-    """auto joins the processes of a TPU pod, Slurm and other clusters; ADDRESS:PORT,PROCESSES,NUMBER; or none."""
+    hosts: str | None = None
+    """None: joins the other processes of a TPU pod, Slurm or Open MPI, where there are any; or auto, none, or
+    ADDRESS:PORT,PROCESSES,NUMBER, see `parallel.hosts.join`."""
     host_timeout: int = 120
     """Seconds after which the others end when a host no longer answers."""
 
@@ -127,11 +135,20 @@ class TrainConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay is {self.average_decay}; expected 0 to 1, without 1")
-        if self.input.batch_size % self.accumulation:
+        name, online = type(self.method).__name__, isinstance(self.method, OnlineMethod)
+        if online != (self.online is not None) or online == (self.data is not None and self.input is not None):
+            needed = "online, and neither data nor input" if online else "data and input, and not online"
+            raise ValueError(f"method {name} needs {needed}: see the configs of this method")
+        if self.batch_size % self.accumulation:
             raise ValueError(
-                f"input.batch_size={self.input.batch_size} cannot be divided into accumulation={self.accumulation} "
-                "parts; choose a multiple"
+                f"a batch of {self.batch_size} cannot be divided into accumulation={self.accumulation} parts; choose a "
+                "multiple"
             )
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs, or steps of trajectories, in a batch of all devices together."""
+        return self.input.batch_size if self.online is None else self.online.rollouts.batch_size
 
 
 # What may change when a run goes on: it makes the same steps, up to rounding.
@@ -145,50 +162,12 @@ FREE_OF_INPUT = ("threads", "prefetch", "workers")
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What the steps of a run depend on."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
+    if config.input is not None:
+        settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
     settings["method"] = {"name": type(config.method).__name__, **settings["method"]}
     if config.optimizer.schedule == "constant":
         del settings["steps"]  # such a run can be made longer
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-
-
-class Source(Protocol):
-    """Where the batches of a run come from."""
-
-    def next(self, params: Any) -> Any:
-        """The next batch, global arrays on the mesh; it may be drawn with the networks as they are now."""
-
-    def position(self) -> dict[str, Any]:
-        """Where the next batch lies, as JSON can hold it."""
-
-    def arrays(self) -> Any:
-        """What else the next batches depend on: arrays whose shapes never change."""
-
-    def restore(self, position: dict[str, Any], arrays: Any) -> None:
-        """Goes to where `position` and `arrays` were asked for."""
-
-
-class Pairs:
-    """Batches of a preference set as a `Source`."""
-
-    def __init__(self, batches: PairBatches):
-        self._batches = batches
-
-    def next(self, params: Any) -> Any:
-        """See `Source`."""
-        return next(self._batches)
-
-    def position(self) -> dict[str, Any]:
-        """See `Source`."""
-        return self._batches.state()
-
-    def arrays(self) -> Any:
-        """See `Source`."""
-        return {}
-
-    def restore(self, position: dict[str, Any], arrays: Any) -> None:
-        """See `Source`."""
-        self._batches.restore(position)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,22 +207,24 @@ class Run:
         self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.folder = find_checkpoint(config.model, variant=config.variant)
-        self.records = PreparedSet(config.data)
-        check_data(self.records, component_config("unet", self.folder), config)
-        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json", expected=LAYOUT)
-        self.schedule = NoiseSchedule.from_dict(scheduler)
+        self.records = None if config.data is None else PreparedSet(config.data)
+        if self.records is not None:
+            check_data(self.records, component_config("unet", self.folder), config)
+        scheduler_file = self.folder / "scheduler" / "scheduler_config.json"
+        self.schedule = NoiseSchedule.from_dict(read_json(scheduler_file, expected=LAYOUT))
         self.optimizer = config.optimizer.build(config.steps)
+        self.dtype = jnp.dtype(default_dtype(config.dtype))
         self.base = self._load_base()
         modules = config.method.modules
         self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
         self.shapes = self._state_shapes()
-        self.frozen: Any = None  # of the base, once it is known how the run begins
+        self.frozen = self._frozen()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Networks
 
     def _load_base(self) -> Network:
-        config, dtype = self.config, jnp.dtype(default_dtype(self.config.dtype))
+        config = self.config
         heads = attention_heads(component_config("unet", self.folder))
 
         def place(path, shape):
@@ -251,9 +232,9 @@ class Run:
 
         base = load_unet(
             self.folder / "unet",
-            dtype,
+            self.dtype,
             # What is frozen is kept in what networks compute in; weights that are trained begin from float32.
-            param_dtype=dtype if config.weights == "lora" else jnp.float32,
+            param_dtype=self.dtype if config.weights == "lora" else jnp.float32,
             variant=config.variant,
             place=place,
         )
@@ -292,7 +273,7 @@ class Run:
                 params = self._params_of(config.init_from)
                 average = None if state.average is None else jax.tree.map(jnp.copy, params)
                 state = state._replace(params=params, average=average)
-        self._freeze()
+        self.base = self.base._replace(params=jax.tree.map(shape_of, self.base.params))
         return state, step or 0
 
     def _params_of(self, folder: Path) -> Any:
@@ -302,16 +283,14 @@ class Run:
             return read_part(folder / "checkpoints", "['train'].params", self.shapes.params)
         return load_exported(folder, self.trained, self.base, self.config.lora, self.shapes.params)
 
-    def _freeze(self) -> None:
-        """Keeps of the base what modules are compared with, or images drawn with, and no other copy of it."""
-        params, config = self.base.params, self.config
-        self.base = self.base._replace(params=jax.tree.map(shape_of, params))
-        if config.weights == "full":
-            if not config.method.reference and config.samples.every is None:
-                params = {}
-            dtype = jnp.dtype(default_dtype(config.dtype))
-            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        self.frozen = params
+    def _frozen(self) -> Any:
+        """What is kept of the base for modules to be compared with and images to be drawn with, as networks compute."""
+        config = self.config
+        if config.weights == "lora":
+            return self.base.params
+        if not (config.method.reference or config.online or config.samples.every):
+            return {}
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), self.base.params)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Steps
@@ -321,16 +300,42 @@ class Run:
         """The batches of the run."""
         config, sharding = self.config, batch_sharding(self.mesh)
         parts = config.accumulation * self.mesh.size // self.mesh.shape.get("tensor", 1)
-        if config.input.batch_size % parts:
+        if config.batch_size % parts:
             raise ValueError(
-                f"input.batch_size={config.input.batch_size} cannot be divided over accumulation={config.accumulation} "
-                f"and the mesh {config.mesh!r}; choose a multiple of {parts}"
+                f"a batch of {config.batch_size} cannot be divided over accumulation={config.accumulation} and the "
+                f"mesh {config.mesh!r}; choose a multiple of {parts}"
             )
-        with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
-            yield Pairs(batches)
+        if self.records is not None:
+            with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
+                yield Pairs(batches)
+        else:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            sizes = self.base.config.addition_embed_type == "text_time"
+            yield Rollouts(
+                config.method,
+                self.trained.predict,
+                self.frozen,
+                load_vae(self.folder / "vae", self.dtype, variant=config.variant, place=lambda path, shape: whole),
+                read_online_prompts(config.online, self.encoders, sizes=sizes),
+                make_reward(config.online.rewards),
+                self.encoders.scheduler_config,
+                config.online.rollouts,
+                size=config.online.size,
+                seed=config.seed,
+                sharding=sharding,
+            )
+
+    @cached_property
+    def encoders(self) -> Pipeline:
+        """The checkpoint without its UNet, on a device of this process."""
+        return load_pipeline(self.folder, self.dtype, variant=self.config.variant, with_unet=False)
 
     def objective(self) -> Callable:
-        """`(params, frozen, batch, key) -> (loss, metrics)` of encoded pairs."""
+        """`(params, frozen, batch, key) -> (loss, metrics)` of what the source gives."""
+        if self.records is None:
+            return lambda params, frozen, *rest: self.config.method.objective(
+                self.trained.predict(params, frozen), *rest
+            )
         empty = {name: jnp.asarray(array) for name, array in self.records.conditioning(EMPTY).items()}
         loss = self.config.method.objective(self.schedule, empty)
         scale = component_config("vae", self.folder).scaling_factor
@@ -380,10 +385,11 @@ class Run:
             config.output,
             total=config.steps,
             first=first,
-            per_step=config.input.batch_size,
+            per_step=config.batch_size,
+            unit="pair" if self.records is not None else "example",
             chips=self.mesh.size,
             flops=flops,
-            peak=peak_of(self.mesh.local_devices[0], default_dtype(config.dtype))[0],
+            peak=peak_of(self.mesh.local_devices[0], self.dtype.name)[0],
             every=config.record_every,
         )
         profile = self.profile()
@@ -431,10 +437,9 @@ class Run:
         config = self.config
         if config.samples.every is None:
             return None
-        dtype = jnp.dtype(default_dtype(config.dtype))
-        pipeline = load_pipeline(self.folder, dtype, variant=config.variant, with_unet=False)
         rule = config.method.rule(config.samples.w, config.samples.guidance_scale)
-        return Samples(pipeline, config.samples, rule, self.records.shapes.moments[1:3], self.mesh)
+        size = config.online.size if self.records is None else self.records.image_size
+        return Samples(self.encoders, config.samples, rule, size, self.mesh)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes the modules."""

@@ -1,0 +1,34 @@
+"""CHATS for Stable Diffusion 1.5 on Pick-a-Pic v2.
+
+    python -m train.modules configs/sd15/chats.py
+
+Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pick_a_pic.py` writes.
+
+Settings: scripts/train_sd15.sh of the authors' code (AIDC-AI/CHATS; arXiv:2502.12579), whose --scale_lr makes 1e-9
+times the batch of it: 16 pairs on each of 8 GPUs. It trains on 7,500 pairs of Open Image Preferences; Pick-a-Pic is
+our choice, as are 512 pixels instead of 1024.
+
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+
+Not run here. The paper reports gains over Diffusion-DPO, sampled with the method's own rule.
+"""
+
+from pathlib import Path
+
+from flax_pref.data.pipeline import InputConfig
+from flax_pref.training.methods import CHATS
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.trainer import TrainConfig
+
+config = TrainConfig(
+    output=Path("runs/sd15/chats"),
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    data=Path("runs/pick_a_pic_sd15"),
+    method=CHATS(beta=1000.0, dropout=0.5),
+    weights="full",
+    input=InputConfig(batch_size=128),
+    optimizer=OptimizerConfig(learning_rate=1.28e-7, warmup_steps=100, weight_decay=0.01),
+    steps=2000,
+    accumulation=8,
+    mesh="data=-1,fsdp=8",
+)

@@ -1,0 +1,32 @@
+"""Diffusion-DPO and its opposite (NPO) as positive and negative modules for Stable Diffusion 1.5 on Pick-a-Pic v2.
+
+    python -m train.modules configs/sd15/dpo_modules.py
+
+Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pick_a_pic.py` writes.
+
+Settings: those of configs/sd15/dpo.py for both modules. The choice is ours: no paper trains the two in one run.
+
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+
+Not run here, and nothing is published to compare it with.
+"""
+
+from pathlib import Path
+
+from flax_pref.data.pipeline import InputConfig
+from flax_pref.training.methods import PositiveNegativeDPO
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.trainer import TrainConfig
+
+config = TrainConfig(
+    output=Path("runs/sd15/dpo_modules"),
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    data=Path("runs/pick_a_pic_sd15"),
+    method=PositiveNegativeDPO(beta=5000.0),
+    weights="full",
+    input=InputConfig(batch_size=2048, caption_dropout=0.2),
+    optimizer=OptimizerConfig(learning_rate=2.048e-5, warmup_steps=500, weight_decay=0.01),
+    steps=2000,
+    accumulation=128,
+    mesh="data=-1,fsdp=8",
+)

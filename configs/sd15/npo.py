@@ -1,0 +1,36 @@
+"""A negative module (NPO) for Stable Diffusion 1.5 on Pick-a-Pic v2.
+
+    python -m train.modules configs/sd15/npo.py
+
+Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pick_a_pic.py` writes.
+
+Settings: DPO-DPO-NPO/run_sd15.sh of the authors' code (G-U-N/Diffusion-NPO; arXiv:2505.11245), where beta is 500
+without the factor 1/2. Its batch of 64 is that of one GPU, and how many there were is not said; it trains on
+Pick-a-Pic v1.
+
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+
+Not run here. The paper reports better images from the base and from models that were aligned before, sampled with
+this module in place of the base for the empty prompt.
+"""
+
+from pathlib import Path
+
+from flax_pref.data.pipeline import InputConfig
+from flax_pref.training.methods import NPO
+from flax_pref.training.networks import LoRA
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.trainer import TrainConfig
+
+config = TrainConfig(
+    output=Path("runs/sd15/npo"),
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    data=Path("runs/pick_a_pic_sd15"),
+    method=NPO(beta=1000.0),
+    lora=LoRA(rank=8),
+    input=InputConfig(batch_size=64),
+    optimizer=OptimizerConfig(learning_rate=5e-6, weight_decay=0.01),
+    steps=5000,
+    accumulation=4,
+    mesh="data=-1",
+)

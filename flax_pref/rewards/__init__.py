@@ -1,0 +1,1 @@
+"""Rewards: what scores images for their prompts, one file for each."""

@@ -1,0 +1,85 @@
+"""Rewards of latents: through the autoencoder, a few images at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_pref.checkpoints.weights import Network
+from flax_pref.diffusion.latents import PIXELS
+from flax_pref.rewards.reward import Reward
+
+
+def score_latents(
+    reward: Reward, vae: Network, latents: jax.Array, prepared: Any, *, sharding: NamedSharding | None = None
+) -> jax.Array:
+    """Scores of decoded latents; to be called while JAX traces.
+
+    Args:
+        reward: scores images.
+        vae: the autoencoder.
+        latents: `[B, h, w, Z]`, scaled and clean.
+        prepared: what the reward has made of the B captions.
+        sharding: of the leading axis over the devices of a mesh, each of which decodes its own images and has the
+            autoencoder and the reward's weights to itself; None for one device.
+
+    Returns:
+        float32 `[B]`.
+    """
+    return _on_each_device(_score, PIXELS, reward, vae, latents, prepared, sharding)
+
+
+def score_gradients(
+    reward: Reward, vae: Network, latents: jax.Array, prepared: Any, *, sharding: NamedSharding | None = None
+) -> jax.Array:
+    """Gradients of scores with respect to latents, `[B, h, w, Z]`; arguments as in `score_latents`.
+
+    A quarter as many images at a time as when they are only scored: memory is bounded, whatever the batch, by the
+    activations of these.
+    """
+
+    def gradients(reward, vae, latents, prepared):
+        return jax.grad(lambda latents: _score(reward, vae, latents, prepared).sum())(latents)
+
+    return _on_each_device(gradients, PIXELS // 4, reward, vae, latents, prepared, sharding)
+
+
+def _score(reward: Reward, vae: Network, latents: jax.Array, prepared: Any) -> jax.Array:
+    images = nnx.merge(vae.graphdef, vae.params).decode(latents / vae.config.scaling_factor)
+    return reward.score(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1), prepared)
+
+
+def _on_each_device(
+    score: Callable, pixels: int, reward: Reward, vae: Network, latents: jax.Array, prepared: Any, sharding
+) -> jax.Array:
+    """`score(reward, vae, latents, prepared)` of so many pixels at a time on each device."""
+    images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
+
+    def local(reward, params, latents, prepared):
+        own = vae._replace(params=params)
+        return in_turns(lambda group: score(reward, own, *group), (latents, prepared), images_at_once)
+
+    if sharding is not None:
+        whole, divided = PartitionSpec(), sharding.spec
+        # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do. What
+        # kernels return does not say over which axes it varies, which the check would ask for.
+        local = jax.shard_map(
+            local,
+            mesh=sharding.mesh,
+            in_specs=(whole, whole, divided, divided),
+            out_specs=divided,
+            check_vma=False,
+        )
+    return local(reward, vae.params, latents, prepared)
+
+
+def in_turns(function: Callable, arrays: Any, most: int) -> jax.Array:
+    """`function` of a pytree of arrays `[B, ...]`, for as many rows at a time as divide B, up to `most`, or one."""
+    count = len(jax.tree.leaves(arrays)[0])
+    at_once = max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
+    groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), arrays)
+    results = jax.lax.map(function, groups)
+    return results.reshape(count, *results.shape[2:])

@@ -1,0 +1,25 @@
+"""The judge of the demo world as a reward."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from flax_pref.demo import judge
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """How well images of 64 x 64 pixels show their captions and how well they are made, 0 to 1; see `demo.judge`."""
+
+    name = "judge"
+    differentiable = True
+
+    def prepare(self, captions: Sequence[str]) -> judge.Question:
+        """What the captions ask for; a ValueError names one that is not of the demo world."""
+        return judge.question(captions)
+
+    def score(self, images: jax.Array, prepared: judge.Question) -> jax.Array:
+        """See `rewards.reward.Reward`."""
+        return judge.score(images, prepared)

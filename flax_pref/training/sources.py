@@ -1,0 +1,84 @@
+"""Where the batches of a run come from: a prepared set of pairs, or images that the run itself draws."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.data.pipeline import PairBatches
+from flax_pref.data.prompts import read_prompts
+from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
+from flax_pref.rewards.reward import Weighted
+from flax_pref.training.online import Prompts, RolloutConfig
+
+
+class Source(Protocol):
+    """Endless batches whose place can be saved."""
+
+    def next(self, params: Any) -> Any:
+        """The next batch, global arrays on the mesh; it may be drawn with the modules as they are now."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the next batch lies, as JSON can hold it."""
+
+    def arrays(self) -> Any:
+        """What else the next batches depend on: arrays whose shapes never change."""
+
+    def restore(self, position: dict[str, Any], arrays: Any) -> None:
+        """Goes to where `position` and `arrays` were asked for."""
+
+
+class Pairs:
+    """Batches of a preference set as a `Source`."""
+
+    def __init__(self, batches: PairBatches):
+        self._batches = batches
+
+    def next(self, params: Any) -> Any:
+        """See `Source`."""
+        return next(self._batches)
+
+    def position(self) -> dict[str, Any]:
+        """See `Source`."""
+        return self._batches.state()
+
+    def arrays(self) -> Any:
+        """See `Source`."""
+        return {}
+
+    def restore(self, position: dict[str, Any], arrays: Any) -> None:
+        """See `Source`."""
+        self._batches.restore(position)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """What online methods draw, and what judges it."""
+
+    prompts: str
+    """File of prompts, see `data.prompts.read_prompts`: text, CSV, JSON, parquet, or a known set."""
+    column: str | None = None
+    """Of the file that has the texts; None: the first that is known."""
+    rewards: tuple[Weighted, ...]
+    """What is weighed into one score; see `flax_pref.rewards`."""
+    rollouts: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    size: tuple[int, int] = (512, 512)
+    """Height and width of the images in pixels."""
+
+
+def read_online_prompts(config: OnlineConfig, pipeline: Pipeline, *, sizes: bool) -> Prompts:
+    """The prompts of an online run, encoded.
+
+    Args:
+        config: names the file.
+        pipeline: encodes.
+        sizes: whether the UNet is told the size of images, as that of SDXL is.
+    """
+    prompts = read_prompts(config.prompts, column=config.column)
+    captions = [prompt.text for prompt in prompts]
+    text, empty = encode_prompts(pipeline, captions), encode_empty(pipeline)
+    if sizes:
+        ids = size_ids(config.size, (0, 0), config.size)
+        text, empty = {**text, "time_ids": np.tile(ids, (len(captions), 1))}, {**empty, "time_ids": ids}
+    return Prompts(captions=captions, ids=[prompt.id for prompt in prompts], text=text, empty=empty)
