@@ -39,6 +39,10 @@ SMALL_ENCODE = (
     "train.encode configs/sd15/encode_pick_a_pic.py --source.path {tmp}/pairs --model demo --encoding.size 64 64"
     " --output {tmp}/prepared"
 )
+SMALL_TRAINING = (
+    "{python} -m train.modules configs/demo/modules.py --data {tmp}/prepared --output {tmp}/run --steps 2"
+    " --input.batch-size 4"
+)
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
@@ -65,8 +69,16 @@ COMMANDS = {
     ),
     f"{ENCODE} --source.path /data/pickapic_v2": f"{{python}} -m {SMALL_ENCODE}",
     f"{ENCODE} --source.path /data/pickapic_v2 --inspect 32": f"{{python}} -m {SMALL_ENCODE} --inspect 32",
+    ".venv/bin/python -m train.modules configs/demo/modules.py": f"{{python}} -m {SMALL_ENCODE} && {SMALL_TRAINING}",
+    ".venv/bin/python -m train.modules configs/sd15/dpo.py": (
+        f"{{python}} -m {SMALL_ENCODE} && {SMALL_TRAINING.replace('demo/modules', 'sd15/dpo')}"
+        " --model demo --mesh data=1 --accumulation 2 --optimizer.warmup-steps 1"
+    ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
+        " --vae.block-out-channels 4 8 8 8 --text-encoder.num-hidden-layers 1"
+        " --unet.block-out-channels 16 --unet.down-block-types CrossAttnDownBlock2D"
+        " --unet.up-block-types CrossAttnUpBlock2D"
         " --autoencoder.steps 2 --autoencoder.warmup-steps 1 --decoder.steps 2 --decoder.warmup-steps 1"
         " --diffusion.steps 2 --diffusion.warmup-steps 1 --diffusion.batch-size 2"
         " --layout.steps 2 --layout.warmup-steps 1 --layout.batch-size 2"
@@ -99,6 +111,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     if command == "make demo":
         assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".html", ".json", ".parquet", ".safetensors"}
         assert "held-out prompts" in done.stdout and "step/s" in done.stderr
+    if "train.modules" in command:
+        assert list((tmp_path / "run" / "modules").iterdir()) and "step/s" in done.stderr
     if "train.encode" in command:
         expected = "inspection.html" if "--inspect" in command else "pairs/dataset_info.json"
         assert (tmp_path / "prepared" / expected).is_file() and "4 pairs" in done.stdout

@@ -1,7 +1,7 @@
-"""The training loop."""
+"""A plain training loop: in memory, from beginning to end, for what takes minutes. For runs see `training.trainer`."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-
-class TrainState(NamedTuple):
-    """What a step replaces.
-
-    Attributes:
-      params: pytree that is trained.
-      optimizer: state of the optimizer.
-      average: exponential moving average of params.
-    """
-
-    params: Any
-    optimizer: Any
-    average: Any
+from flax_pref.training.step import TrainState, make_step, new_state
 
 
 def fit(
@@ -51,32 +39,29 @@ def fit(
       the last state, and each metric of every step `[steps]`.
 
     Raises:
-      FloatingPointError: the loss was not finite; names the first such step.
+      FloatingPointError: a loss or gradient was not finite; names the first such step.
       ValueError: there were fewer batches than steps.
     """
 
-    def step(state: TrainState, batch, key):
-        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = optax.incremental_update(params, state.average, 1.0 - average_decay)
-        return TrainState(params, optimizer_state, average), metrics
+    def on_its_own(params, frozen, batch, key):
+        return objective(params, batch, key)
 
-    step = jax.jit(step, donate_argnums=0)
+    step = jax.jit(make_step(on_its_own, optimizer, average_decay=average_decay), donate_argnums=0)
     # Donation destroys what it is given; the caller keeps its own copy.
-    state = TrainState(jax.tree.map(jnp.array, params), optimizer.init(params), jax.tree.map(jnp.array, params))
-    key = jax.random.key(seed)
+    state = new_state(jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed), averaged=True)
     history = []
     with tqdm(total=steps, desc=label, unit="step") as progress:
         for index, batch in zip(range(steps), batches, strict=False):
-            state, metrics = step(state, batch, jax.random.fold_in(key, index))
+            state, metrics = step(state, {}, batch)
             history.append(metrics)
             if index % 20 == 0 or index == steps - 1:
                 shown = {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(shown["loss"]):
-                    first = next(i for i, past in enumerate(history) if not np.isfinite(past["loss"]))
+                if shown["skipped"]:
+                    first = next(i for i, past in enumerate(history) if past["skipped"])
+                    loss, norm = (float(history[first][name]) for name in ("loss", "gradient_norm"))
                     raise FloatingPointError(
-                        f"{label}: the loss is {float(history[first]['loss'])} at step {first}; lower the learning rate"
+                        f"{label}: the loss is {loss} at step {first}, the norm of its gradient {norm}; lower the "
+                        "learning rate"
                     )
                 progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
             progress.update()

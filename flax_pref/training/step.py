@@ -32,15 +32,15 @@ class TrainState(NamedTuple):
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, averaged: bool) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # arrays of their own, for they are donated
     average = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(params, optimizer.init(params), average, key, zero, zero, zero)
+    return TrainState(params, optimizer.init(params), average, key, *counters)
 
 
 def make_step(
     objective: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
     optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
+    rate: optax.Schedule | None = None,
     *,
     accumulation: int = 1,
     average_decay: float = 0.0,
@@ -53,14 +53,14 @@ def make_step(
     Args:
         objective: `(params, frozen, batch, key) -> (loss, metrics)`; metrics are scalars.
         optimizer: turns gradients into updates.
-        rate: learning rate of an update, for the metrics.
+        rate: learning rate of an update, for the metrics; None: they do not have it.
         accumulation: number of equal parts of the batch whose gradients are computed one after another and averaged.
         average_decay: of the moving average, if the state has one.
         shardings: of the gradients, a pytree like params; None: left to the compiler.
 
     Returns:
-        the function; its metrics are those of the objective, and `gradient_norm` (before clipping), `learning_rate`,
-        `skipped` and `skipped_in_a_row`.
+        the function; its metrics are those of the objective, and `gradient_norm` (before clipping), `skipped`,
+        `skipped_in_a_row` and `learning_rate`.
     """
     gradient = jax.value_and_grad(objective, has_aux=True)
 
@@ -100,8 +100,9 @@ def make_step(
         )
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step - state.skipped)}
-        metrics |= {"skipped": skipped, "skipped_in_a_row": in_a_row}
+        metrics |= {"gradient_norm": norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
+        if rate is not None:
+            metrics["learning_rate"] = rate(state.step - state.skipped)
         return TrainState(params, optimizer_state, average, state.key, state.step + 1, skipped, in_a_row), metrics
 
     return step

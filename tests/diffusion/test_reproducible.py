@@ -73,7 +73,7 @@ print(json.dumps(found))
 def found():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -1,0 +1,351 @@
+"""Rollouts: what is drawn, in which order, and that a run which goes on draws the same."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import online_world
+import pytest
+from flax import nnx
+from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Brightness, network, rollouts, weights
+
+from flax_pref.diffusion.sampler import image_keys
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.solvers import from_config, log_prob
+from flax_pref.rewards.jpeg import JpegSize
+from flax_pref.training.online import D3PO, DDPO, SPO, Prompts, RolloutConfig, TailorPO
+
+SHAPE = (SIZE[0] // 2, SIZE[1] // 2, CHANNELS)
+PARAMS = jax.tree.map(lambda x: np.float32(0.1) * x, weights(1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_compilation():
+    """Here the compiler takes longer than the steps, however fast it makes them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Experience of the first iteration, and the sources that have drawn it, by method."""
+    sources = {}
+
+    def draw(method):
+        if method not in sources:
+            source = rollouts(method)
+            batch = source.next(PARAMS)
+            sources[method] = source, jax.device_get(source.arrays()), batch
+        return sources[method]
+
+    return draw
+
+
+def from_the_start(source):
+    """The source, compiled already, as if it had drawn nothing."""
+    source.restore({**source.position(), "step": 0}, jax.tree.map(jnp.zeros_like, source.arrays()))
+    return source
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is drawn: the loop of the paper
+
+
+def solver_row(method, i):
+    return jax.tree.map(lambda x: np.asarray(x)[i], from_config(SCHEDULER, method.steps, name="ddim", eta=1.0))
+
+
+def guided(method, x, t, hidden):
+    trained = jax.tree.map(np.add, weights(), PARAMS)
+    t = np.full(len(x), t)
+    text, empty = network(trained, x, t, hidden), network(trained, x, t, np.zeros_like(hidden))
+    return (1 - method.guidance_scale) * empty + method.guidance_scale * text
+
+
+def scores(latents, captions):
+    images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(latents / 0.18215)
+    reward = Brightness()
+    return np.asarray(reward.score(jnp.clip((images + 1) / 2, 0, 1), reward.prepare(captions)))
+
+
+def normals(key, i, shape):
+    return np.asarray(jax.random.normal(jax.random.fold_in(key, i), shape))
+
+
+def drawn_one_by_one(method, prompt, place, follow, pool=2):
+    """Latents, winners, losers and rewards of the steps of one trajectory, with networks called for one at a time."""
+    key = jax.random.fold_in(image_keys(0, [PROMPTS.ids[prompt]])[0], place)
+    hidden, caption = PROMPTS.text["hidden"][prompt][None], PROMPTS.captions[prompt]
+    abars = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod
+    x, steps = normals(key, 0, SHAPE)[None], []
+    for i in range(method.steps):
+        row = solver_row(method, i)
+        mean = row.latents_coef * x + row.estimate_coefs[0] * guided(method, x, row.timesteps, hidden)
+        count = 1 if i < method.skip else pool
+        candidates = mean + row.fresh_noise_coef * normals(key, i + 1, (count, *SHAPE))
+        if i < method.skip:
+            x = candidates
+            continue
+        promised = candidates
+        if i + 1 < method.steps:
+            t = int(solver_row(method, i + 1).timesteps)
+            eps = guided(method, candidates, t, np.repeat(hidden, count, axis=0))
+            promised = (candidates - np.sqrt(1 - abars[t]) * eps) / np.sqrt(abars[t])
+        rewards = scores(promised.astype(np.float32), [caption] * count)
+        best, worst = rewards.argmax(), rewards.argmin()
+        steps.append((x[0], candidates[best], candidates[worst], rewards[[best, worst]]))
+        choice = int(jax.random.randint(jax.random.fold_in(key, method.steps + i + 1), (), 0, pool))
+        x = candidates[{"winner": best, "loser": worst, "random": choice}[follow]][None]
+    return [np.stack(column) for column in zip(*steps, strict=True)], rewards.mean()
+
+
+def test_tailorpo_draws_pairs_from_one_point_and_goes_on_from_the_winner(drawn):
+    check(drawn("tailorpo")[0], METHODS["tailorpo"], "winner", pool=2)
+
+
+@pytest.mark.parametrize("follow", ["random", "loser"])
+def test_tailorpo_goes_on_from_another_one_where_it_should(follow):
+    method = dataclasses.replace(METHODS["tailorpo"], follow=follow)
+    check(rollouts(method), method, follow, pool=2)
+
+
+def test_spo_skips_steps_and_takes_the_best_and_the_worst_of_a_pool(drawn):
+    check(drawn("spo")[0], METHODS["spo"], "random", pool=3)
+
+
+def check(source, method, follow, pool):
+    from_the_start(source).next(PARAMS)
+    experience = jax.device_get(source.arrays())
+    for place in (0, CONFIG.prompts - 1):
+        expected, reward = drawn_one_by_one(method, source.prompt_order(0)[place], place, follow, pool)
+        for name, value in zip(("latents", "winner", "loser", "rewards"), expected, strict=True):
+            np.testing.assert_allclose(experience[name][place], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert experience["reward"][place] == pytest.approx(reward, rel=1e-4)
+    assert (experience["rewards"][..., 0] > experience["rewards"][..., 1]).all()
+
+
+def test_tailorpo_g_moves_winners_up_their_reward_and_nothing_else(drawn):
+    plain, guided_ones = drawn("tailorpo")[1], drawn("tailorpo-g")[1]
+    for name in ("latents", "loser", "rewards"):
+        np.testing.assert_allclose(guided_ones[name], plain[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    order = rollouts("tailorpo").prompt_order(0)
+    captions = [PROMPTS.captions[n] for n in order]
+    # The last candidates are images: their reward tells.
+    before, after = (scores(experience["winner"][:, -1], captions) for experience in (plain, guided_ones))
+    assert (after > before).all()
+
+    # By -rate times the gradient of (r_high - r)^2.
+    def distance(winner):
+        reward = Brightness()
+        images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(winner / 0.18215)
+        score = reward.score(jnp.clip((images + 1) / 2, 0, 1), reward.prepare(captions))
+        return jnp.square(before + METHODS["tailorpo-g"].rise - score).sum()
+
+    moved = guided_ones["winner"][:, -1] - plain["winner"][:, -1]
+    np.testing.assert_allclose(
+        moved, -METHODS["tailorpo-g"].rate * jax.grad(distance)(plain["winner"][:, -1]), rtol=1e-2, atol=1e-6
+    )
+
+
+def test_d3po_draws_two_images_from_one_noise_and_puts_the_better_one_first(drawn):
+    source, experience, _ = drawn("d3po")
+    latents = experience["latents"]
+    np.testing.assert_array_equal(latents[:, 0, 0], latents[:, 1, 0])
+    assert (np.abs(latents[:, 0, 1] - latents[:, 1, 1]).max(axis=(1, 2, 3)) > 0.1).all()
+    captions = [PROMPTS.captions[n] for n in source.prompt_order(0)]
+    final = np.stack([scores(latents[:, image, -1], captions) for image in (0, 1)], axis=1)
+    np.testing.assert_allclose(experience["rewards"], final, rtol=1e-4)
+    assert (final[:, 0] > final[:, 1]).all()
+
+
+def test_ddpo_knows_the_probability_of_its_steps_and_judges_images_within_a_prompt(drawn):
+    _, experience, batch = drawn("ddpo")
+    latents = experience["latents"]
+    assert len(np.unique(latents[:, :, 0].reshape(-1, 16).round(3), axis=0)) == latents[:, :, 0].size // 16
+    assert np.abs(experience["advantage"].mean(axis=1)).max() < 1e-4
+    np.testing.assert_allclose(experience["advantage"].std(axis=1), 1, rtol=1e-3)
+    hidden = np.asarray(batch["text"]["hidden"])
+    noise_pred = np.concatenate(
+        [
+            guided(METHODS["ddpo"], x[None], t, told[None])
+            for x, t, told in zip(batch["latents"], np.asarray(batch["row"].timesteps), hidden, strict=True)
+        ]
+    )
+    expected = log_prob(batch["next_latents"], batch["latents"], jnp.asarray(noise_pred), batch["row"])
+    np.testing.assert_allclose(batch["log_prob"], expected, rtol=1e-3, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Minibatches
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_example_comes_once_in_an_iteration_with_its_own_prompt_and_step(method, drawn):
+    source, _, first = drawn(method)
+    from_the_start(source)
+    batches = [source.next(PARAMS) for _ in range(source.minibatches)]
+    hidden = np.concatenate([batch["text"]["hidden"] for batch in batches])
+    expected = np.repeat(PROMPTS.text["hidden"][source.prompt_order(0)], len(hidden) // CONFIG.prompts, axis=0)
+    np.testing.assert_array_equal(
+        np.unique(hidden, axis=0, return_counts=True)[1], np.unique(expected, axis=0, return_counts=True)[1]
+    )
+    steps = np.concatenate([batch["row"].timesteps for batch in batches])
+    own = METHODS[method]
+    np.testing.assert_array_equal(
+        np.unique(steps), np.sort([solver_row(own, i).timesteps for i in range(own.skip, own.steps)])
+    )
+    latents = np.concatenate([batch["latents"] for batch in batches])
+    assert len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0)) >= len(latents) - CONFIG.prompts
+    np.testing.assert_array_equal(first["latents"], batches[0]["latents"])
+    loss, metrics = own.objective(online_world.predict_of(PARAMS, weights()), batches[0], None)
+    assert np.isfinite(loss) and "reward" in metrics
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_restored_anywhere_gives_the_same_minibatches_bit_by_bit(method, drawn):
+    source = from_the_start(drawn(method)[0])
+
+    def params(step):
+        return jax.tree.map(lambda x: x * np.float32(1 + step), PARAMS)
+
+    saved, batches = [], []
+    total = source.minibatches + 2
+    for step in range(total):
+        saved.append((json.loads(json.dumps(source.position())), jax.tree.map(np.array, source.arrays())))
+        batches.append(jax.device_get(source.next(params(step))))
+    for step in (0, 1, source.minibatches - 1, source.minibatches, total - 1):
+        source.restore(*saved[step])
+        for later in range(step, total):
+            again = jax.device_get(source.next(params(later)))
+            jax.tree.map(np.testing.assert_array_equal, again, batches[later])
+
+
+def test_before_the_first_minibatch_there_are_arrays_of_the_same_shapes(drawn):
+    for method in METHODS:
+        before = rollouts(method).arrays()
+        assert not any(np.any(x) for x in before.values())
+        after = drawn(method)[1]
+        assert {name: x.shape for name, x in before.items()} == {name: x.shape for name, x in after.items()}
+
+
+def test_experience_is_drawn_with_the_weights_of_then(drawn):
+    source = from_the_start(drawn("tailorpo")[0])
+    source.next(PARAMS)
+    before = source.arrays()
+    source.next(weights(5))
+    assert source.arrays() is before, "one iteration, one policy"
+    from_the_start(source).next(weights(5))
+    assert np.abs(source.arrays()["latents"] - before["latents"]).max() > 0.1
+
+
+def test_prompts_come_in_turn_and_each_time_with_other_noise(drawn):
+    source, experience, _ = drawn("tailorpo")
+    line = np.concatenate([source.prompt_order(i) for i in range(3)])  # 24 places for 6 prompts
+    for epoch in line.reshape(4, 6):
+        assert sorted(epoch) == list(range(6))
+    assert len({tuple(epoch) for epoch in line.reshape(4, 6)}) > 1
+    assert not np.array_equal(rollouts("tailorpo", seed=1).prompt_order(0), source.prompt_order(0))
+    starts = experience["latents"][:, 0]
+    assert len(np.unique(starts.reshape(len(starts), -1), axis=0)) == CONFIG.prompts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices and batches
+
+
+@pytest.mark.parametrize("method", ["tailorpo-g", "spo", "ddpo"])
+def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
+    source = rollouts(method, config=dataclasses.replace(CONFIG, at_once=2))
+    source.next(PARAMS)
+    for name, value in drawn(method)[1].items():
+        np.testing.assert_allclose(source.arrays()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_experience_does_not_depend_on_the_number_of_devices():
+    done = subprocess.run(
+        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo"],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert max(method["difference"] for method in found.values()) < 1e-4
+    assert all(method["on_each_device"] == [1] for method in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_gradients_of_a_reward_that_has_none_are_refused():
+    with pytest.raises(ValueError, match=r"rate=20 \(TailorPO-G\) follows the gradient .*'compressibility' has none"):
+        rollouts("tailorpo-g", reward=JpegSize("compressibility", -1.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (TailorPO, {"beta": 0.0}, "TailorPO: beta is 0.0; expected a number above 0"),
+        (TailorPO, {"eta": 0.0}, "TailorPO: eta is 0.0; expected above 0, at most 1"),
+        (TailorPO, {"steps": 0}, "TailorPO: steps is 0; expected 1 or more"),
+        (TailorPO, {"guidance_scale": float("nan")}, "TailorPO: guidance_scale is nan"),
+        (TailorPO, {"margin": -1.0}, "TailorPO: margin is -1.0; expected a number from 0 up"),
+        (TailorPO, {"follow": "best"}, "TailorPO: follow is 'best'; expected 'winner', 'random' or 'loser'"),
+        (TailorPO, {"rate": -1.0}, "TailorPO: rate is -1.0"),
+        (TailorPO, {"rise": 0.0}, "TailorPO: rise is 0.0"),
+        (D3PO, {"ratio_clip": 1.0}, "D3PO: ratio_clip is 1.0; expected None, or between 0 and 1"),
+        (SPO, {"pool": 1}, "SPO: pool is 1; expected 2 or more"),
+        (SPO, {"skip": 20}, "SPO: steps is 20; expected 21 or more"),
+        (DDPO, {"images_per_prompt": 1}, "DDPO: images_per_prompt is 1; expected 2 or more"),
+        (DDPO, {"ratio_clip": 0.0}, "DDPO: ratio_clip is 0.0"),
+        (DDPO, {"advantage_clip": 0.0}, "DDPO: advantage_clip is 0.0"),
+        (RolloutConfig, {"epochs": 0}, "rollouts: epochs is 0; expected 1 or more"),
+        (
+            RolloutConfig,
+            {"prompts": 6, "at_once": 4},
+            "rollouts: at_once is 4; expected a number that divides prompts=6",
+        ),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**wrong)
+
+
+def test_defaults_are_those_of_the_papers():
+    assert (TailorPO().beta, TailorPO().steps, TailorPO().guidance_scale, TailorPO().eta) == (0.1, 20, 5.0, 1.0)
+    assert (SPO().beta, SPO().pool, SPO().skip) == (10.0, 4, 4)
+    assert (D3PO().beta, D3PO().ratio_clip, TailorPO().ratio_clip) == (0.1, None, None)
+    assert (DDPO().ratio_clip, DDPO().advantage_clip) == (1e-4, 10.0)
+
+
+def test_prompts_and_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="online: there are no prompts; expected one or more"):
+        Prompts(captions=[], ids=[], text={"hidden": np.zeros((0, 6))}, empty={"hidden": np.zeros(6)})
+    with pytest.raises(ValueError, match="online: 6 captions, but 5 ids; expected as many"):
+        dataclasses.replace(PROMPTS, ids=PROMPTS.ids[:5])
+    with pytest.raises(ValueError, match="batch_size is 7; expected a number that divides the 32 examples"):
+        rollouts("tailorpo", config=dataclasses.replace(CONFIG, batch_size=7))
+
+
+def test_the_position_of_another_run_is_refused():
+    source = rollouts("tailorpo")
+    other = rollouts("tailorpo", seed=1)
+    with pytest.raises(ValueError, match="online: the saved position is that of another run: seed 0, now 1;"):
+        other.restore(source.position(), source.arrays())
+    with pytest.raises(ValueError, match="online: the saved position has step None; expected a number of minibatches"):
+        source.restore({**source.position(), "step": None}, source.arrays())
