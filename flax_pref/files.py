@@ -78,8 +78,10 @@ def difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two settings, as `w=4, now w=5; steps=50, now steps=20`."""
 
     def told(values: Mapping[str, Any], name: str) -> str:
-        text = f"{name}={values[name]}" if name in values else f"no {name}"
-        return f"{text[:77]}..." if len(text) > 80 else text
+        if name not in values:
+            return f"no {name}"
+        text = str(values[name])
+        return f"{name}={text[:77]}..." if len(text) > 80 else f"{name}={text}"
 
     return "; ".join(
         f"{told(begun, name)}, now {told(now, name)}"

@@ -1,4 +1,4 @@
-"""Programs that several tests compile are compiled once, and kept for as long as the tests run."""
+"""Programs are compiled quickly rather than well, and those of several tests once."""
 
 import os
 import shutil
@@ -9,6 +9,10 @@ from pathlib import Path
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and processes that tests start, find these settings there
         return
+    # Most of the time of these tests goes into compiling small networks: a third of it without LLVM's optimisations and
+    # XLA's own code for fusions, which make nothing faster that is as small as this.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder

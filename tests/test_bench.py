@@ -1,5 +1,6 @@
 """The benches with networks of a few channels: their figures mean what they say."""
 
+import functools
 import json
 from importlib import resources
 
@@ -14,10 +15,10 @@ from flax_pref.diffusion.solvers import from_config
 from flax_pref.models.presets import FAMILIES, SD15
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
-from sample.bench import guidance
+from flax_pref.parallel import peak
 from sample.bench.__main__ import main
-from sample.bench.common import measured_peak, peak_flops, time_in_turns
-from sample.bench.guidance import sampler_inputs, step_flops
+from sample.bench.common import time_in_turns
+from sample.bench.guidance import sampler, sampler_inputs
 
 TINY = SD15._replace(
     unet=UNetConfig(
@@ -47,7 +48,7 @@ def small():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "sd15", TINY)
-        patch.setattr(guidance, "measured_peak", lambda: measured_peak((256,)))
+        patch.setattr(peak, "measured_peak", functools.partial(peak.measured_peak, 0.0))
         yield
     torch.set_num_threads(threads)
 
@@ -97,35 +98,13 @@ def test_operations_of_a_step_are_those_that_torch_counts():
     )
     network = abstract_network("unet", config)
     solver = from_config(SD15.scheduler_config, 10, name="ddim")
-    ours = step_flops(network, cfg(7.5), solver, 1, 64, sampler_inputs(SD15, 1, 64))
+    program = sampler(network, cfg(7.5), solver, 1, 64)
+    ours = peak.step_flops(program, network.params, *sampler_inputs(SD15, 1, 64))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
         unet = UNet2DConditionModel.from_config(config.to_dict())
         unet(torch.zeros(2, 4, 64, 64), torch.zeros((), dtype=torch.long), torch.zeros(2, 77, 768))
     # XLA leaves out products with padding, torch everything but products: two hundredths that partly cancel.
     assert ours == pytest.approx(counted.get_total_flops(), rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "tflops"),
-    [
-        ("TPU v4", "bfloat16", 275),
-        ("TPU v5 lite", "bfloat16", 197),
-        ("TPU v5p", "bfloat16", 459),
-        ("TPU v6 lite", "bfloat16", 918),
-        ("TPU7x", "bfloat16", 1153.5),
-        ("NVIDIA H100 PCIe", "bfloat16", 756),
-        ("NVIDIA H200", "float16", 989),
-        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
-        ("NVIDIA L4", "bfloat16", 121),
-        ("NVIDIA L40S", "bfloat16", None),
-        ("NVIDIA H200", "float32", None),
-        ("TPU v4", "float16", None),
-    ],
-)
-def test_a_peak_is_that_of_the_very_device_or_none(kind, dtype, tflops):
-    peak, what = peak_flops(kind, dtype)
-    assert peak == (None if tflops is None else pytest.approx(1e12 * tflops))
-    assert what
 
 
 def test_calls_are_timed_in_turns_after_an_untimed_one():

@@ -1,20 +1,209 @@
-"""The shipped configs: each builds, and begins with the command that runs it."""
+"""The shipped configs: each builds, begins with the command that runs it, says what was published, and trains."""
 
+import dataclasses
 import importlib
+import json
+import math
 import re
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
+from training.tiny import tiny_checkpoint, tiny_set
+
+from flax_pref.rewards.reward import Weighted
+from flax_pref.training.methods import OfflineMethod
+from flax_pref.training.online import OnlineMethod
+from flax_pref.training.rollouts import RolloutConfig
+from flax_pref.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.py"))
 
+# What was published, read in the authors' code; in brackets what is our choice: the code does not say it, or not for
+# this model. Method, its numbers, optimizer, learning rate, warm-up, pairs in a batch, steps, caption dropout.
+PUBLISHED = {
+    # github.com/SalesforceAIResearch/DiffusionDPO, launchers/sd15.sh, sdxl.sh and defaults of train.py:
+    # 1e-8 --scale_lr, 16 GPUs x 1 x 128
+    "sd15/dpo": ("DiffusionDPO", {"beta": 5000}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
+    "sdxl/dpo": ("DiffusionDPO", {"beta": 5000}, "adafactor", 2.048e-5, 200, 2048, 2000, 0.2),
+    # arXiv:2602.18799: 1e-9 --scale_lr for SDXL; [all of sd15]
+    "sd15/modules": ("PositiveNegative", {"train": "both"}, "adamw", 2.048e-6, 200, 2048, 2000, 0.2),
+    "sdxl/modules": ("PositiveNegative", {"train": "both"}, "adafactor", 2.048e-6, 200, 2048, 2000, 0.2),
+    # github.com/AIDC-AI/Diffusion-SDPO, scripts/train/sd15_diffusion_dpo.sh, sdxl_diffusion_dpo.sh: 1e-8, 1e-9
+    # --scale_lr, 8 x 32 for each of [8] GPUs
+    "sd15/sdpo": ("SDPO", {"beta": 5000, "mu": 0.9}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
+    "sdxl/sdpo": ("SDPO", {"beta": 5000, "mu": 0.6}, "adafactor", 2.048e-6, 500, 2048, 2000, 0.2),
+    # github.com/G-U-N/Diffusion-NPO, DPO-DPO-NPO/run_sd15.sh, run_sdxl.sh: beta 500, 2000 without 1/2; 64, 30 x 2 for
+    # each of [1] GPU, [64 for SDXL]
+    "sd15/npo": ("NPO", {"beta": 1000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
+    "sdxl/npo": ("NPO", {"beta": 4000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
+    # [as dpo]
+    "sd15/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
+    "sdxl/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adafactor", 2.048e-5, 200, 2048, 2000, 0.2),
+    # github.com/AIDC-AI/CHATS, scripts/train_sd15.sh, train_sdxl.sh: 1e-9, 3e-9 --scale_lr, 8 GPUs x 1 x 16
+    "sd15/chats": ("CHATS", {"beta": 1000, "dropout": 0.5}, "adamw", 1.28e-7, 100, 128, 2000, 0.0),
+    "sdxl/chats": ("CHATS", {"beta": 1000, "dropout": 0.5}, "adafactor", 3.84e-7, 100, 128, 6000, 0.0),
+    # github.com/jacklishufan/diffusion-kto, exps/example.sh: 4 GPUs x 2 images; [optimizer and batch of sdxl]
+    "sd15/kto": ("KTO", {"beta": 1000}, "adamw", 1e-7, 200, 4, 20000, 0.2),
+    "sdxl/kto": ("KTO", {"beta": 1000}, "adafactor", 1e-7, 200, 16, 20000, 0.2),
+    # github.com/mapo-t2i/mapo, README.md and defaults of args.py: 8 x 2 for each of 8 GPUs; [all of sd15]
+    "sd15/mapo": ("MaPO", {"beta": 0.1, "snr": 0.5}, "adamw", 1e-5, 0, 128, 2000, 0.0),
+    "sdxl/mapo": ("MaPO", {"beta": 0.1, "snr": 0.5}, "adamw", 1e-5, 0, 128, 2000, 0.0),
+    # of configs/demo/demo.py, which is ours
+    "demo/dpo": ("DiffusionDPO", {"beta": 1000}, "adamw", 5e-4, 8, 32, 80, 0.2),
+    "demo/modules": ("PositiveNegative", {"train": "both"}, "adamw", 5e-4, 20, 32, 200, 0.2),
+}
+# The same of online methods: method, numbers that its authors' code has, learning rate, rank.
+PUBLISHED_ONLINE = {
+    # github.com/yk7333/d3po, config/base.py, which arXiv:2502.01667 takes too; [all of sdxl, ranks]
+    "sd15/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0}, 3e-5, 4),
+    "sdxl/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0}, 3e-5, 4),
+    "sd15/d3po": ("D3PO", {"beta": 0.1, "steps": 20, "guidance_scale": 5.0, "ratio_clip": 0.1}, 3e-5, 4),
+    "sdxl/d3po": ("D3PO", {"beta": 0.1, "steps": 20, "guidance_scale": 5.0, "ratio_clip": 0.1}, 3e-5, 4),
+    # github.com/RockeyCoss/SPO, basic_config.py and the configs that the docstrings name
+    "sd15/spo": ("SPO", {"beta": 10.0, "steps": 20, "pool": 4, "skip": 4, "ratio_clip": 0.1}, 6e-5, 4),
+    "sdxl/spo": ("SPO", {"beta": 10.0, "steps": 20, "pool": 2, "skip": 4, "ratio_clip": 0.1}, 1e-5, 64),
+    # github.com/kvablack/ddpo-pytorch, config/dgx.py, and arXiv:2305.13301; [learning rates and ranks, all of sdxl]
+    "sd15/ddpo": ("DDPO", {"steps": 50, "guidance_scale": 5.0, "ratio_clip": 1e-4}, 3e-4, 4),
+    "sdxl/ddpo": ("DDPO", {"steps": 50, "guidance_scale": 5.0, "ratio_clip": 1e-4}, 3e-4, 4),
+    # ours
+    "demo/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 10, "guidance_scale": 3.0}, 3e-4, 16),
+}
+
+
+def load(file):
+    return runpy.run_path(str(ROOT / file))
+
+
+def training_configs(methods):
+    """Names of the configs that train with some of the methods."""
+    configs = {file[len("configs/") : -len(".py")]: load(file)["config"] for file in CONFIGS}
+    return {name for name, config in configs.items() if isinstance(getattr(config, "method", None), methods)}
+
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_a_config_is_of_the_kind_that_the_program_in_its_docstring_reads(file):
-    names = runpy.run_path(str(ROOT / file))
+    names = load(file)
     command = re.search(rf"python -m (train\.\w+) {re.escape(file)}", names["__doc__"])
     assert command, f"{file}: its docstring does not say the command that runs it"
     program = importlib.import_module(command[1])
     assert any(type(names["config"]) is value for value in vars(program).values())
+
+
+def test_no_config_is_left_out_of_the_tables_of_published_settings():
+    assert training_configs(OfflineMethod) == set(PUBLISHED)
+    assert training_configs(OnlineMethod) == set(PUBLISHED_ONLINE)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_has_the_published_settings_to_the_number(name):
+    config = load(f"configs/{name}.py")["config"]
+    optimizer, batches = config.optimizer, config.input
+    found = (
+        *(type(config.method).__name__, dataclasses.asdict(config.method)),
+        *(optimizer.name, optimizer.learning_rate, optimizer.warmup_steps),
+        *(batches.batch_size, config.steps, batches.caption_dropout),
+    )
+    assert found == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ONLINE)
+def test_an_online_config_has_the_published_settings_to_the_number(name):
+    config = load(f"configs/{name}.py")["config"]
+    method, numbers, learning_rate, rank = PUBLISHED_ONLINE[name]
+    found = {field: getattr(config.method, field) for field in numbers}
+    assert (type(config.method).__name__, found) == (method, numbers)
+    assert (config.optimizer.learning_rate, config.lora.rank) == (learning_rate, rank)
+    examples = config.online.rollouts.prompts * math.prod(config.method.examples)
+    assert examples % config.batch_size == config.batch_size % config.accumulation == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_reads_what_the_encoding_command_in_its_docstring_writes(name):
+    names = load(f"configs/{name}.py")
+    encode = re.search(r"python -m train\.encode\s+(configs/\S+\.py)", names["__doc__"])
+    encoding = load(encode[1])["config"]
+    assert (names["config"].data, names["config"].model) == (encoding.output, encoding.model)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("demo/")])
+def test_a_batch_can_be_divided_over_the_hardware_that_the_docstring_names(name):
+    names = load(f"configs/{name}.py")
+    config, hardware = names["config"], re.search(r"Hardware: (\d+) chips .*?or (\d+)\s+GPUs", names["__doc__"], re.S)
+    sizes = {axis: int(size) for axis, size in re.findall(r"(\w+)=(-?\d+)", config.mesh)}
+    for devices in map(int, hardware.groups()):
+        assert devices % (sizes.get("fsdp", 1) * sizes.get("tensor", 1)) == 0
+        assert config.input.batch_size % (config.accumulation * devices // sizes.get("tensor", 1)) == 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint and a prepared set of each family."""
+    folder = tmp_path_factory.mktemp("tiny")
+    found = {}
+    for family in ("sd15", "sdxl"):
+        checkpoint = tiny_checkpoint(folder / family, family)
+        found[family] = str(checkpoint), tiny_set(folder / f"{family}_set", family)
+    return found
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Programs that are compiled sooner and run slower."""
+    monkeypatch.setattr("flax_pref.training.trainer.step_flops", lambda *arguments: 1.0)  # traces the step again
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(name, tiny, tmp_path, quickly_compiled):
+    config = load(f"configs/{name}.py")["config"]
+    model, data = tiny["sdxl" if name.startswith("sdxl/") else "sd15"]
+    accumulation = min(2, config.accumulation)
+    small = dataclasses.replace(
+        config,
+        **{"output": tmp_path / "run", "model": model, "data": data, "mesh": "data=1", "record_every": 1},
+        **{"steps": 2, "accumulation": accumulation},
+        input=dataclasses.replace(config.input, batch_size=2 * accumulation),
+    )
+    trained(small)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ONLINE)
+def test_an_online_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(
+    name, tiny, tmp_path, quickly_compiled
+):
+    (tmp_path / "animals.txt").write_text("cat\ndog\nfox\n")
+    config = load(f"configs/{name}.py")["config"]
+    model, _ = tiny["sdxl" if name.startswith("sdxl/") else "sd15"]
+    fewer = {"images_per_prompt": 2} if hasattr(config.method, "images_per_prompt") else {}
+    small = dataclasses.replace(
+        config,
+        **{"output": tmp_path / "run", "model": model, "mesh": "data=1", "record_every": 1, "steps": 2},
+        accumulation=min(2, config.accumulation),
+        method=dataclasses.replace(config.method, steps=config.method.skip + 2, **fewer),
+        online=dataclasses.replace(
+            config.online,
+            prompts=str(tmp_path / "animals.txt"),
+            rewards=(Weighted("compressibility"),),
+            rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=4),
+            size=(16, 16),
+        ),
+    )
+    trained(small)
+
+
+def trained(config):
+    """Trains, and checks what a run leaves behind."""
+    train(config)
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", "gradient_norm"))
+    assert lines[-1]["skipped"] == 0
+    for module in config.method.modules:
+        written = config.output / "modules" / module
+        weights = written.with_suffix(".safetensors") if config.weights == "lora" else written / "config.json"
+        assert weights.exists()

@@ -76,7 +76,8 @@ COMMANDS = {
     ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
-        " --vae.block-out-channels 4 8 8 8 --text-encoder.num-hidden-layers 1"
+        " --vae.block-out-channels 4 4 --vae.down-block-types DownEncoderBlock2D DownEncoderBlock2D"
+        " --vae.up-block-types UpDecoderBlock2D UpDecoderBlock2D --text-encoder.num-hidden-layers 1"
         " --unet.block-out-channels 16 --unet.down-block-types CrossAttnDownBlock2D"
         " --unet.up-block-types CrossAttnUpBlock2D"
         " --autoencoder.steps 2 --autoencoder.warmup-steps 1 --decoder.steps 2 --decoder.warmup-steps 1"

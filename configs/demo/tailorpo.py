@@ -9,8 +9,9 @@ from pathlib import Path
 
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
-from flax_pref.training.online import RolloutConfig, TailorPO
+from flax_pref.training.online import TailorPO
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.samples import SampleConfig
 from flax_pref.training.sources import OnlineConfig
 from flax_pref.training.trainer import TrainConfig

@@ -6,7 +6,9 @@ Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pi
 
 Settings: those of configs/sd15/dpo.py for both modules. The choice is ours: no paper trains the two in one run.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 4.8 GB for weights, optimizer and
+gradients, and about 1.5 GB for the activations of a pair, as blocks are computed again in the backward pass; counted
+from shapes, but for the block in work, which is estimated. No machine has confirmed it.
 
 Not run here, and nothing is published to compare it with.
 """
@@ -28,5 +30,6 @@ config = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=2.048e-5, warmup_steps=500, weight_decay=0.01),
     steps=2000,
     accumulation=128,
+    remat="block",
     mesh="data=-1,fsdp=8",
 )

@@ -7,7 +7,9 @@ Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pi
 Settings: the command in the README of the authors' code (mapo-t2i/mapo; arXiv:2406.06424) for SDXL, on the 8 GPUs it
 tells of: 16 pairs on each. No paper trains Stable Diffusion 1.5 so; the choice is ours.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 2.3 GB for weights, optimizer and
+gradients, and about 0.8 GB for the activations of a pair, as blocks are computed again in the backward pass; counted
+from shapes, but for the block in work, which is estimated. No machine has confirmed it.
 
 Not run here, and nothing is published to compare it with.
 """
@@ -29,5 +31,6 @@ config = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=1e-5, weight_decay=0.01),
     steps=2000,
     accumulation=8,
+    remat="block",
     mesh="data=-1,fsdp=8",
 )

@@ -8,7 +8,9 @@ Settings: DPO-DPO-NPO/run_sd15.sh of the authors' code (G-U-N/Diffusion-NPO; arX
 without the factor 1/2. Its batch of 64 is that of one GPU, and how many there were is not said; it trains on
 Pick-a-Pic v1.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB. MEMORY
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 1.7 GB for the frozen weights,
+and about 0.8 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from
+shapes, but for the block in work, which is estimated. No machine has confirmed it.
 
 Not run here. The paper reports better images from the base and from models that were aligned before, sampled with
 this module in place of the base for the empty prompt.
@@ -32,5 +34,6 @@ config = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=5e-6, weight_decay=0.01),
     steps=5000,
     accumulation=4,
+    remat="block",
     mesh="data=-1",
 )

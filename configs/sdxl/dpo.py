@@ -8,7 +8,9 @@ Settings: launchers/sdxl.sh of the authors' code (SalesforceAIResearch/Diffusion
 times the batch of it. The paper (arXiv:2311.12908) says 2.048e-8 * 2000 / beta instead, a quarter of the steps for
 the warm-up. Code that builds on it takes a tenth of this learning rate for SDXL, as configs/sdxl/sdpo.py does.
 
-Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. MEMORY
+Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 4.5 GB for weights, optimizer and gradients, and
+about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
+but for the block in work, which is estimated. No machine has confirmed it.
 
 Not run here. The launcher says about 30 hours for 200 steps; the paper's machine has 16 A100. Its human raters
 preferred the trained network to SDXL in about 70 % of cases.
@@ -31,5 +33,6 @@ config = TrainConfig(
     optimizer=OptimizerConfig(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=0.01),
     steps=2000,
     accumulation=128,
-    mesh="data=-1,fsdp=16",
+    remat="block",
+    mesh="data=-1,fsdp=8",
 )

@@ -7,7 +7,9 @@ Reads runs/pick_a_pic_sdxl, which `python -m train.encode configs/sdxl/encode_pi
 Settings: scripts/train/sdxl_diffusion_dpo.sh of the authors' code (AIDC-AI/Diffusion-SDPO; arXiv:2511.03317), whose
 --scale_lr makes 1e-9 times the batch of it; on 8 GPUs its batch is 2,048.
 
-Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. MEMORY
+Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 4.5 GB for weights, optimizer and gradients, and
+about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
+but for the block in work, which is estimated. No machine has confirmed it.
 
 Not run here. The paper reports gains over Diffusion-DPO by scorers of preference, aesthetics and prompts, and a
 winner's error that does not rise: watch winner in metrics.jsonl.
@@ -30,5 +32,6 @@ config = TrainConfig(
     optimizer=OptimizerConfig(name="adafactor", learning_rate=2.048e-6, warmup_steps=500, weight_decay=0.01),
     steps=2000,
     accumulation=128,
-    mesh="data=-1,fsdp=16",
+    remat="block",
+    mesh="data=-1,fsdp=8",
 )

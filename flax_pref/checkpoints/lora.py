@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from flax_pref.checkpoints.weights import KERNEL_AXES, Network
 from flax_pref.files import replacing
@@ -280,7 +280,16 @@ def save_lora(
         peft = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(adapters)}
         metadata[METADATA] = json.dumps({f"unet.{key}": value for key, value in peft.items()})
     with replacing(file) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.write_bytes(_serialized(tensors, metadata))
+
+
+def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same at each call: the library writes metadata in an order of chance."""
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:end])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _one_module(file: Path, lora: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:

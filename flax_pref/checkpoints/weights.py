@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from flax_pref.files import new_folder, read_json, write_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
-from flax_pref.models.unet import UNet2DCondition, UNetConfig, set_attention
+from flax_pref.models.unet import Remat, UNet2DCondition, UNetConfig, set_attention, set_remat
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 
 LAYOUT = "a folder in the layout of diffusers"
@@ -50,6 +50,17 @@ def with_attention(network: Network, kernel: Kernel) -> Network:
     """
     unet = nnx.merge(network.graphdef, network.params)
     set_attention(unet, kernel)
+    return network._replace(graphdef=nnx.graphdef(unet))
+
+
+def with_remat(network: Network, remat: Remat) -> Network:
+    """A UNet that keeps less for the backward pass; see `models.unet.set_remat`.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    unet = nnx.merge(network.graphdef, network.params)
+    set_remat(unet, remat)
     return network._replace(graphdef=nnx.graphdef(unet))
 
 

@@ -181,7 +181,8 @@ class PreparedSet(Records):
             ValueError: a file is damaged.
         """
         folder = Path(folder)
-        self.metadata = read_json(folder / PAIRS / "metadata.json", expected=f"{folder} to be a prepared set, finished")
+        expected = f"{folder} to be a prepared set, finished by python -m train.encode"
+        self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         self._pairs, self._captions = (_open(folder / name) for name in (PAIRS, CAPTIONS))
         self.image_size = tuple(self.metadata["settings"]["size"])
         self.fingerprint = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()

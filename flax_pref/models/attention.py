@@ -8,7 +8,8 @@ scores fit into the cache, is four times as fast as the whole at 4096 positions.
 
 import functools
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -78,35 +79,114 @@ def _cudnn_takes(q: jax.Array) -> bool:
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
     """Heads and blocks of queries one after another where there are many positions, else images, or all at once."""
-    batch, length, heads, features = q.shape
-    q, v = (jnp.swapaxes(x, 1, 2) for x in (q * features**-0.5, v))  # [B, N, T, Hd]
+    q, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, v))  # [B, N, T, Hd]
     k = jnp.moveaxis(k, 1, 3)  # [B, N, Hd, S]
-    if is_causal or length < 2 * BLOCK or k.shape[3] < BLOCK or length % BLOCK:
-        mask = jnp.tri(length, k.shape[3], dtype=bool) if is_causal else None
-        scores = 4 * batch * heads * length * k.shape[3]
-        images = batch if scores > CACHED else 1
-        parts = [
-            _softmax_attention(*part, mask) for part in zip(*(jnp.split(x, images) for x in (q, k, v)), strict=True)
-        ]
-        out = jnp.concatenate(parts)
+    if is_causal:
+        seen = jnp.tri(q.shape[2], k.shape[3], dtype=bool)
+        out = jnp.concatenate([_softmax_attention(*image, seen)[0] for image in _images(q, k, v)])
     else:
-        blocks = length // BLOCK
-        # One row of the loop is one block of one head; the backward pass computes its scores again.
-        queries = q.reshape(-1, BLOCK, features)
-        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        block = jax.checkpoint(lambda i: _softmax_attention(queries[i], keys[i // blocks], values[i // blocks]))
-        out = jax.lax.map(block, jnp.arange(len(queries))).reshape(batch, heads, length, features)
+        out = _attend(q, k, v)
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
-def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]` float32; q is scaled, mask `[T, S]` true if seen."""
+def _softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]` float32, and each row's log of the sum `[..., T, 1]`.
+
+    q is scaled, mask `[T, S]` true where a key is seen.
+    """
     logits = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    largest = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out, largest + jnp.log(total)
+
+
+def _in_blocks(q: jax.Array, k: jax.Array) -> bool:
+    length, keys = q.shape[2], k.shape[3]
+    return length >= 2 * BLOCK and keys >= BLOCK and length % BLOCK == 0
+
+
+def _images(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """`q [B, N, T, Hd]`, `k [B, N, Hd, S]` and others of the batch, image by image if their scores exceed the cache."""
+    q, k, *_ = arrays
+    images = len(q) if 4 * math.prod(q.shape[:3]) * k.shape[3] > CACHED else 1
+    return list(zip(*(jnp.split(x, images) for x in arrays), strict=True))
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`[B, N, T, Hd], [B, N, Hd, S], [B, N, S, Hd] -> [B, N, T, Hd]` float32; the gradient computes scores again."""
+    return _parts(lambda *part: _softmax_attention(*part)[0], q, k, v)
+
+
+def _attend_forward(q, k, v):
+    out, log_total = _parts(_softmax_attention, q, k, v)
+    return out, (q, k, v, out, log_total)
+
+
+def _parts(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    """What `attend` gives of all queries `[B, N, T, ...]`, in parts whose scores the cache holds."""
+    if not _in_blocks(q, k):
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(attend(*image) for image in _images(q, k, v)))
+    blocks = q.shape[2] // BLOCK
+    queries = q.reshape(-1, BLOCK, q.shape[3])
+    keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    parts = jax.lax.map(lambda i: attend(queries[i], keys[i // blocks], values[i // blocks]), jnp.arange(len(queries)))
+    return jax.tree.map(lambda x: x.reshape(*q.shape[:3], -1), parts)
+
+
+def _attend_backward(saved, g):
+    q, k, v, out, log_total = saved
+    kinds = [x.dtype for x in (q, k, v)]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    inner = (g * out).sum(axis=-1, keepdims=True)
+    # Scores are to be computed again, not kept: XLA would find them to be those of the forward pass.
+    known = q, k + 0 * inner[:, :, :1], v, log_total, inner, g
+    if _in_blocks(q, k):
+        gradients = _block_gradients(*known)
+    else:
+        images = [_gradients(*image) for image in _images(*known)]
+        gradients = [jnp.concatenate(parts) for parts in zip(*images, strict=True)]
+    dq, dk, dv = gradients
+    return tuple(x.astype(kind) for x, kind in zip((dq, dk, jnp.swapaxes(dv, -2, -1)), kinds, strict=True))
+
+
+def _block_gradients(q, k, v, log_total, inner, g):
+    """`_gradients`, a block of queries of one head at a time."""
+    blocks = q.shape[2] // BLOCK
+    rows = [x.reshape(-1, BLOCK, x.shape[3]) for x in (q, log_total, inner)]
+    keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+
+    def block(i, sums):
+        g, *sums = sums
+        head = i // blocks
+        dq, *parts = _gradients(rows[0][i], keys[head], values[head], rows[1][i], rows[2][i], g[i])
+        sums = [jax.lax.dynamic_update_index_in_dim(x, x[head] + y, head, 0) for x, y in zip(sums, parts, strict=True)]
+        return [jax.lax.dynamic_update_index_in_dim(g, dq, i, 0), *sums]
+
+    # Every block of g makes room for that of the gradient of q. Zeros that hang on g are not made before it is there.
+    zeros = jnp.zeros_like(keys) + 0 * inner.reshape(len(keys), -1)[:, :1, None]
+    gradients = jax.lax.fori_loop(0, len(rows[0]), block, [g.reshape(rows[0].shape), zeros, zeros])
+    return [x.reshape(y.shape) for x, y in zip(gradients, (q, k, k), strict=True)]
+
+
+def _gradients(q, k, v, log_total, inner, g):
+    """Gradients of q, k and, with its last axes swapped, v (arXiv:2205.14135, algorithm 4).
+
+    Products are those that transpose the small matrix and not the scores.
+    """
+    weights = jnp.exp(q @ k - log_total)
+    dv = jnp.swapaxes(g, -2, -1) @ weights
+    scores = weights * (g @ jnp.swapaxes(v, -2, -1) - inner)
+    return scores @ jnp.swapaxes(k, -2, -1), jnp.swapaxes(q, -2, -1) @ scores, dv
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _flash_takes(q: jax.Array, k: jax.Array) -> bool:

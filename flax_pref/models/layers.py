@@ -5,8 +5,9 @@ normalisation statistics and softmax are always float32. Attribute names are tho
 loading is a renaming of leaves (`checkpoints/weights.py`).
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,75 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, i
     return xla(x)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Normalisation and activations, with gradients that keep their input and nothing else
+#
+# What is cheap to compute again should not be kept for the backward pass. On CPUs XLA removes the barriers of
+# `jax.checkpoint` and finds the second computation to be the first: `later` is what it does not see through.
+
+
+def later(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`x`, but not before there is a gradient; arrays broadcast. Where the gradient is not finite it is NaN."""
+    return x + 0 * gradient.astype(x.dtype)
+
+
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+    """`x sigmoid(x)`, `[...] -> [...]`."""
+    return jax.nn.silu(x)
+
+
+def _silu_backward(x, gradient):
+    return jax.vjp(jax.nn.silu, later(x, gradient))[1](gradient)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+
+
+@jax.custom_vjp
+def gated_gelu(value: jax.Array, gate: jax.Array) -> jax.Array:
+    """`value GELU(gate)` with the exact GELU, `[...], [...] -> [...]`."""
+    return value * jax.nn.gelu(gate, approximate=False)
+
+
+def _gated_gelu_backward(known, gradient):
+    value, gate = known
+    return jax.vjp(lambda value, gate: value * jax.nn.gelu(gate, approximate=False), value, later(gate, gradient))[1](
+        gradient
+    )
+
+
+gated_gelu.defvjp(lambda *known: (gated_gelu(*known), known), _gated_gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(means: Callable, epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias` in float32; `means` are those over what is normalised."""
+    return _normalise_forward(means, epsilon, x, scale, bias)[0]
+
+
+def _normalise_forward(means, epsilon, x, scale, bias):
+    mean = means(x.astype(jnp.float32))
+    centred = x.astype(jnp.float32) - mean
+    inverse_std = jax.lax.rsqrt(means(jnp.square(centred)) + epsilon)
+    y = centred * inverse_std * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y, (x, scale, bias, mean, inverse_std)
+
+
+def _normalise_backward(means, epsilon, known, gradient):
+    x, scale, bias, mean, inverse_std = known
+    first = gradient[(slice(None), *(slice(1),) * (x.ndim - 2))]  # [B, 1..., C]
+    normed = (x.astype(jnp.float32) - later(mean, first)) * inverse_std
+    scaled = gradient * later(scale.astype(jnp.float32), first)
+    dx = inverse_std * (scaled - means(scaled) - normed * means(scaled * normed))
+    over = tuple(range(x.ndim - 1))
+    dscale, dbias = (gradient * normed).sum(axis=over), gradient.sum(axis=over)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
 class GroupNorm(nnx.Module):
     """Normalises groups of neighbouring channels over all positions (arXiv:1803.08494, equation 1).
 
@@ -131,15 +201,12 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., C] -> [B, ..., C]`."""
-        # Positions first, then the few channels of a group: channels stay the fastest axis, several times faster than
-        # one reduction over both on CPUs.
-        centred = x.astype(jnp.float32)
-        centred = centred - self._group_means(centred)
-        normed = centred * jax.lax.rsqrt(self._group_means(jnp.square(centred)) + self.epsilon)
-        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return _normalise(self._group_means, self.epsilon, x, self.scale[...], self.bias[...]).astype(self.dtype)
 
     def _group_means(self, x: jax.Array) -> jax.Array:
         """Mean over all positions and a group's channels, repeated for each of these: `[B, ..., C] -> [B, 1..., C]`."""
+        # Positions first, then the few channels of a group: channels stay the fastest axis, several times faster than
+        # one reduction over both on CPUs.
         means = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
         grouped = means.reshape(*means.shape[:-1], self.num_groups, -1).mean(axis=-1)
         return jnp.repeat(grouped, x.shape[-1] // self.num_groups, axis=-1)
@@ -156,11 +223,11 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., C] -> [..., C]`."""
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return _normalise(_last_mean, self.epsilon, x, self.scale[...], self.bias[...]).astype(self.dtype)
+
+
+def _last_mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=-1, keepdims=True)
 
 
 class Embedding(nnx.Module):
@@ -226,10 +293,10 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
         """`[B, H, W, in], [B, temb_channels] -> [B, H, W, out]`."""
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        h = self.conv2(silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -6,8 +6,9 @@ left at its resolution), `conv_out`. Every block sees the timestep; blocks named
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from flax_pref.models.layers import (
     Linear,
     ResnetBlock2D,
     Upsample2D,
+    gated_gelu,
+    later,
+    silu,
     timestep_embedding,
 )
 from flax_pref.models.platform import platform
@@ -58,6 +62,7 @@ SUPPORTED = {
     "upcast_attention": (None, False, True),
 }
 CPU_BLOCK = 512  # positions
+Remat = Literal["none", "block"]
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -191,7 +196,7 @@ class GEGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., out]`."""
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        return gated_gelu(value, gate)
 
 
 class Identity(nnx.Module):
@@ -302,6 +307,38 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
+def resnet_and_transformer(
+    resnet: ResnetBlock2D,
+    transformer: Transformer2DModel | None,
+    x: jax.Array,
+    temb: jax.Array,
+    encoder_hidden_states: jax.Array,
+    remat: Remat,
+) -> jax.Array:
+    """`[B, H, W, in] -> [B, H, W, out]`; with remat "block" the backward pass keeps the arguments and nothing else."""
+
+    def pair(modules, x, temb, encoder_hidden_states):
+        resnet, transformer = modules
+        x = resnet(x, temb)
+        return x if transformer is None else transformer(x, encoder_hidden_states)
+
+    if remat == "none":
+        return pair((resnet, transformer), x, temb, encoder_hidden_states)
+    graphdef, state = nnx.split((resnet, transformer))
+
+    def call(state, *inputs):
+        return pair(nnx.merge(graphdef, state), *inputs)
+
+    def backward(known, gradient):
+        # What `jax.checkpoint` does, but for its barriers, of which XLA leaves nothing on CPUs.
+        state, x, *others = known
+        return jax.vjp(call, state, later(x, gradient[..., :1, :1, :1]), *others)[1](gradient)
+
+    again = jax.custom_vjp(call)
+    again.defvjp(lambda *known: (call(*known), known), backward)
+    return again(state, x, temb, encoder_hidden_states)
+
+
 # `attend(channels)` builds the transformer that follows a resnet; blocks without attention to the text get None.
 Attend = Callable[[int], Transformer2DModel] | None
 
@@ -325,16 +362,15 @@ class DownBlock2D(nnx.Module):
         )
         self.attentions = nnx.List([attend(out_channels) for _ in range(num_layers)] if attend else [])
         self.downsamplers = nnx.List([Downsample2D(out_channels, padding=(1, 1), **kinds)] if add_downsample else [])
+        self.remat: Remat = "none"
 
     def __call__(
         self, x: jax.Array, temb: jax.Array, encoder_hidden_states: jax.Array
     ) -> tuple[jax.Array, list[jax.Array]]:
         """`[B, H, W, in]` to the block's output and all its intermediate activations, for the up path."""
         skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            if self.attentions:
-                x = self.attentions[i](x, encoder_hidden_states)
+        for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
+            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -348,12 +384,13 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
     def __init__(self, channels: int, *, attend: Attend, resnet: Callable[[int, int], ResnetBlock2D]):
         self.resnets = nnx.List([resnet(channels, channels) for _ in range(2)])
         self.attentions = nnx.List([attend(channels)])
+        self.remat: Remat = "none"
 
     def __call__(self, x: jax.Array, temb: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
         """`[B, h, w, C] -> [B, h, w, C]`."""
-        x = self.resnets[0](x, temb)
-        x = self.attentions[0](x, encoder_hidden_states)
-        return self.resnets[1](x, temb)
+        for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
+            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
+        return x
 
 
 class UpBlock2D(nnx.Module):
@@ -378,15 +415,15 @@ class UpBlock2D(nnx.Module):
         )
         self.attentions = nnx.List([attend(out_channels) for _ in skip_channels] if attend else [])
         self.upsamplers = nnx.List([Upsample2D(out_channels, **kinds)] if add_upsample else [])
+        self.remat: Remat = "none"
 
     def __call__(
         self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, encoder_hidden_states: jax.Array
     ) -> jax.Array:
         """`[B, H, W, in] -> [B, 2H, 2W, out]`; takes its activations off the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
-            if self.attentions:
-                x = self.attentions[i](x, encoder_hidden_states)
+        for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
         for upsample in self.upsamplers:
             x = upsample(x, size=skips[-1].shape[1:3])
         return x
@@ -518,7 +555,7 @@ class UNet2DCondition(nnx.Module):
         x = self.mid_block(x, temb, encoder_hidden_states)
         for block in self.up_blocks:
             x = block(x, skips, temb, encoder_hidden_states)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
     def embed_time(self, timesteps: jax.Array, text_embeds: jax.Array | None, time_ids: jax.Array | None) -> jax.Array:
         """The vector `[B, time_channels]` that every resnet sees: timestep, and size and pooled prompt in SDXL."""
@@ -549,3 +586,21 @@ def set_attention(module: nnx.Module, kernel: Kernel) -> None:
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Attention):
             layer.kernel = kernel
+
+
+def set_remat(module: nnx.Module, remat: Remat) -> None:
+    """Says what a UNet computes again in the backward pass instead of keeping it, in place.
+
+    Args:
+        module: a UNet.
+        remat: "none", or "block": all inside each resnet and the transformer that follows it, which costs a second
+            forward pass.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if remat not in get_args(Remat):
+        raise ValueError(f"set_remat: remat must be one of {', '.join(get_args(Remat))}, got {remat!r}")
+    for _, block in nnx.iter_modules(module):
+        if isinstance(block, DownBlock2D | UNetMidBlock2DCrossAttn | UpBlock2D):
+            block.remat = remat

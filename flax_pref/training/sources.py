@@ -10,7 +10,7 @@ from flax_pref.data.pipeline import PairBatches
 from flax_pref.data.prompts import read_prompts
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
 from flax_pref.rewards.reward import Weighted
-from flax_pref.training.online import Prompts, RolloutConfig
+from flax_pref.training.rollouts import Prompts, RolloutConfig
 
 
 class Source(Protocol):

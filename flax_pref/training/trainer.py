@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet, load_vae
+from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, with_attention
+from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, with_attention, with_remat
 from flax_pref.config import UserError, check_output_folder, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
@@ -32,7 +32,7 @@ from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.files import read_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
-from flax_pref.models.unet import UNetConfig
+from flax_pref.models.unet import Remat, UNetConfig
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
@@ -42,9 +42,10 @@ from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported
 from flax_pref.training.methods import OfflineMethod
 from flax_pref.training.networks import LoRA, Weights, trained_networks
-from flax_pref.training.online import OnlineMethod, Rollouts
+from flax_pref.training.online import OnlineMethod
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder, budget, memory_limit
+from flax_pref.training.rollouts import Rollouts
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import OnlineConfig, Pairs, Source, read_online_prompts
 from flax_pref.training.step import TrainState, make_step, new_state
@@ -111,6 +112,8 @@ class TrainConfig:
     """What networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs. What is trained is always kept
     in float32."""
     attention: Kernel = "auto"
+    remat: Remat = "none"
+    """block: the backward pass computes the activations inside each block of the UNet again, for less memory."""
     mesh: str = "data=-1"
     """How to use all devices: data and fsdp divide the batch, fsdp large parameters too, tensor layers; -1: the rest of
     the devices."""
@@ -153,7 +156,7 @@ class TrainConfig:
 
 # What may change when a run goes on: it makes the same steps, up to rounding.
 FREE = (
-    *("output", "dtype", "attention", "mesh", "hosts", "host_timeout", "checkpoints", "samples", "export"),
+    *("output", "dtype", "attention", "remat", "mesh", "hosts", "host_timeout", "checkpoints", "samples", "export"),
     *("export_only", "record_every", "profile"),
 )
 FREE_OF_INPUT = ("threads", "prefetch", "workers")
@@ -238,7 +241,7 @@ class Run:
             variant=config.variant,
             place=place,
         )
-        return with_attention(base, config.attention)
+        return with_remat(with_attention(base, config.attention), config.remat)
 
     def _new_state(self, params: dict, key: jax.Array) -> TrainState:
         return new_state(self._first_params(params, key), self.optimizer, key, averaged=self.config.average_decay > 0)
@@ -266,9 +269,12 @@ class Run:
             state = saved["train"]
             tell(f"{self.checkpoints.folder}: goes on from step {step}")
         else:
-            key = jax.device_put(jax.random.key(config.seed), self.whole)
+
+            def first(params):  # the key begins in here, for JAX puts no key on the devices of other hosts
+                return self._new_state(params, jax.random.key(config.seed))
+
             with jax.set_mesh(self.mesh):
-                state = jax.jit(self._new_state, out_shardings=self.shardings)(self.base.params, key)
+                state = jax.jit(first, out_shardings=self.shardings)(self.base.params)
             if config.init_from is not None:
                 params = self._params_of(config.init_from)
                 average = None if state.average is None else jax.tree.map(jnp.copy, params)
@@ -309,13 +315,12 @@ class Run:
             with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
                 yield Pairs(batches)
         else:
-            whole = NamedSharding(self.mesh, PartitionSpec())
             sizes = self.base.config.addition_embed_type == "text_time"
             yield Rollouts(
                 config.method,
                 self.trained.predict,
                 self.frozen,
-                load_vae(self.folder / "vae", self.dtype, variant=config.variant, place=lambda path, shape: whole),
+                self.encoders.vae,
                 read_online_prompts(config.online, self.encoders, sizes=sizes),
                 make_reward(config.online.rewards),
                 self.encoders.scheduler_config,

@@ -199,7 +199,7 @@ assert split > 10, split
 
 
 def test_weights_go_to_the_devices_that_the_sharding_names(vae_folder):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED_LOADING, vae_folder], env=environment, capture_output=True, text=True
     )

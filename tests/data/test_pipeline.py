@@ -225,7 +225,7 @@ def program(*arguments, **environment):
 
 def start(*flags):
     devices = 2 if "--hosts" in flags else 4
-    return program(read_pairs.__file__, *flags, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    return program(read_pairs.__file__, *flags, JAX_NUM_CPU_DEVICES=str(devices))
 
 
 def finish(process):

@@ -379,7 +379,7 @@ def program(*flags, devices=1):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 

@@ -109,8 +109,7 @@ def draw_theirs(networks, formula, keys) -> tuple[torch.Tensor, int]:
     return nhwc(latents), calls
 
 
-# Compiles in half the time, and nothing here is large.
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def draw_ours(bank, table, keys, text, empty):
     solver = from_config(dict(SCHEDULER.config) | {"_class_name": "DDIMScheduler"}, STEPS)
     states = ({"encoder_hidden_states": x} for x in (text, empty))

@@ -15,7 +15,8 @@ from flax import nnx
 
 from flax_pref.checkpoints.weights import Network
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
-from flax_pref.training.online import D3PO, DDPO, SPO, Online, Prompts, RolloutConfig, Rollouts, TailorPO
+from flax_pref.training.online import D3PO, DDPO, SPO, Online, TailorPO
+from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULER["set_alpha_to_one"] = False  # so that the last step draws noise too

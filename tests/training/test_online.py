@@ -18,7 +18,8 @@ from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config, log_prob
 from flax_pref.rewards.jpeg import JpegSize
-from flax_pref.training.online import D3PO, DDPO, SPO, Prompts, RolloutConfig, TailorPO
+from flax_pref.training.online import D3PO, DDPO, SPO, TailorPO
+from flax_pref.training.rollouts import Prompts, RolloutConfig
 
 SHAPE = (SIZE[0] // 2, SIZE[1] // 2, CHANNELS)
 PARAMS = jax.tree.map(lambda x: np.float32(0.1) * x, weights(1))

@@ -18,7 +18,8 @@ from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.lora import bank_predict, join_lora, split_lora
 from flax_pref.rewards.reward import Weighted, make_reward
-from flax_pref.training.online import D3PO, DDPO, SPO, Prompts, RolloutConfig, Rollouts, TailorPO
+from flax_pref.training.online import D3PO, DDPO, SPO, TailorPO
+from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 
 S = 3.0
 

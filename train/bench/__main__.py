@@ -1,7 +1,9 @@
-"""Times what training waits for: `python -m train.bench data [--json FILE]`.
+"""Times what training waits for: `python -m train.bench data|step [--json FILE]`.
 
 `data`: how many pairs a second come from a prepared set into batches on the device, and where the time goes; how fast
-JPEGs are decoded and resized, beside torch's DataLoader; and whether memory stays flat over a million pairs.
+JPEGs are decoded and resized, beside torch's DataLoader; and whether memory stays flat over a million pairs. `step`:
+one step of Diffusion-DPO with random weights, beside the same step in torch and the step that trains a positive and a
+negative module at once.
 """
 
 import sys
@@ -9,8 +11,9 @@ import sys
 from flax_pref.config import run_main
 from sample.bench.common import run_bench
 from train.bench.data import Data, bench_data
+from train.bench.step import Step, bench_step
 
-BENCHES = {Data: bench_data}
+BENCHES = {Data: bench_data, Step: bench_step}
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,40 @@
+"""SPO for SDXL, towards small files.
+
+    python -m train.modules configs/sdxl/spo.py
+
+Draws the prompts of configs/animals.txt and rewards what makes a small JPEG: the reward that needs no network of its
+own. Settings: spo_sdxl_4k-prompts_num-sam-2_3-is_10ep_bs2_gradacc2.py of the authors' code (RockeyCoss/SPO,
+arXiv:2406.04314), which has a preference model for noisy images, 4,000 prompts and a threshold of 0.4; batch and
+steps are our choice.
+
+Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
+
+Not run here. The paper's figures are for its own preference model and cannot be compared.
+"""
+
+from pathlib import Path
+
+from flax_pref.rewards.reward import Weighted
+from flax_pref.training.networks import LoRA
+from flax_pref.training.online import SPO
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.rollouts import RolloutConfig
+from flax_pref.training.sources import OnlineConfig
+from flax_pref.training.trainer import TrainConfig
+
+config = TrainConfig(
+    output=Path("runs/sdxl/spo"),
+    model="stabilityai/stable-diffusion-xl-base-1.0",
+    method=SPO(beta=10.0, pool=2, skip=4, ratio_clip=0.1),
+    online=OnlineConfig(
+        prompts="configs/animals.txt",
+        rewards=(Weighted("compressibility"),),
+        rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=128),
+        size=(1024, 1024),
+    ),
+    lora=LoRA(rank=64),
+    optimizer=OptimizerConfig(learning_rate=1e-5, weight_decay=1e-4),
+    steps=2000,
+    accumulation=16,
+    remat="block",
+)

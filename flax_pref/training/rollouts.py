@@ -1,0 +1,305 @@
+"""Rollouts: minibatches of what the policy itself has drawn, as a source of a run's batches.
+
+What is drawn for a prompt is a function of the seed, the prompt's id and its place in the endless line of prompts, not
+of devices or batches.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_pref.checkpoints.weights import Network, replicated
+from flax_pref.diffusion.sampler import Predict, image_keys
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.solvers import clean_estimate, from_config
+from flax_pref.rewards.decoded import score_gradients, score_latents
+from flax_pref.rewards.reward import Reward
+from flax_pref.training.online import Drawing, Online
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What is drawn, on the host."""
+
+    captions: Sequence[str]
+    """P texts, for the reward."""
+    ids: Sequence[int]
+    """One for each, 0 .. 2^32 - 1; noise is a function of it and of the seed."""
+    text: Any
+    """What the networks are told of the captions: a pytree of arrays `[P, ...]`; see `diffusion.conditioning`."""
+    empty: Any
+    """Of no caption: the same without the leading axis."""
+
+    def __post_init__(self):
+        if not len(self.captions):
+            raise ValueError("online: there are no prompts; expected one or more")
+        for name, leaves in (("ids", [self.ids]), ("text", jax.tree.leaves(self.text))):
+            for leaf in leaves:
+                if len(leaf) != len(self.captions):
+                    raise ValueError(f"online: {len(self.captions)} captions, but {len(leaf)} {name}; expected as many")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of captions and ids."""
+        return hashlib.sha256(json.dumps([list(self.captions), [int(n) for n in self.ids]]).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How much is drawn in an iteration, and how it is divided."""
+
+    prompts: int = 64
+    """Drawn in an iteration, by all hosts together; with fewer prompts than that, some come more than once."""
+    at_once: int = 16
+    """Prompts drawn at a time: it divides `prompts`, and has an effect on time and memory only."""
+    batch_size: int = 64
+    """Examples in a minibatch: steps, of any prompt."""
+    epochs: int = 1
+    """How often an example is used."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"rollouts: {field.name} is {getattr(self, field.name)}; expected 1 or more")
+        if self.prompts % self.at_once:
+            raise ValueError(
+                f"rollouts: at_once is {self.at_once}; expected a number that divides prompts={self.prompts}"
+            )
+
+
+# Of the sequences of numbers that a seed gives.
+_PROMPT_ORDER, _EXAMPLE_ORDER = 0, 1
+
+
+class Rollouts:
+    """Endless minibatches of the policy's own experience.
+
+    Minibatches are what the method's objective takes: arrays `[batch_size, ...]`, whatever the devices. Iterations are
+    numbered from 0; what is drawn in one is a function of its number, the seed and the weights, and the order of its
+    examples of the first two.
+    """
+
+    def __init__(
+        self,
+        method: Online,
+        predict_of: Callable[[Any, Any], Predict],
+        frozen: Any,
+        vae: Network,
+        prompts: Prompts,
+        reward: Reward,
+        scheduler_config: Mapping[str, Any],
+        config: RolloutConfig,
+        *,
+        size: tuple[int, int],
+        seed: int,
+        sharding: NamedSharding | None = None,
+    ):
+        """Nothing is drawn before the first minibatch is asked for.
+
+        Args:
+            method: says what is drawn.
+            predict_of: `(params, frozen) -> Predict`, which knows the method's module; it is called while JAX traces.
+            frozen: weights that are not trained, any pytree of arrays on the devices.
+            vae: the autoencoder; with a sharding, every device gets all of it, and of the reward's weights.
+            prompts: to draw.
+            reward: judges what is drawn.
+            scheduler_config: of the checkpoint.
+            config: how much is drawn.
+            size: height and width of the images in pixels.
+            seed: 0 .. 2^32 - 1.
+            sharding: of the leading axis of experience and minibatches over a mesh; None: one device.
+
+        Raises:
+            ValueError: the method needs gradients that the reward has not, or something cannot be divided so.
+        """
+        if method.needs_gradients and not reward.differentiable:
+            raise ValueError(
+                f"online: {type(method).__name__} with rate={method.rate:g} (TailorPO-G) follows the gradient of the "
+                f"reward, and {reward.name!r} has none; set rate to 0, or take rewards with gradients"
+            )
+        self._method, self._predict_of, self._frozen = method, predict_of, frozen
+        self._prompts, self._config, self._seed, self._sharding = prompts, config, seed, sharding
+        if sharding is not None:
+            vae = replicated(vae, sharding.mesh)
+            reward = jax.device_put(reward, NamedSharding(sharding.mesh, PartitionSpec()))
+        self._vae, self._reward = vae, reward
+        solver = from_config(scheduler_config, method.steps, name="ddim", eta=method.eta)
+        self._solver = jax.tree.map(np.asarray, solver)  # of the host: what all processes know alike
+        self._clean = clean_estimate(NoiseSchedule.from_dict(scheduler_config), self._solver.timesteps)
+        factor = vae.config.downscale_factor
+        if any(side < 1 or side % factor for side in size):
+            raise ValueError(f"online: size is {size}; expected height and width that are multiples of {factor}")
+        self._shape = (size[0] // factor, size[1] // factor, vae.config.latent_channels)
+        self._examples = config.prompts * math.prod(method.examples)
+        if self._examples % config.batch_size:
+            raise ValueError(
+                f"rollouts: batch_size is {config.batch_size}; expected a number that divides the {self._examples} "
+                f"examples of an iteration, {math.prod(method.examples)} of each of {config.prompts} prompts"
+            )
+        for name in ("at_once", "batch_size"):
+            self._check_divisible(name)
+        self._keys = np.asarray(jax.random.key_data(image_keys(seed, prompts.ids)))
+        self._order = {
+            **{"seed": seed, "captions": len(prompts.captions), "fingerprint": prompts.fingerprint},
+            **{"prompts": config.prompts, "batch_size": config.batch_size, "epochs": config.epochs},
+        }
+        self._draw = jax.jit(self._draw_some)
+        self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
+        self._take = jax.jit(self._take_batch, out_shardings=sharding)
+        shapes = {name: (config.prompts, *shape) for name, shape in method.shapes(self._shape).items()}
+        zeros = jax.jit(lambda: {name: jnp.zeros(shape) for name, shape in shapes.items()}, out_shardings=sharding)
+        self._empty = jax.tree.map(np.asarray, prompts.empty)
+        self._step = 0
+        self._experience, self._told = zeros(), None
+
+    def _check_divisible(self, name: str) -> None:
+        count = getattr(self._config, name)
+        try:
+            if self._sharding is not None:
+                self._sharding.shard_shape((count,))
+        except ValueError as error:
+            raise ValueError(
+                f"rollouts: {name} is {count} and cannot be divided over the devices ({error}); choose a multiple"
+            ) from error
+
+    @property
+    def minibatches(self) -> int:
+        """Of an iteration."""
+        return self._examples * self._config.epochs // self._config.batch_size
+
+    def next(self, params: Any) -> dict[str, Any]:
+        """The next minibatch; where an iteration begins, its experience is drawn with these weights first."""
+        iteration, number = divmod(self._step, self.minibatches)
+        if number == 0:
+            self._experience = self._draw_all(params, iteration)
+        if self._told is None or number == 0:
+            self._told = self._told_of(self.prompt_order(iteration))
+        size = self._config.batch_size
+        chosen = self.example_order(iteration)[number * size : (number + 1) * size]
+        index = np.unravel_index(chosen, (self._config.prompts, *self._method.examples))
+        index = self._put([x.astype(np.int32) for x in index])
+        batch = self._take(self._experience, self._told, self._empty, self._solver, index)
+        self._step += 1
+        return batch
+
+    def position(self) -> dict[str, Any]:
+        """Where the next minibatch lies, as JSON can hold it; `arrays` belong to it."""
+        return {"step": self._step, **self._order}
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The current experience, of shapes that do not change; zeros before the first."""
+        return self._experience
+
+    def restore(self, position: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+        """Goes on from a position with its arrays: with the weights of then, the same minibatches follow.
+
+        Raises:
+            ValueError: the position is that of other prompts, another seed or other numbers of them, or is none.
+        """
+        differ = [
+            f"{name} {position.get(name)!r}, now {value!r}"
+            for name, value in self._order.items()
+            if position.get(name) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"online: the saved position is that of another run: {'; '.join(differ)}; go on with the prompts, seed "
+                "and numbers that the run began with"
+            )
+        if not isinstance(position.get("step"), int) or position["step"] < 0:
+            raise ValueError(
+                f"online: the saved position has step {position.get('step')!r}; expected a number of minibatches, 0 or "
+                "more"
+            )
+        self._step, self._experience, self._told = position["step"], dict(arrays), None
+
+    # Order and chance
+
+    def prompt_order(self, iteration: int) -> np.ndarray:
+        """The prompts of an iteration, indices `[prompts]` into all, which are shuffled anew for each time through."""
+        total, own = len(self._prompts.captions), self._config.prompts
+        places = np.arange(iteration * own, (iteration + 1) * own)
+        epochs = {
+            epoch: np.random.default_rng([self._seed, _PROMPT_ORDER, epoch]).permutation(total)
+            for epoch in np.unique(places // total).tolist()
+        }
+        return np.array([epochs[place // total][place % total] for place in places.tolist()])
+
+    def example_order(self, iteration: int) -> np.ndarray:
+        """All examples of an iteration, indices, as often as they are used and shuffled anew each time."""
+        rng = np.random.default_rng([self._seed, _EXAMPLE_ORDER, iteration])
+        return np.concatenate([rng.permutation(self._examples) for _ in range(self._config.epochs)])
+
+    # Drawing
+
+    def _draw_all(self, params: Any, iteration: int) -> dict[str, jax.Array]:
+        numbers, at_once = self.prompt_order(iteration), self._config.at_once
+        places = np.arange(iteration * len(numbers), (iteration + 1) * len(numbers)).astype(np.uint32)
+        parts = []
+        for begin in range(0, len(numbers), at_once):
+            own = slice(begin, begin + at_once)
+            prepared = self._reward.prepare([self._prompts.captions[n] for n in numbers[own]])
+            of_prompts = self._put((self._keys[numbers[own]], places[own], prepared))
+            # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
+            with contextlib.nullcontext() if self._sharding is None else jax.set_mesh(self._sharding.mesh):
+                weights = params, self._frozen, self._vae.params, self._reward
+                parts.append(self._draw(*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts))
+        return self._join(*parts)
+
+    def _draw_some(self, params, frozen, vae_params, reward, solver, text, empty, of_prompts) -> dict[str, jax.Array]:
+        """The experience of some prompts; to be jitted."""
+        key_data, places, prepared = of_prompts
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_data, impl="threefry2x32"), places)
+        vae = self._vae._replace(params=vae_params)
+
+        def judge(of_latents: Callable, latents: jax.Array) -> jax.Array:
+            each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
+            return of_latents(reward, vae, latents, each, sharding=self._sharding)
+
+        drawing = Drawing(
+            predict=self._predict_of(params, frozen),
+            solver=solver,
+            clean=self._clean,
+            keys=keys,
+            text=text,
+            empty=_for_each(empty, text),
+            shape=self._shape,
+            score=partial(judge, score_latents),
+            ascent=partial(judge, score_gradients),
+        )
+        return self._method.draw(drawing)
+
+    def _take_batch(self, experience, text, empty, solver, index) -> dict[str, Any]:
+        """Examples of the experience; to be jitted."""
+        prompts, *_, number = index
+        text = jax.tree.map(lambda x: x[prompts], text)
+        row = jax.tree.map(lambda x: x[number + self._method.skip], solver)
+        examples = self._method.batch(experience, tuple(index))
+        return {**examples, "row": row, "text": text, "empty": _for_each(empty, text)}
+
+    def _told_of(self, numbers: np.ndarray) -> Any:
+        """Conditioning on prompts, `[B, ...]` each, on the devices."""
+        return self._put(jax.tree.map(lambda x: np.asarray(x)[numbers], self._prompts.text))
+
+    def _put(self, arrays: Any) -> Any:
+        """Arrays of numpy, the same on every host, divided over the devices."""
+        if self._sharding is None:
+            return jax.tree.map(jnp.asarray, arrays)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index]), arrays
+        )
+
+
+def _for_each(empty: Any, text: Any) -> Any:
+    """Conditioning on no prompt, for each row of that on prompts."""
+    return jax.tree.map(lambda empty, text: jnp.broadcast_to(empty, text.shape), empty, text)

@@ -1,0 +1,200 @@
+"""`python -m train.modules` as users run it: killed, told to end, on several hosts and on other meshes."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flax_pref.parallel.signals import PREEMPTED
+from tests.training import tiny
+from tests.training.tiny import recorded, saved_arrays, tiny_world
+
+ROOT = Path(__file__).parents[1]
+# A program that makes a few steps is done sooner than it could be made fast.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CONFIG = """
+from pathlib import Path
+
+from tests.training.tiny import tiny_run
+from flax_pref.training.trainer import CheckpointConfig
+
+config = tiny_run(Path({output!r}), Path({world!r}), steps={steps}, checkpoints=CheckpointConfig(every=3))
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def start(*arguments, devices=1):
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def finish(process, status=0):
+    told, errors = process.communicate(timeout=900)
+    assert process.returncode == status, errors[-3000:]
+    return told
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kills and signals
+
+
+def program(folder, world, steps):
+    """The command of a run whose output is `folder`/run."""
+    folder.mkdir()
+    (folder / "config.py").write_text(CONFIG.format(output=str(folder / "run"), world=str(world), steps=steps))
+    return "-m", "train.modules", folder / "config.py"
+
+
+def newest(output):
+    """The newest step with a manifest, or 0."""
+    return max((int(path.parent.name) for path in (output / "checkpoints").glob("*/manifest.json")), default=0)
+
+
+def lines_of(output):
+    return set((output / "metrics.jsonl").read_text().splitlines()) if (output / "metrics.jsonl").exists() else set()
+
+
+def start_and_wait(command, output, step):
+    """A process that has recorded this step, or ended; what one before has left of it does not count."""
+    before, process = lines_of(output), start(*command)
+    while process.poll() is None and not any(f'"step": {step},' in line for line in lines_of(output) - before):
+        time.sleep(0.005)
+    return process
+
+
+def check_the_same(run, undisturbed, steps):
+    ends = [saved_arrays(folder, steps) for folder in (run, undisturbed)]
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        np.testing.assert_array_equal(ends[0][name], ends[1][name], err_msg=name)
+    files = [(folder / "modules" / "dpo.safetensors").read_bytes() for folder in (run, undisturbed)]
+    assert files[0] == files[1]
+    lines = [[(line["step"], line["loss"]) for line in recorded(folder)] for folder in (run, undisturbed)]
+    assert [step for step, _ in lines[0]] == list(range(1, steps + 1)), "each step is recorded once"
+    assert lines[0] == lines[1]
+
+
+def kill_at_random(command, output, times, rng):
+    """How many of these runs were killed at work."""
+    killed = 0
+    for _ in range(times):
+        if rng.random() < 0.75:
+            process = start_and_wait(command, output, newest(output) + 2 + rng.randrange(6))
+            time.sleep(rng.uniform(0, 0.1))
+        else:  # while it begins
+            process = start(*command)
+            time.sleep(rng.uniform(0, 6))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    return killed
+
+
+def test_killed_and_told_to_end_a_run_comes_to_the_weights_of_an_undisturbed_one(tmp_path, world):
+    steps = 150
+    finish(start(*program(tmp_path / "undisturbed", world, steps)))
+    command, output = program(tmp_path / "disturbed", world, steps), tmp_path / "disturbed" / "run"
+    assert kill_at_random(command, output, 2, random.Random(1)) == 2
+
+    process = start_and_wait(command, output, newest(output) + 2)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    told = finish(process, PREEMPTED)
+    assert time.monotonic() - sent < 20
+    assert f"told to end: saved step {newest(output)}; the same command goes on from there" in told
+    assert newest(output) < steps and not (output / "modules").exists()
+    assert recorded(output)[-1]["step"] == newest(output)
+
+    assert f"goes on from step {newest(output)}" in finish(start(*command))
+    check_the_same(output, tmp_path / "undisturbed" / "run", steps)
+
+
+@pytest.mark.long
+def test_killed_at_20_random_moments_a_run_comes_to_the_weights_of_an_undisturbed_one(tmp_path, world):
+    steps = 600
+    finish(start(*program(tmp_path / "undisturbed", world, steps)))
+    command, output = program(tmp_path / "disturbed", world, steps), tmp_path / "disturbed" / "run"
+    assert kill_at_random(command, output, 20, random.Random(0)) == 20
+    finish(start(*command))
+    check_the_same(output, tmp_path / "undisturbed" / "run", steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meshes and hosts. See training/tiny_legs.py.
+
+
+@pytest.fixture(scope="module")
+def legs(world, tmp_path_factory):
+    """A folder with runs of 6 steps: on one mesh, on two, on two hosts, and on one host and two in turn."""
+    folder = tmp_path_factory.mktemp("legs")
+    program = (Path(tiny.__file__).with_name("tiny_legs.py"), world, folder)
+    whole = ("dpo:whole:data=4:6", "modules:whole-modules:data=4:6")
+    meshes = ("dpo:meshes:data=4:3", "dpo:meshes:fsdp=2,tensor=2:6")
+    told = finish(start(*program, *whole, *meshes, "dpo:one-two:data=4:3", devices=4))
+    (folder / "told.txt").write_text(told)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = ("dpo:hosts:data=4:6", "modules:hosts-modules:data=4:6", "dpo:one-two:data=4:6", "dpo:two-one:data=4:3")
+    processes = [start(*program, *hosts, "--hosts", f"{address},2,{i}", devices=2) for i in range(2)]
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    finish(start(*program, "dpo:two-one:data=4:6", devices=4))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["meshes", "hosts", "hosts-modules", "one-two", "two-one"])
+def test_on_other_meshes_and_hosts_a_run_sees_the_same_pairs_and_has_the_same_losses(legs, name):
+    whole = legs / ("whole-modules" if "modules" in name else "whole")
+    rows, expected = (
+        [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        for folder in (legs / name, whole)
+    )
+    assert rows == expected and len(rows) == 6
+    losses, expected = ([line["loss"] for line in recorded(folder)] for folder in (legs / name, whole))
+    assert len(losses) == 6
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    print(f"{name}: largest difference of losses {np.abs(np.subtract(losses, expected)).max():.1e}")
+
+
+def test_on_other_meshes_and_hosts_a_run_comes_to_the_same_weights(legs):
+    whole = saved_arrays(legs / "whole", 6)
+    for name in ("meshes", "hosts", "one-two", "two-one"):
+        found = saved_arrays(legs / name, 6)
+        for path, array in whole.items():
+            np.testing.assert_allclose(found[path], array, rtol=1e-3, atol=1e-4, err_msg=f"{name} {path}")
+
+
+def test_parameters_are_divided_as_the_mesh_says(legs):
+    _, told = (legs / "told.txt").read_text().split("mesh fsdp=2, tensor=2: 4 cpu on 1 host")
+    for name in ("base", "modules", "optimizer"):
+        in_all, per_device = re.search(rf"^{name} .* ([\d.]+) KiB +([\d.]+) KiB$", told, re.MULTILINE).groups()
+        assert float(per_device) < 0.6 * float(in_all), name

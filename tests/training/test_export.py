@@ -1,0 +1,133 @@
+"""What a run writes is read by others, and predicts as the run does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.numpy import load_file
+from tiny import LENGTH, WIDTH, tiny_checkpoint
+
+from flax_pref.checkpoints.diffusers import load_unet
+from flax_pref.checkpoints.modules import load_modules
+from flax_pref.models.bank import Bank, Member
+from flax_pref.training.export import ExportConfig, export_modules, load_exported
+from flax_pref.training.networks import LoRA, trained_networks
+
+MODULES = ("pos", "neg")
+KIND = LoRA(rank=2, alpha=3.0)
+RNG = np.random.default_rng(0)
+LATENTS = RNG.standard_normal((2, 8, 8, 4), np.float32)
+TIMESTEPS = np.array([30, 981], np.int32)
+TEXT = RNG.standard_normal((2, LENGTH, WIDTH), np.float32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_unet(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "sd15", "sd15") / "unet")
+
+
+@pytest.fixture(scope="module")
+def runs(base):
+    """Of both kinds: the networks, and parameters as if they were trained."""
+
+    def run(weights):
+        trained, first = trained_networks(base, MODULES, weights, KIND)
+        rng = np.random.default_rng(1)
+        params = jax.jit(first)(base.params, jax.random.key(0))
+        return trained, jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), params)
+
+    return {weights: run(weights) for weights in ("lora", "full")}
+
+
+def export(folder, base, run, layout="diffusers", dtype="float32"):
+    trained, params = run
+    config = ExportConfig(layout=layout, dtype=dtype)
+    return export_modules(folder, trained, base, base.params, params, KIND, config)
+
+
+@jax.jit
+def predict(bank):
+    latents, text = (jnp.stack([x] * len(MODULES), axis=1) for x in (LATENTS, TEXT))
+    return bank(MODULES, latents, TIMESTEPS, {"encoder_hidden_states": text})
+
+
+def bank_of(guided):
+    networks = {"base": guided.base, **guided.modules}
+    return Bank(tuple(Member(name, network.graphdef, network.params) for name, network in networks.items()))
+
+
+@pytest.fixture(scope="module")
+def expected(base, runs):
+    return {kind: np.asarray(predict(trained.predict(params, base.params))) for kind, (trained, params) in runs.items()}
+
+
+@pytest.mark.parametrize(
+    ("weights", "layout"), [("lora", "diffusers"), ("lora", "kohya"), ("lora", "merged"), ("full", "diffusers")]
+)
+def test_modules_that_are_loaded_predict_as_in_the_run(tmp_path, base, runs, expected, weights, layout):
+    paths = export(tmp_path, base, runs[weights], layout)
+    names = ["pos", "neg"] if weights == "full" or layout == "merged" else ["pos.safetensors", "neg.safetensors"]
+    assert paths == [tmp_path / name for name in names]
+    guided = load_modules(base, dict(zip(MODULES, paths, strict=True)))
+    found = np.asarray(predict(bank_of(guided)))
+    assert np.abs(expected[weights][:, 0] - expected[weights][:, 1]).max() > 0.1
+    np.testing.assert_allclose(found, expected[weights], rtol=1e-3, atol=2e-4)
+
+
+def test_diffusers_reads_full_weights_and_predicts_the_same(tmp_path, base, runs, expected):
+    export(tmp_path, base, runs["full"])
+    for i, name in enumerate(MODULES):
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            latents, timesteps, text = map(torch.from_numpy, (LATENTS.transpose(0, 3, 1, 2).copy(), TIMESTEPS, TEXT))
+            prediction = unet(latents, timesteps, text).sample.numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(prediction, expected["full"][:, i], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_run_begins_with_exported_modules_bit_by_bit(tmp_path, base, runs, weights):
+    trained, params = runs[weights]
+    export(tmp_path, base, runs[weights])
+    loaded = load_exported(tmp_path, trained, base, KIND, params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_modules_of_another_alpha_begin_as_the_same_networks(tmp_path, base, runs):
+    trained, params = runs["lora"]
+    export(tmp_path, base, runs["lora"])
+    loaded = load_exported(tmp_path, trained, base, LoRA(rank=2, alpha=6.0), params)
+
+    def check(path, one, other):
+        # The deltas are B A alpha / rank: with twice the alpha, half the B.
+        np.testing.assert_allclose(one, other / 2 if path[-1].key == "lora_b" else other, rtol=1e-6)
+
+    jax.tree.map_with_path(check, loaded, params)
+
+
+def test_what_does_not_fit_is_named(tmp_path, base, runs):
+    trained, params = runs["lora"]
+    export(tmp_path, base, runs["lora"])
+    rank = LoRA(rank=4)
+    other, first = trained_networks(base, MODULES, "lora", rank)
+    with pytest.raises(ValueError, match="modules of other layers, rank or size"):
+        load_exported(tmp_path, other, base, rank, jax.eval_shape(first, base.params, jax.random.key(0)))
+    (tmp_path / "neg.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neg\.safetensors"):
+        load_exported(tmp_path, trained, base, KIND, params)
+
+
+def test_an_export_takes_the_place_of_the_one_before(tmp_path, base, runs):
+    for weights in ("lora", "full"):
+        trained, params = runs[weights]
+        export(tmp_path, base, (trained, jax.tree.map(jnp.zeros_like, params)))
+        export(tmp_path, base, runs[weights])
+        jax.tree.map(np.testing.assert_array_equal, load_exported(tmp_path, trained, base, KIND, params), params)
+    assert {path.name for path in tmp_path.iterdir()} == {"pos", "neg", "pos.safetensors", "neg.safetensors"}
+
+
+def test_weights_can_be_stored_in_half_the_size(tmp_path, base, runs):
+    export(tmp_path, base, runs["lora"], dtype="float16")
+    kinds = {name: array.dtype for name, array in load_file(tmp_path / "pos.safetensors").items()}
+    assert {kind for name, kind in kinds.items() if "alpha" not in name} == {np.dtype("float16")}

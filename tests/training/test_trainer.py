@@ -1,0 +1,379 @@
+"""Whole runs of tiny networks, in this process; as programs, killed and on several hosts: test_train_modules.py."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import recorded, saved_arrays, tiny_run, tiny_world
+
+from flax_pref.checkpoints.diffusers import load_unet
+from flax_pref.config import UserError
+from flax_pref.data.pipeline import InputConfig
+from flax_pref.data.prepared import PreparedSet
+from flax_pref.diffusion import guidance
+from flax_pref.models.lora import split_lora
+from flax_pref.training import trainer
+from flax_pref.training.export import ExportConfig
+from flax_pref.training.methods import CHATS, SDPO, DiffusionDPO, PositiveNegative
+from flax_pref.training.networks import LoRA
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.records import Recorder
+from flax_pref.training.samples import SampleConfig
+from flax_pref.training.trainer import CheckpointConfig, ProfileConfig, train
+from train import modules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Adapters are pulled to a noisy mean of the batch: a method whose step is compiled at once."""
+
+    strength: float = 1.0
+
+    modules: ClassVar[tuple[str, ...]] = ("pos",)
+    reference: ClassVar[bool] = False
+
+    def objective(self, schedule: Any, empty: Any) -> Callable:
+        return partial(pull, strength=self.strength)
+
+    def rule(self, w: float, guidance_scale: float) -> guidance.Rule:
+        return guidance.pgd(w, guidance_scale, "pos")
+
+
+def pull(predict, batch, key, *, strength):
+    (member,) = predict.members
+    target = batch["winner"].mean() + jax.random.normal(key)
+    loss = strength * sum(jnp.mean((leaf - target) ** 2) for leaf in jax.tree.leaves(split_lora(member.params)[1]))
+    return loss, {"loss": loss}
+
+
+@pytest.fixture(autouse=True)
+def no_peak(monkeypatch):
+    """To measure it takes longer than the runs."""
+    monkeypatch.setattr(trainer, "peak_of", lambda device, dtype: (None, "not measured"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_world(tmp_path_factory.mktemp("world"), "sd15", "sdxl")
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """Makes runs with the method above, in folders of this test."""
+
+    def make(name="run", **changes):
+        return tiny_run(tmp_path / name, world, **{"method": Pull(), "input": InputConfig(batch_size=4)} | changes)
+
+    return make
+
+
+def train_again(config, **changes):
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return config
+
+
+def trained(config, step=None):
+    """Parameters of the adapters in a checkpoint."""
+    arrays = saved_arrays(config.output, step or config.steps)
+    return {name: array for name, array in arrays.items() if ".params" in name}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def checkpoints_of(config):
+    return sorted(int(path.name) for path in (config.output / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run does
+
+
+@pytest.fixture(scope="module")
+def dpo(world, tmp_path_factory):
+    """A run of Diffusion-DPO, with what it printed."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "tell", told.append)
+        config = tiny_run(
+            tmp_path_factory.mktemp("dpo") / "run",
+            world,
+            optimizer=OptimizerConfig(learning_rate=0.01, schedule="cosine", warmup_steps=1),
+            steps=6,
+            checkpoints=CheckpointConfig(every=2, keep=2, keep_every=4),
+            profile=ProfileConfig(first=2, steps=1),
+            export=ExportConfig(every=4),
+        )
+        train(config)
+    return config, "\n".join(told)
+
+
+def test_a_run_says_at_its_start_what_it_takes(dpo):
+    _, told = dpo
+    assert re.search(r"^mesh data=\d+: \d+ cpu on 1 host$", told, re.MULTILINE)
+    assert re.search(r"^ +numbers +in all +per device$", told, re.MULTILINE)
+    for name, numbers in (("base", "12,300"), ("modules", "256"), ("optimizer", "514")):
+        assert re.search(rf"^{name} +{numbers} ", told, re.MULTILINE), told
+    assert re.search(r"^the step was compiled in \d+\.\d s$", told, re.MULTILINE)
+
+
+def test_a_run_leaves_metrics_checkpoints_modules_and_a_profile(dpo):
+    config, _ = dpo
+    lines = recorded(config.output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    expected = {"loss", "accuracy", "winner", "loser", "gradient_norm", "learning_rate", "skipped", "step_seconds"}
+    assert expected | {"pairs_per_second_per_chip", "model_tflops"} <= lines[-1].keys()
+    assert abs(lines[0]["loss"] - np.log(2)) < 1e-3, "adapters begin as the base"
+    np.testing.assert_allclose([line["learning_rate"] for line in lines[:2]], [0.005, 0.01])
+    assert len({line["loss"] for line in lines}) == 6
+    assert json.loads((config.output / "config.json").read_text())["steps"] == 6
+    assert checkpoints_of(config) == [4, 6]
+    assert list((config.output / "profile").rglob("*.xplane.pb"))
+    assert (config.output / "modules" / "step_000004" / "dpo.safetensors").exists()
+    assert any(
+        np.abs(array).max() > 0 for name, array in load_file(config.output / "modules" / "dpo.safetensors").items()
+    )
+
+
+def test_weights_of_sdxl_are_trained_with_adafactor_in_parts_and_their_average_is_written(world, tmp_path):
+    config = tiny_run(
+        tmp_path / "run",
+        world,
+        "sdxl",
+        method=PositiveNegative(train="pos"),
+        weights="full",
+        optimizer=OptimizerConfig(name="adafactor", learning_rate=0.01),
+        accumulation=2,
+        average_decay=0.5,
+        steps=2,
+    )
+    train(config)
+    saved = saved_arrays(config.output, 2)
+    for path, leaf in jax.tree.leaves_with_path(load_unet(config.output / "modules" / "pos").params):
+        average, last = (
+            saved[f"['train'].{part}['pos']{jax.tree_util.keystr(path)}"] for part in ("average", "params")
+        )
+        np.testing.assert_array_equal(leaf, average)
+        assert not np.array_equal(leaf, last)
+    lines = recorded(config.output)
+    assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)
+    # Another run begins with them.
+    begun = train_again(config, output=tmp_path / "next", init_from=config.output / "modules", steps=1)
+    assert recorded(begun.output)[0]["step"] == 1
+
+
+def test_samples_are_of_the_same_noise_and_of_the_networks_as_they_are(run, monkeypatch):
+    drawn = []
+    images = Recorder.images
+    monkeypatch.setattr(
+        Recorder, "images", lambda self, step, x, names: (drawn.append(x.copy()), images(self, step, x, names))
+    )
+    samples = SampleConfig(every=2, prompts=("a cat", "the sea"), steps=2, guidance_scale=3.0)
+    still = run("still", optimizer=OptimizerConfig(learning_rate=1e-30), samples=samples)
+    train(still)
+    assert {path.name for path in (still.output / "samples").iterdir()} == {"000002.png", "000004.png"}
+    moved = run("moved", optimizer=OptimizerConfig(learning_rate=0.3), samples=samples)
+    train(moved)
+    same, again, *others = drawn
+    assert same.shape == (2, 16, 16, 3) and same.dtype == np.uint8
+    assert np.array_equal(same, again)
+    assert not np.array_equal(same[0], same[1])
+    assert not np.array_equal(same, others[0]) and not np.array_equal(*others)
+
+
+def test_the_average_is_what_is_written(run):
+    config = run(average_decay=0.9)
+    train(config)
+    saved = saved_arrays(config.output, 4)
+    averages = np.concatenate([x.ravel() for name, x in saved.items() if ".average" in name and "lora_b" in name])
+    written = load_file(config.output / "modules" / "pos.safetensors")
+    found = np.concatenate([x.ravel() for name, x in written.items() if "lora_B" in name or "up" in name.split(".")])
+    np.testing.assert_allclose(np.sort(found), np.sort(averages))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that go on
+
+
+def test_a_run_goes_on_bit_by_bit_and_can_be_made_longer(run):
+    undisturbed, parted = run("undisturbed", steps=6, average_decay=0.5), run("parted", steps=2, average_decay=0.5)
+    train(undisturbed)
+    for steps in (2, 3, 6):
+        train_again(parted, steps=steps)
+    assert equal(*(saved_arrays(config.output, 6) for config in (undisturbed, parted)))
+    one, other = (recorded(config.output) for config in (undisturbed, parted))
+    assert [line["step"] for line in other] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+    one, other = ((config.output / "modules" / "pos.safetensors").read_bytes() for config in (undisturbed, parted))
+    assert one == other
+
+
+def test_a_finished_run_is_not_trained_again(run, capsys):
+    config = run()
+    train(config)
+    before = recorded(config.output), trained(config)
+    train(config)
+    assert recorded(config.output) == before[0] and equal(trained(config), before[1])
+
+
+def test_a_run_with_changed_settings_is_refused_and_they_are_named(run):
+    config = run()
+    train(config)
+    changes = {
+        "optimizer.learning_rate=0.01, now optimizer.learning_rate=0.02": {
+            "optimizer": OptimizerConfig(learning_rate=0.02)
+        },
+        "method.strength=1.0, now method.strength=2.0": {"method": Pull(strength=2.0)},
+        "lora.rank=2, now lora.rank=4": {"lora": LoRA(rank=4)},
+        "seed=0, now seed=1": {"seed": 1},
+        "input.batch_size=4, now input.batch_size=8": {"input": InputConfig(batch_size=8)},
+    }
+    for message, change in changes.items():
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            train_again(config, **change)
+        assert "--init-from" in str(error.value)
+    # What the steps do not depend on may change.
+    train_again(config, steps=5, record_every=2, samples=SampleConfig(), input=InputConfig(batch_size=4, threads=1))
+
+
+def test_a_run_begins_with_the_modules_of_another_or_with_exported_ones(run):
+    first = run("first")
+    train(first)
+    tiny = {"optimizer": OptimizerConfig(learning_rate=1e-30), "steps": 1}
+    for name, source in (("run", first.output), ("modules", first.output / "modules")):
+        begun = run(f"from {name}", init_from=source, average_decay=0.5, **tiny)
+        train(begun)
+        assert equal(trained(begun), trained(first))
+        averages = {name: x for name, x in saved_arrays(begun.output, 1).items() if ".average" in name}
+        for name, x in averages.items():
+            np.testing.assert_allclose(x, trained(first)[name.replace(".average", ".params")], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        ("nothing", {}, "nothing"),
+        ("first", {"lora": LoRA(rank=4)}, r"saved with .*\[1, \d+, 2\].*; expected the modules, adapters and model"),
+        ("first/modules", {"lora": LoRA(rank=4)}, "modules of other layers, rank or size"),
+        ("first/modules", {"weights": "full"}, "pos"),
+    ],
+)
+def test_what_a_run_cannot_begin_with_is_one_clear_line(run, tmp_path, source, changes, message):
+    train(run("first", steps=1))
+    with pytest.raises((UserError, ValueError, OSError), match=message) as error:
+        train(run(init_from=tmp_path / source, **changes))
+    assert len(str(error.value)) < 1000 and source.split("/")[0] in str(error.value)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_a_run_and_leave_what_was_good(run, monkeypatch):
+    config = run(steps=3, checkpoints=CheckpointConfig(every=1))
+    train(config)
+    good, pair = trained(config), PreparedSet.pair
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedSet, "pair", lambda self, i: pair(self, i) | {"winner": np.nan * pair(self, i)["winner"]})
+        with pytest.raises(FloatingPointError, match=r"10 steps in a row, up to step 13, .*lower optimizer.learning-"):
+            train_again(config, steps=40)
+    newest = checkpoints_of(config)[-1]
+    assert newest < 3 + 10 and equal(trained(config, newest), good)
+    assert not any(line["step"] > 16 for line in recorded(config.output))
+    # With data that is good again the run goes on; or another begins with its weights and other settings.
+    train_again(config, steps=newest + 2)
+    lines = recorded(config.output)
+    assert lines[-1]["step"] == newest + 2 and lines[-1]["skipped_in_a_row"] == 0 and np.isfinite(lines[-1]["loss"])
+    gentle = run("gentle", init_from=config.output, optimizer=OptimizerConfig(learning_rate=1e-5), steps=2)
+    train(gentle)
+    assert np.isfinite(recorded(gentle.output)[-1]["loss"])
+
+
+def test_export_only_writes_the_modules_of_the_newest_checkpoint(run):
+    config = run()
+    with pytest.raises(UserError, match="no checkpoint that is whole; expected one to write modules of"):
+        train_again(config, export_only=True)
+    train(config)
+    file = config.output / "modules" / "pos.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    train_again(config, export_only=True, steps=40)
+    assert file.read_bytes() == before
+    train_again(config, export_only=True, export=ExportConfig(layout="kohya"))
+    assert any(name.startswith("lora_unet_") for name in load_file(file))
+    train_again(config, export_only=True, export=ExportConfig(layout="merged"))
+    assert (config.output / "modules" / "pos" / "config.json").exists()
+    assert checkpoints_of(config) == [4]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiffusionDPO(beta=0.0), "DiffusionDPO: beta is 0.0; expected a positive number"),
+        (lambda: SDPO(mu=2.0), "SDPO: mu is 2.0; expected 0 to 1"),
+        (lambda: CHATS(dropout=1.5), "CHATS: dropout is 1.5; expected 0 to 1"),
+        (lambda: LoRA(rank=0), "lora: rank=0"),
+        (lambda: SampleConfig(every=5), "samples: every=5 with 0 prompts"),
+    ],
+)
+def test_a_number_out_of_range_is_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": InputConfig(batch_size=6), "accumulation": 4}, "cannot be divided into accumulation=4 parts"),
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"average_decay": 1.0}, "average_decay is 1.0"),
+        ({"data": "sdxl-pairs"}, "encode the set with --model"),
+        ({"data": "nowhere"}, "python -m train.encode"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"mesh": "data=3"}, "mesh 'data=3': does not make up"),
+        ({"mesh": "pipeline=2"}, "'pipeline=2' is not understood; expected sizes of data, fsdp and tensor"),
+        ({"output": "a file/run"}, "cannot write into this folder"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_the_right_command_then_runs(run, world, tmp_path, changes, message):
+    (tmp_path / "a file").write_text("")
+    places = {"data": world, "model": world, "output": tmp_path}
+    changed = {name: places[name] / value if name in places else value for name, value in changes.items()}
+    with pytest.raises((UserError, ValueError, OSError), match=re.escape(message)) as error:
+        train_again(run(), **changed)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    written = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert written <= {"settings.json", "config.json"}, "nothing is half written"
+    if "output" not in changes and "data" in changes:
+        train(run(steps=1))
+
+
+def test_a_set_that_cannot_be_divided_over_parts_of_a_mesh_says_which_multiple_fits(run):
+    config = run(input=InputConfig(batch_size=6), accumulation=3)
+    sizes = trainer.Run.__new__(trainer.Run)  # of a mesh larger than this machine's
+    sizes.config, sizes.mesh = config, jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
+    with pytest.raises(ValueError, match="choose a multiple of 12"), sizes.open_source():
+        pass
+
+
+def test_a_flag_that_is_unknown_is_one_line_with_the_one_that_is_meant(world, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from pathlib import Path\nimport sys\nsys.path.insert(0, {str(tmp_path.parent)!r})\n"
+        f"from tiny import tiny_run\nconfig = tiny_run(Path({str(tmp_path / 'run')!r}), Path({str(world)!r}))\n"
+    )
+    with pytest.raises(SystemExit) as exit:
+        modules.main([str(file), "--method.betta", "3"])
+    told = capsys.readouterr().err
+    assert exit.value.code == 2 and told.count("\n") == 1 and "--method.beta" in told
+    assert not (tmp_path / "run").exists()
