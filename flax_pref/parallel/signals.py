@@ -29,6 +29,20 @@ def stopped_by(number: signal.Signals) -> Iterator[Callable[[], bool]]:
         signal.signal(number, before)
 
 
+@contextlib.contextmanager
+def exits_by(number: signal.Signals) -> Iterator[None]:
+    """Work that has nothing to save: the signal ends the program with `PREEMPTED`. To be entered in the main thread."""
+
+    def end(*_):
+        raise SystemExit(PREEMPTED)
+
+    before = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def anywhere(come: bool) -> bool:
     """Whether it has come to any of the processes, which all ask at the same step: so they stop at the same one.
 

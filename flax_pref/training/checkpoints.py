@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 
 from flax_pref.config import UserError
 from flax_pref.files import difference
-from flax_pref.parallel.hosts import wait_for_others
 
 SETTINGS, STATE, MANIFEST = "settings.json", "state", "manifest.json"
 
@@ -48,7 +47,7 @@ class RunCheckpoints:
         keep: int = 3,
         keep_every: int | None = None,
     ):
-        """Creates the folder, or continues it.
+        """Goes on with the folder, or begins it when the first step is saved.
 
         Args:
             folder: of the checkpoints.
@@ -72,7 +71,6 @@ class RunCheckpoints:
         self._saved: int | None = None  # the step that this object has saved or restored last
         self._whole: int | None = None  # the step that `latest` has found
         self._damaged: set[int] = set()  # steps that `latest` has passed over
-        wait_for_others("the folder of the checkpoints is there")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Saving
@@ -101,6 +99,10 @@ class RunCheckpoints:
         self._whole = None
         self._damaged.discard(step)
         if jax.process_index() == 0:
+            if self._unwritten is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write_json(self.folder / SETTINGS, self._unwritten)
+                self._unwritten = None
             self._remove(step)
         self._orbax.save(self._path(step) / STATE, leaves)
         self._saving = step, self._background.submit(self._finish, step, noted)
@@ -212,7 +214,7 @@ class RunCheckpoints:
     def _check_settings(self, now: dict[str, Any]) -> None:
         """Settings of a run that has saved nothing yet may change: it has only failed to begin."""
         file = self.folder / SETTINGS
-        steps = _steps(self.folder) if self.folder.is_dir() else []
+        steps = _steps(self.folder)
         begun = _read_settings(file) if file.exists() else None
         if begun is None and steps and jax.process_index() == 0:
             raise UserError(f"{file}: missing beside checkpoints; restore it, or choose another --output")
@@ -221,9 +223,8 @@ class RunCheckpoints:
                 f"{self.folder}: holds checkpoints of a run with {difference(_flat(begun), _flat(now))}: repeat "
                 "these settings, or choose another --output and begin anew from those weights with --init-from"
             )
-        if begun != now and jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(file, now)
+        # They are written with the first step: a run that fails to begin leaves nothing behind.
+        self._unwritten = now if begun != now else None
 
     def close(self) -> None:
         """Ends when the last step is safe.
@@ -258,7 +259,7 @@ def read_part(folder: str | os.PathLike, path: str, like: Any) -> Any:
     """
     folder = _absolute(folder)
     whole = -1
-    if jax.process_index() == 0 and folder.is_dir():
+    if jax.process_index() == 0:
         whole = next((step for step in reversed(_steps(folder)) if _damage(folder / str(step)) is None), -1)
     whole = _of_first_process(whole)
     if whole < 0:
@@ -292,7 +293,7 @@ def _absolute(folder: str | os.PathLike) -> epath.Path:
 
 def _steps(folder: epath.Path) -> list[int]:
     """All steps with a folder, whole or not, in ascending order."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def _damage(folder: epath.Path) -> str | None:

@@ -36,7 +36,7 @@ from flax_pref.models.unet import Remat, UNetConfig
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
-from flax_pref.parallel.signals import PREEMPTED, StopTogether, stopped_by
+from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.reward import make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported
@@ -183,17 +183,20 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError, ValueError, OSError: what the config asks for cannot be had.
         FloatingPointError: too many steps in a row were not finite.
-        SystemExit: with `PREEMPTED`, after SIGTERM, when the run is saved.
+        SystemExit: with `PREEMPTED`, after SIGTERM; what has been trained is saved.
     """
     if jax.process_index() == 0:
         check_output_folder(config.output)
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
-    with RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints:
+    with (
+        exits_by(signal.SIGTERM),
+        RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints,
+    ):
         run = Run(config, checkpoints)
-        if jax.process_index() == 0:
-            dump_config(config, config.output / "config.json")
         with run.open_source() as source:
             state, first = run.begin(source)
+            if jax.process_index() == 0:
+                dump_config(config, config.output / "config.json")
             if config.export_only and first == 0:
                 raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")
             if first < config.steps and not config.export_only:
