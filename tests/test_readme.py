@@ -46,7 +46,11 @@ SMALL_TRAINING = (
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
-    "make demo": "make demo ARGS='--pairs 256 --w-cpgd 1 2 --quick --output {tmp}/demo'",
+    "make demo": (
+        "make demo ARGS='--pairs 16 --w-cpgd 1 2 --w-pgd 1 --sampling-steps 2 --batch-size 8 --dpo.steps 2"
+        " --dpo.batch-size 4 --positive-negative.steps 2 --positive-negative.batch-size 4 --validation-prompts 8"
+        " --held-out-prompts 8 --train-prompts 8 --output {tmp}/demo'"
+    ),
     "make test": "make test --dry-run",  # these tests are what it runs
     (
         ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "

@@ -92,9 +92,9 @@ def trained_networks(
 
     if weights == "full":
         return Trained(modules, base.graphdef, weights), copies
-    graphdef = nnx.eval_shape(lambda: _module(adapted(base.params, jax.random.key(0))))
-    return Trained(modules, nnx.graphdef(graphdef), weights), new_adapters
 
+    def adapted_module(params):
+        network = adapted(params, jax.random.key(0))
+        return nnx.merge(network.graphdef, network.params)
 
-def _module(network: Network) -> nnx.Module:
-    return nnx.merge(network.graphdef, network.params)
+    return Trained(modules, nnx.graphdef(nnx.eval_shape(adapted_module, base.params)), weights), new_adapters

@@ -20,17 +20,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from flax_pref.checkpoints.weights import Network, with_attention
+from flax_pref.checkpoints.weights import with_attention, with_remat
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.files import read_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.lora import BASE, select_lora, split_lora
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
-from flax_pref.models.unet import Remat, UNetConfig, set_remat
+from flax_pref.models.unet import Remat, UNetConfig
 from flax_pref.objectives.denoising import draw_noise
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.training.methods import DiffusionDPO, PositiveNegative
@@ -251,13 +250,6 @@ def pairs(family: Family, batch_size: int, size: int) -> dict[str, Any]:
     if time_ids is not None:
         batch["time_ids"] = time_ids.reshape(batch_size, 2, -1)
     return batch
-
-
-def with_remat(network: Network, remat: Remat) -> Network:
-    """The UNet with what it computes again in the backward pass; see `models.unet.set_remat`."""
-    unet = nnx.merge(network.graphdef, network.params)
-    set_remat(unet, remat)
-    return network._replace(graphdef=nnx.graphdef(unet))
 
 
 def prepare(bench: Step, name: str) -> Prepared:
