@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from training.tiny import tiny_checkpoint, tiny_set
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
@@ -39,10 +40,7 @@ SMALL_ENCODE = (
     "train.encode configs/sd15/encode_pick_a_pic.py --source.path {tmp}/pairs --model demo --encoding.size 64 64"
     " --output {tmp}/prepared"
 )
-SMALL_TRAINING = (
-    "{python} -m train.modules configs/demo/modules.py --data {tmp}/prepared --output {tmp}/run --steps 2"
-    " --input.batch-size 4"
-)
+SMALL_TRAINING = " --model {tmp}/tiny --data {tmp}/tiny_pairs --output {tmp}/run --steps 2 --input.batch-size 4"
 
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
@@ -73,10 +71,12 @@ COMMANDS = {
     ),
     f"{ENCODE} --source.path /data/pickapic_v2": f"{{python}} -m {SMALL_ENCODE}",
     f"{ENCODE} --source.path /data/pickapic_v2 --inspect 32": f"{{python}} -m {SMALL_ENCODE} --inspect 32",
-    ".venv/bin/python -m train.modules configs/demo/modules.py": f"{{python}} -m {SMALL_ENCODE} && {SMALL_TRAINING}",
+    ".venv/bin/python -m train.modules configs/demo/modules.py": (
+        f"{{python}} -m train.modules configs/demo/modules.py {SMALL_TRAINING}"
+    ),
     ".venv/bin/python -m train.modules configs/sd15/dpo.py": (
-        f"{{python}} -m {SMALL_ENCODE} && {SMALL_TRAINING.replace('demo/modules', 'sd15/dpo')}"
-        " --model demo --mesh data=1 --accumulation 2 --optimizer.warmup-steps 1"
+        f"{{python}} -m train.modules configs/sd15/dpo.py {SMALL_TRAINING} --mesh data=1 --accumulation 2"
+        " --optimizer.warmup-steps 1"
     ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
@@ -107,6 +107,9 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
     save_pairs(tmp_path / "pairs" / "train-00000-of-00001.parquet")
+    if "train.modules" in command:
+        tiny_checkpoint(tmp_path / "tiny", "sd15")
+        tiny_set(tmp_path / "tiny_pairs", "sd15")
     shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)

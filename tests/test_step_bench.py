@@ -43,6 +43,7 @@ def test_a_step_of_dpo_is_that_of_torch_and_stands_beside_both_modules_at_once(t
     assert told["torch"]["memory_ratio_to_torch"] == pytest.approx(memory, rel=0.01)
 
 
+@pytest.mark.long
 def test_all_weights_are_trained_with_blocks_that_are_computed_again(tmp_path, capsys):
     flags = ("--adapters", "full", "--objective", "positive_negative", "--remat", "block", "--batch-size", 2)
     told = figures(tmp_path, capsys, *flags)

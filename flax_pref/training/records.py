@@ -23,14 +23,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from flax_pref.config import UserError
 from flax_pref.evaluation.grid import image_grid
 from flax_pref.files import replacing
+from flax_pref.training.tensorboard import Event, EventsWriter, SessionLog, Summary
 
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
 

@@ -178,7 +178,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(solver):
     together = draw(rows, solver)
     alone = draw(rows, solver, IDS[:1], TEXT[:1])
     padded = draw(rows, solver, [IDS[2], IDS[1], IDS[1]], TEXT[[2, 1, 1]])
-    np.testing.assert_allclose(together, np.concatenate([alone, padded[[1, 0]]]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(together, np.concatenate([alone, padded[[1, 0]]]), rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_depends_on_its_seed_and_prompt_id():

@@ -49,7 +49,7 @@ def compiled() -> dict:
 
 @pytest.fixture(scope="module")
 def found():
-    flags = f"--xla_force_host_platform_device_count={max(DEVICES)}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
     command = [sys.executable, "-W", "error", __file__]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]

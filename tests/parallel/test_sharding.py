@@ -177,7 +177,7 @@ def begun(step: tiny_step.Step, tx: optax.GradientTransformation) -> list[str]:
 
 @pytest.fixture(scope="module")
 def report():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-W", "error", __file__]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
