@@ -9,8 +9,8 @@ from pathlib import Path
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and processes that tests start, find these settings there
         return
-    # Most of the time of these tests goes into compiling small networks: a third of it without LLVM's optimisations and
-    # XLA's own code for fusions, which make nothing faster that is as small as this.
+    # Most of the time of these tests goes into compiling small networks. Without LLVM's optimisations and XLA's own
+    # code for fusions that takes a third of it; what is compiled is up to twice as slow, which is little here.
     quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     folder = tempfile.mkdtemp(prefix="compiled-")

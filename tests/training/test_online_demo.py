@@ -84,7 +84,7 @@ METHODS = {
 
 
 # Each compiles the UNet several times, for half a minute; `test_online` has all methods with tiny networks.
-@pytest.mark.long  # with tiny networks test_online.py and test_configs.py show the same
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_an_iteration_of_every_method_gives_a_loss_that_can_be_learned_from(name):
     run = Run(METHODS[name](steps=3, guidance_scale=S), 2, RolloutConfig(prompts=2, at_once=2, batch_size=2))
