@@ -49,6 +49,8 @@ def fit(
     step = jax.jit(make_step(on_its_own, optimizer, average_decay=average_decay), donate_argnums=0)
     # Donation destroys what it is given; the caller keeps its own copy.
     state = new_state(jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed), averaged=True)
+    # Where the first step leaves it: otherwise JAX would compile the second step anew.
+    state = jax.device_put(state, jax.local_devices()[0])
     history = []
     with tqdm(total=steps, desc=label, unit="step") as progress:
         for index, batch in zip(range(steps), batches, strict=False):
