@@ -134,7 +134,7 @@ def test_killed_and_told_to_end_a_run_comes_to_the_weights_of_an_undisturbed_one
 
 @pytest.mark.long
 def test_killed_at_20_random_moments_a_run_comes_to_the_weights_of_an_undisturbed_one(tmp_path, world):
-    steps = 600
+    steps = 3000  # enough for twenty kills on a fast machine
     finish(start(*program(tmp_path / "undisturbed", world, steps)))
     command, output = program(tmp_path / "disturbed", world, steps), tmp_path / "disturbed" / "run"
     assert kill_at_random(command, output, 20, random.Random(0)) == 20
