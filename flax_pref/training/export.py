@@ -25,7 +25,8 @@ class ExportConfig:
 
     layout: Literal["diffusers", "kohya", "merged"] = "diffusers"
     """Of LoRA modules: files for diffusers and PEFT, or for kohya's programs, ComfyUI and A1111; or merged into the
-    base, each a UNet folder of diffusers, which is what modules with weights of their own always are."""
+    base, each a UNet folder of diffusers, which is what modules with weights of their own always are. A base that is
+    kept in bfloat16 while training is merged in that: for full precision merge the files, see `merge_lora_network`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the stored weights."""
     every: int | None = None
