@@ -231,8 +231,8 @@ DEMO = ("--model", "demo", "--prompt", "a")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "no/such/model", "--prompt", "a"), "no/such/model: no such folder"),
-        (("--model", "owner/name", "--prompt", "a"), "owner/name: no such folder, the Hub cannot be reached"),
+        (("--model", "no/such/model", "--prompt", "a"), "no/such/model: no such file or folder"),
+        (("--model", "owner/name", "--prompt", "a"), "owner/name: no such file or folder, the Hub cannot be reached"),
         (("--model", "flax_pref/demo", "--prompt", "a"), "flax_pref/demo/model_index.json: no such file; expected a"),
         (("--model", "README.md", "--prompt", "a"), "README.md: may hold code"),
         ((*DEMO, "--step", "3"), "perhaps you meant --steps"),

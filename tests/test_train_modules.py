@@ -20,6 +20,8 @@ from tests.training import tiny
 from tests.training.tiny import recorded, saved_arrays, tiny_world
 
 ROOT = Path(__file__).parents[1]
+# A program that makes a few steps is done sooner than it could be made fast.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CONFIG = """
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def world(tmp_path_factory):
 
 
 def start(*arguments, devices=1):
-    environment = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = {"PYTHONPATH": str(ROOT)}
+    if devices > 1:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     # Into files, for a pipe that nobody reads stops a process when it is full.
     outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
     process = subprocess.Popen(

@@ -1,11 +1,18 @@
 """Where a checkpoint lies: a folder as it is, the one in this package, or a repository of the Hub, downloaded once."""
 
 import re
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -28,14 +35,6 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     name = str(path_or_id)
     if name == DEMO:
         return Path(str(resources.files("flax_pref.demo") / "base"))
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
-    if not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(
-            f"{name}: no such folder, and not the id of a Hub repository (owner/name); expected a folder in the layout "
-            "of diffusers"
-        )
     suffix = f".{variant}" if variant else ""
     weights = [
         pattern
@@ -49,15 +48,46 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
         )
     ]
     settings = ["model_index.json", "*/*.json", "tokenizer*/merges.txt"]
+    return find_files(path_or_id, settings + weights)
+
+
+def find_files(path_or_id: str | Path, patterns: Sequence[str]) -> Path:
+    """The path, where there is something, else the folder of those files of a Hub repository that match the patterns.
+
+    Raises:
+        FileNotFoundError: it is neither, or it can be neither reached nor found in the cache.
+    """
+    path, name = Path(path_or_id).expanduser(), str(path_or_id)
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{name}: no such file or folder, and not the id of a Hub repository (owner/name)")
+    return _downloaded(name, lambda: snapshot_download(name, allow_patterns=list(patterns)))
+
+
+def find_file(repository: str, name: str) -> Path:
+    """A file of a Hub repository, downloaded once.
+
+    Raises:
+        FileNotFoundError: it can be neither reached nor found in the cache.
+    """
+    return _downloaded(f"{repository}/{name}", lambda: hf_hub_download(repository, name))
+
+
+def _downloaded(name: str, download: Callable[[], str]) -> Path:
+    nowhere = f"{name}: no such file or folder"
+    unreachable = (
+        f"{nowhere}, the Hub cannot be reached, and its cache does not hold it; connect to the network, or give the "
+        "path of what has been downloaded"
+    )
     try:
-        return Path(snapshot_download(name, allow_patterns=settings + weights))
-    except (RepositoryNotFoundError, HFValidationError) as error:
+        return Path(download())
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(unreachable) from error
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
         # The Hub answers so for private repositories too.
         raise FileNotFoundError(
-            f"{name}: no such folder, and no such repository on the Hub, or one that needs a login (hf auth login)"
+            f"{nowhere}, and nothing of this name on the Hub, or it needs a login (hf auth login)"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such folder, the Hub cannot be reached, and its cache does not hold the repository; connect "
-            "to the network, or give the path of a downloaded folder"
-        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(unreachable) from error

@@ -4,11 +4,13 @@ The modules of `flax_pref.models` carry the attribute names of the published wei
 leaf names, transpositions, old names. Weights pass one by one, so a network never lies in host memory twice.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,13 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
 from flax_pref.files import new_folder, read_json, write_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
-from flax_pref.models.unet import Remat, UNet2DCondition, UNetConfig, set_attention, set_remat
+from flax_pref.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionModel
+from flax_pref.models.remat import Remat, set_remat
+from flax_pref.models.unet import UNet2DCondition, UNetConfig, set_attention
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 
 LAYOUT = "a folder in the layout of diffusers"
@@ -54,14 +59,14 @@ def with_attention(network: Network, kernel: Kernel) -> Network:
 
 
 def with_remat(network: Network, remat: Remat) -> Network:
-    """A UNet that keeps less for the backward pass; see `models.unet.set_remat`.
+    """A network that keeps less for the backward pass; see `models.remat.set_remat`.
 
     Raises:
         ValueError: there is no such policy.
     """
-    unet = nnx.merge(network.graphdef, network.params)
-    set_remat(unet, remat)
-    return network._replace(graphdef=nnx.graphdef(unet))
+    module = nnx.merge(network.graphdef, network.params)
+    set_remat(module, remat)
+    return network._replace(graphdef=nnx.graphdef(module))
 
 
 def replicated(network: Network, mesh: jax.sharding.Mesh | None) -> Network:
@@ -75,7 +80,10 @@ def replicated(network: Network, mesh: jax.sharding.Mesh | None) -> Network:
 # ----------------------------------------------------------------------------------------------------------------------
 # The mapping
 
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAF_NAMES = {
+    **{"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"},
+    **{name: name for name in ("class_embedding", "logit_scale", "cls_token", "pos_embed")},
+}
 # Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 STORED_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -92,6 +100,9 @@ class Component:
         stem: name of its weight files.
         old_names: (pattern, replacement) pairs that turn names of older or newer files into those of our modules.
         ignored: pattern of stored names that are no weights.
+        torch_stem: name of its weight files where torch has written them, read by `checkpoints.torch_files`; None: such
+            files are refused.
+        described_by: what says of which sizes the network is, for messages.
         compute_dtype: what a network computes in, from its config and the dtype that is asked for.
     """
 
@@ -101,7 +112,26 @@ class Component:
     stem: str
     old_names: tuple[tuple[str, str], ...] = ()
     ignored: str = r"$^"
+    torch_stem: str | None = None
+    described_by: str = "config.json"
     compute_dtype: Callable[[Any, Any], Any] = lambda config, dtype: dtype
+
+    def abstract(self, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
+        """A network with shapes in place of weights; arguments as in `load_network`.
+
+        Raises:
+            ValueError: fields of the config contradict each other.
+        """
+        kinds = {
+            "dtype": self.compute_dtype(config, dtype),
+            "param_dtype": dtype if param_dtype is None else param_dtype,
+        }
+        try:
+            module = nnx.eval_shape(lambda: self.module(config, **kinds, rngs=nnx.Rngs(params=0)))
+        except (TypeError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"{type(config).__name__}: describes no network that can be built ({error})") from error
+        graphdef, state = nnx.split(module)
+        return Network(config, graphdef, nnx.to_pure_dict(state))
 
 
 def _vae_dtype(config: VAEConfig, dtype) -> Any:
@@ -138,7 +168,21 @@ COMPONENTS = {
         old_names=((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
         ignored=r"\.position_ids$",
     ),
+    "clip": Component(
+        config=CLIPConfig,
+        module=CLIPModel,
+        library=lambda config: ("transformers", "CLIPModel"),
+        stem="model",
+        torch_stem="pytorch_model",
+        ignored=r"\.position_ids$",
+    ),
 }
+# The part of a CLIP folder that embeds images.
+COMPONENTS["clip_vision"] = dataclasses.replace(
+    COMPONENTS["clip"],
+    module=CLIPVisionModel,
+    ignored=r"\.position_ids$|^text_model\.|^text_projection\.|^logit_scale$",
+)
 
 
 def to_stored(params: Mapping) -> dict[str, np.ndarray]:
@@ -179,23 +223,54 @@ def _from_torch_axes(leaf: str, array: np.ndarray) -> np.ndarray:
 # Reading
 
 
-def abstract_network(kind: str, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
-    """A network with shapes in place of weights; arguments as in `load_network`.
+class Tensors(Protocol):
+    """The weights of an open file, one of safetensors or of torch; a context manager."""
+
+    def keys(self) -> Iterable[str]:
+        """Their names."""
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """One of them."""
+
+
+class TorchTensors(contextlib.nullcontext):
+    """`Tensors` of a flat dictionary that `read_torch_file` has read."""
+
+    def __init__(self, file: Path, tensors: Any):
+        super().__init__(self)
+        if not isinstance(tensors, dict) or not all(isinstance(value, StoredTensor) for value in tensors.values()):
+            raise ValueError(f"{file}: holds other than weights by name; expected the state dict of a network")
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        """The names of the weights."""
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The weight of this name."""
+        return self._tensors[name].read()
+
+
+def open_tensors(file: Path) -> Tensors:
+    """Opens a file of weights, of safetensors or, by its other suffix, of torch.
 
     Raises:
-        ValueError: fields of the config contradict each other.
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged.
     """
-    component = COMPONENTS[kind]
-    kinds = {
-        "dtype": component.compute_dtype(config, dtype),
-        "param_dtype": dtype if param_dtype is None else param_dtype,
-    }
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing, although the shard index of its folder names it; download it again")
+    if file.suffix != ".safetensors":
+        return TorchTensors(file, read_torch_file(file))
     try:
-        module = nnx.eval_shape(lambda: component.module(config, **kinds, rngs=nnx.Rngs(params=0)))
-    except (TypeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{type(config).__name__}: describes no network that can be built ({error})") from error
-    graphdef, state = nnx.split(module)
-    return Network(config, graphdef, nnx.to_pure_dict(state))
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
+
+
+def abstract_network(kind: str, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
+    """See `Component.abstract`; kind as in `load_network`."""
+    return COMPONENTS[kind].abstract(config, dtype, param_dtype=param_dtype)
 
 
 def load_network(
@@ -210,7 +285,7 @@ def load_network(
     """Reads a component folder.
 
     Args:
-        kind: "unet", "vae" or "text_encoder".
+        kind: "unet", "vae", "text_encoder", "clip" or "clip_vision".
         folder: contains config.json and the weights.
         dtype: what the network computes in.
         param_dtype: what its parameters are kept in; None: as `dtype`.
@@ -228,37 +303,58 @@ def load_network(
         network = abstract_network(kind, component.config.from_dict(values), dtype, param_dtype=param_dtype)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
-    _fill(network.params, folder, component, variant, place)
+    fill(network.params, component, _weight_files(folder, component, variant), folder, place)
     return network
 
 
-def _fill(params: dict, folder: Path, component: Component, variant: str | None, place: Placement | None) -> None:
-    """Replaces the shapes in `params` by the stored weights, one tensor at a time."""
+def fill(
+    params: dict,
+    component: Component,
+    files: Mapping[str, Path],
+    folder: Path,
+    place: Placement | None = None,
+    *,
+    open_file: Callable[[Path], Tensors] = open_tensors,
+) -> None:
+    """Replaces the shapes in `params` by the stored weights, one tensor at a time.
+
+    Args:
+        params: of an abstract network; changed in place.
+        component: how the network is stored.
+        files: the file of each stored weight.
+        folder: of the files, or the only one.
+        place: as in `load_network`.
+        open_file: gives the weights of one.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a weight is missing, has no place or is not what the network needs.
+    """
     wanted = {_stored_name(path): (path, leaf) for path, leaf in _flatten(params)}
     stored = {}  # name in our modules -> (file, name in the file)
-    for name, file in _weight_files(folder, component.stem, variant).items():
+    for name, file in files.items():
         if not re.search(component.ignored, name):
             stored[_current_name(name, component)] = (file, name)
     source = folder if len({file for file, _ in stored.values()}) > 1 else next(iter(stored.values()), [folder])[0]
     if missing := sorted(wanted.keys() - stored.keys()):
         raise ValueError(
-            f"{source}: no weight {missing[0]!r} ({_count(missing)} missing); config.json describes a network that has "
-            "it: check that config and weights belong together"
+            f"{source}: no weight {missing[0]!r} ({_count(missing)} missing); {component.described_by} describes a "
+            "network that has it: check that config and weights belong together"
         )
     if surplus := sorted(stored.keys() - wanted.keys()):
         raise ValueError(
             f"{source}: weight {stored[surplus[0]][1]!r} ({_count(surplus)} too many) has no place in the network that "
-            "config.json describes: check that config and weights belong together"
+            f"{component.described_by} describes: check that config and weights belong together"
         )
     for file in sorted({file for file, _ in stored.values()}):
         names = {there: name for name, (holder, there) in stored.items() if holder == file}
-        for there, array in _read_tensors(file, list(names)):
+        for there, array in _read_tensors(open_file, file, list(names)):
             path, abstract = wanted[names[there]]
             shape = _to_torch_axes(path[-1], np.broadcast_to(0, abstract.shape)).shape
             if array.shape != shape:
                 raise ValueError(
-                    f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from config.json: "
-                    "check that config and weights belong together"
+                    f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from "
+                    f"{component.described_by}: check that config and weights belong together"
                 )
             array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
             _set(params, path, _put(array, place and place(path, abstract.shape)))
@@ -273,14 +369,16 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
 REOPEN_AFTER = 256 * 2**20  # bytes
 
 
-def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_tensors(
+    open_file: Callable[[Path], Tensors], file: Path, names: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file, one by one.
 
     The file is mapped into memory, and what has been read of it stays there until it is closed: it is opened anew now
     and then, or a file of 10 GB would take 10 GB beside the weights.
     """
     while names:
-        with _open(file) as tensors:
+        with open_file(file) as tensors:
             size = 0
             while names and size < REOPEN_AFTER:
                 name = names.pop(0)
@@ -318,13 +416,18 @@ def _set(params: dict, path: tuple, value: jax.Array) -> None:
     params[path[-1]] = value
 
 
-def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[str, Path]:
+def _weight_files(folder: Path, component: Component, variant: str | None) -> dict[str, Path]:
     """The file that holds each stored weight: one file, or shards with an index."""
-    for suffix in ("", ".fp16") if variant is None else (f".{variant}",):
-        if (file := folder / f"{stem}{suffix}.safetensors").is_file():
-            with _open(file) as tensors:
+    stem = component.stem
+    kinds = [(stem, "safetensors")]
+    if component.torch_stem is not None:
+        kinds.append((component.torch_stem, "bin"))
+    suffixes = ("", ".fp16") if variant is None else (f".{variant}",)
+    for (name, kind), suffix in itertools.product(kinds, suffixes):
+        if (file := folder / f"{name}{suffix}.{kind}").is_file():
+            with open_tensors(file) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
-        if (index := folder / f"{stem}.safetensors.index{suffix}.json").is_file():
+        if (index := folder / f"{name}.{kind}.index{suffix}.json").is_file():
             shards = read_json(index, expected="the index of a network in shards").get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise ValueError(
@@ -335,7 +438,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[str, Pat
     found = sorted(path.name for path in folder.iterdir())
     expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"
     advice = "download the folder again, or with another variant if that is all there is (variant='fp16')"
-    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in found):
+    if component.torch_stem is None and any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in found):
         advice = (
             "weights in pickle files are refused, because reading one can run any code it holds; where you trust it, "
             "convert it with diffusers: from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
@@ -343,15 +446,6 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[str, Pat
     raise FileNotFoundError(
         f"{folder}: no weights; expected {expected}, found {', '.join(found) or 'nothing'}; {advice}"
     )
-
-
-def _open(file: Path) -> safe_open:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing, although the shard index of its folder names it; download it again")
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,7 +492,7 @@ def save_network(network: Network, folder: str | Path, *, dtype=jnp.float32, sha
         for file, names in zip(files, shards, strict=True):
             # safetensors writes the bytes of a transposed array in the wrong order without complaint.
             tensors = {
-                name: np.ascontiguousarray(_to_torch_axes(leaves[name][0], np.asarray(leaves[name][1])), dtype)
+                name: np.asarray(_to_torch_axes(leaves[name][0], np.asarray(leaves[name][1])), dtype, order="C")
                 for name in names
             }
             save_file(tensors, unfinished / file, metadata={"format": "pt"})

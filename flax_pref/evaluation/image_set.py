@@ -42,11 +42,12 @@ Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
 ON_SHEET = 64  # images
 
-_SCHEMA = pa.schema(
+MANIFEST_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.int64()),
         ("prompt", pa.string()),
         ("group", pa.string()),
+        ("record", pa.string()),
         ("seed", pa.int64()),
         ("settings", pa.string()),
         ("model_sha256", pa.string()),
@@ -427,6 +428,7 @@ class ImageSet:
             "prompt_id": [int(prompt.id) for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
             "group": [prompt.group for prompt in prompts],
+            "record": [json.dumps(dict(prompt.record)) for prompt in prompts],
             "seed": [int(item.seed) for item in self._items],
             "settings": [json.dumps(self._settings)] * len(rows),
             "model_sha256": [self._settings.get("model_sha256")] * len(rows),
@@ -434,7 +436,7 @@ class ImageSet:
             **{name: [getattr(row, name) for row in rows] for name in _Row._fields[1:]},
         }
         file = io.BytesIO()
-        pq.write_table(pa.table(columns, _SCHEMA), file)
+        pq.write_table(pa.table(columns, MANIFEST_SCHEMA), file)
         return file.getvalue()
 
     def _put_tar(self, file: str, indices: Iterable[int], images: Iterator[bytes]) -> dict[int, int]:

@@ -1,4 +1,10 @@
-"""Paired statistics: two methods drew an image of each prompt from the same noise, and every prompt counts once."""
+"""Paired statistics: methods drew images of each prompt from the same noise, and every prompt counts once.
+
+What is resampled and tested is the prompt: images of one prompt, from several seeds, are averaged first
+(`cluster_means`), as they are not independent of one another.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,26 +29,109 @@ def gains(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 
 def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """1 where a prompt's score beats the baseline's, 0.5 for a tie, else 0: float64 `[N]`; errors as in `gains`."""
-    return (np.sign(gains(scores, baseline)) + 1) / 2
+    return won(gains(scores, baseline))
+
+
+def won(differences: np.ndarray) -> np.ndarray:
+    """1 for positive differences, 0.5 for 0, 0 for negative ones; of any shape."""
+    return (np.sign(differences) + 1) / 2
+
+
+def cluster_means(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Means over the rows of each cluster.
+
+    Args:
+        values: `[N, K]`, N at least 1.
+        clusters: `[N]`, the number (from 0 on) of the cluster that a row belongs to, e.g. its prompt.
+
+    Returns:
+        float64 `[C, K]`, in the order of the C different numbers.
+    """
+    sums, sizes = _cluster_sums(values, clusters)
+    return sums / sizes[:, None]
+
+
+def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(clusters, kind="stable")
+    starts = np.flatnonzero(np.diff(np.asarray(clusters)[order], prepend=-1))
+    sums = np.add.reduceat(np.asarray(values, np.float64)[order], starts, axis=0)
+    return sums, np.diff(starts, append=len(order))
 
 
 def bootstrap_interval(
     values: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over prompts (Efron, 1979).
+    """`bootstrap_intervals` of one quantity: values `[N]`, one per prompt."""
+    columns = np.asarray(values, np.float64)[:, None]
+    low, high = bootstrap_intervals(columns, resamples=resamples, confidence=confidence, seed=seed)[:, 0]
+    return float(low), float(high)
+
+
+def bootstrap_intervals(
+    values: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> np.ndarray:
+    """Percentile bootstrap intervals of means over prompts (Efron, 1979).
+
+    All quantities share the resamples: how often each prompt was drawn, times the values, is one matrix product.
 
     Args:
-        values: `[N]`, one per prompt.
+        values: `[N, K]`, K quantities of each prompt.
         resamples: number of samples of N prompts, drawn with replacement.
         confidence: share of the resampled means within the interval.
         seed: of the resampling.
+
+    Returns:
+        Lower and upper ends, float64 `[2, K]`.
     """
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    # In parts, so that tens of thousands of prompts fit into memory.
-    part = max(1, 2**24 // len(values))
-    means = [
-        values[rng.integers(len(values), size=(min(part, resamples - start), len(values)))].mean(axis=1)
-        for start in range(0, resamples, part)
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    count, centre = len(values), values.mean(axis=0)
+    centred = values - centre  # so that what is the same for all prompts has an interval of width 0, without rounding
+    # In parts, so that tens of thousands of prompts fit into memory; of few parts, as threads meet after each product.
+    part = max(1, 2**21 // count)
+    sums = []
+    for start in range(0, resamples, part):
+        drawn = rng.integers(count, size=(min(part, resamples - start), count))
+        places = drawn + count * np.arange(len(drawn))[:, None]
+        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        sums.append(counts.astype(np.float64) @ centred)
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    return centre + np.quantile(np.concatenate(sums) / count, ends, axis=0)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of the sign test: how likely so uneven a split is where wins and losses are equally likely.
+
+    Exact, from the binomial distribution in whole numbers; ties do not count.
+    """
+    trials, term, tail = wins + losses, 1, 1
+    for k in range(min(wins, losses)):
+        term = term * (trials - k) // (k + 1)  # binomial coefficients, one from the other
+        tail += term
+    return min(1.0, 2 * tail / 2**trials)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method (Holm, 1979), in the order given."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def pairwise_distances(embeddings: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Mean cosine distance, 1 - cos, over all pairs of a cluster: how different the images of a prompt are.
+
+    Args:
+        embeddings: `[N, D]`, finite and not 0; of any length, only their directions count.
+        clusters: `[N]`, the number (from 0 on) of the cluster that a row belongs to; each has at least 2.
+
+    Returns:
+        float64 `[C]`, in the order of the C different numbers.
+    """
+    units = np.asarray(embeddings, np.float64)
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    sums, sizes = _cluster_sums(units, clusters)
+    # The square of the sum of n unit vectors is n plus twice the sum of the cosines of all pairs.
+    cosines = (np.square(sums).sum(axis=1) - sizes) / (sizes * (sizes - 1))
+    return np.maximum(1 - cosines, 0)

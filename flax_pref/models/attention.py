@@ -92,17 +92,18 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.A
 def _softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]` float32, and each row's log of the sum `[..., T, 1]`.
+    """`[..., T, Hd], [..., Hd, S], [..., S, Hd] -> [..., T, Hd]`, and each row's log of the sum `[..., T, 1]`.
 
-    q is scaled, mask `[T, S]` true where a key is seen.
+    Both are float32, or float64 if q is. q is scaled, mask `[T, S]` true where a key is seen.
     """
-    logits = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    kind = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.matmul(q, k, preferred_element_type=kind)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
     largest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=kind) / total
     return out, largest + jnp.log(total)
 
 
@@ -120,7 +121,9 @@ def _images(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
 
 @jax.custom_vjp
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`[B, N, T, Hd], [B, N, Hd, S], [B, N, S, Hd] -> [B, N, T, Hd]` float32; the gradient computes scores again."""
+    """`[B, N, T, Hd], [B, N, Hd, S], [B, N, S, Hd] -> [B, N, T, Hd]`, float32 or more; the gradient computes scores
+    again.
+    """
     return _parts(lambda *part: _softmax_attention(*part)[0], q, k, v)
 
 
@@ -143,7 +146,7 @@ def _parts(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
 def _attend_backward(saved, g):
     q, k, v, out, log_total = saved
     kinds = [x.dtype for x in (q, k, v)]
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k, v = (x.astype(g.dtype) for x in (q, k, v))
     inner = (g * out).sum(axis=-1, keepdims=True)
     # Scores are to be computed again, not kept: XLA would find them to be those of the forward pass.
     known = q, k + 0 * inner[:, :, :1], v, log_total, inner, g

@@ -36,6 +36,8 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
+    is_causal = True  # of every text encoder, and no field
+
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -93,7 +95,7 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, causal where `config.is_causal`."""
 
     def __init__(self, config: CLIPTextConfig, **kinds):
         self.q_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
@@ -101,13 +103,14 @@ class Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
         self.num_heads = config.num_attention_heads
+        self.is_causal = config.is_causal
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, D] -> [B, T, D]`."""
         q, k, v = (
             layer(x).reshape(*x.shape[:2], self.num_heads, -1) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v, is_causal=True).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, is_causal=self.is_causal).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -188,13 +191,14 @@ class CLIPTextModel(nnx.Module):
             input_ids: `[B, T]` token ids, `T <= config.max_position_embeddings`; each text contains its end token.
         """
         penultimate, last = self.text_model(input_ids)
-        pooled = last[jnp.arange(input_ids.shape[0]), self.end_positions(input_ids)]
+        pooled = last[jnp.arange(input_ids.shape[0]), end_positions(input_ids, self.config.eos_token_id)]
         projected = None if self.text_projection is None else self.text_projection(pooled)
         return CLIPTextOutput(last, penultimate, pooled, projected)
 
-    def end_positions(self, input_ids: jax.Array) -> jax.Array:
-        """Position `[B]` of the first end token in each text `[B, T]`."""
-        # The published configs say eos_token_id=2 although the token is 49407, the largest id of the vocabulary.
-        if self.config.eos_token_id == 2:
-            return jnp.argmax(input_ids, axis=-1)
-        return jnp.argmax(input_ids == self.config.eos_token_id, axis=-1)
+
+def end_positions(input_ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """Position `[B]` of the first end token in each text `[B, T]`."""
+    # The published configs say eos_token_id=2 although the token is 49407, the largest id of the vocabulary.
+    if eos_token_id == 2:
+        return jnp.argmax(input_ids, axis=-1)
+    return jnp.argmax(input_ids == eos_token_id, axis=-1)

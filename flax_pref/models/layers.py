@@ -154,23 +154,27 @@ gated_gelu.defvjp(lambda *known: (gated_gelu(*known), known), _gated_gelu_backwa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _normalise(means: Callable, epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """`(x - mean) / sqrt(variance + epsilon) * scale + bias` in float32; `means` are those over what is normalised."""
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias` in float32, or float64 if x is.
+
+    `means` are those over what is normalised.
+    """
     return _normalise_forward(means, epsilon, x, scale, bias)[0]
 
 
 def _normalise_forward(means, epsilon, x, scale, bias):
-    mean = means(x.astype(jnp.float32))
-    centred = x.astype(jnp.float32) - mean
+    kind = jnp.promote_types(x.dtype, jnp.float32)
+    mean = means(x.astype(kind))
+    centred = x.astype(kind) - mean
     inverse_std = jax.lax.rsqrt(means(jnp.square(centred)) + epsilon)
-    y = centred * inverse_std * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    y = centred * inverse_std * scale.astype(kind) + bias.astype(kind)
     return y, (x, scale, bias, mean, inverse_std)
 
 
 def _normalise_backward(means, epsilon, known, gradient):
     x, scale, bias, mean, inverse_std = known
     first = gradient[(slice(None), *(slice(1),) * (x.ndim - 2))]  # [B, 1..., C]
-    normed = (x.astype(jnp.float32) - later(mean, first)) * inverse_std
-    scaled = gradient * later(scale.astype(jnp.float32), first)
+    normed = (x.astype(mean.dtype) - later(mean, first)) * inverse_std
+    scaled = gradient * later(scale.astype(mean.dtype), first)
     dx = inverse_std * (scaled - means(scaled) - normed * means(scaled * normed))
     over = tuple(range(x.ndim - 1))
     dscale, dbias = (gradient * normed).sum(axis=over), gradient.sum(axis=over)

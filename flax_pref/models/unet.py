@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ from flax_pref.models.layers import (
     ResnetBlock2D,
     Upsample2D,
     gated_gelu,
-    later,
     silu,
     timestep_embedding,
 )
 from flax_pref.models.platform import platform
+from flax_pref.models.remat import Remat, recomputed
 
 SUPPORTED = {
     "act_fn": ("silu",),
@@ -62,7 +62,6 @@ SUPPORTED = {
     "upcast_attention": (None, False, True),
 }
 CPU_BLOCK = 512  # positions
-Remat = Literal["none", "block"]
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -322,21 +321,8 @@ def resnet_and_transformer(
         x = resnet(x, temb)
         return x if transformer is None else transformer(x, encoder_hidden_states)
 
-    if remat == "none":
-        return pair((resnet, transformer), x, temb, encoder_hidden_states)
-    graphdef, state = nnx.split((resnet, transformer))
-
-    def call(state, *inputs):
-        return pair(nnx.merge(graphdef, state), *inputs)
-
-    def backward(known, gradient):
-        # What `jax.checkpoint` does, but for its barriers, of which XLA leaves nothing on CPUs.
-        state, x, *others = known
-        return jax.vjp(call, state, later(x, gradient[..., :1, :1, :1]), *others)[1](gradient)
-
-    again = jax.custom_vjp(call)
-    again.defvjp(lambda *known: (call(*known), known), backward)
-    return again(state, x, temb, encoder_hidden_states)
+    inputs = (resnet, transformer), x, temb, encoder_hidden_states
+    return pair(*inputs) if remat == "none" else recomputed(pair, *inputs)
 
 
 # `attend(channels)` builds the transformer that follows a resnet; blocks without attention to the text get None.
@@ -586,21 +572,3 @@ def set_attention(module: nnx.Module, kernel: Kernel) -> None:
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Attention):
             layer.kernel = kernel
-
-
-def set_remat(module: nnx.Module, remat: Remat) -> None:
-    """Says what a UNet computes again in the backward pass instead of keeping it, in place.
-
-    Args:
-        module: a UNet.
-        remat: "none", or "block": all inside each resnet and the transformer that follows it, which costs a second
-            forward pass.
-
-    Raises:
-        ValueError: there is no such choice.
-    """
-    if remat not in get_args(Remat):
-        raise ValueError(f"set_remat: remat must be one of {', '.join(get_args(Remat))}, got {remat!r}")
-    for _, block in nnx.iter_modules(module):
-        if isinstance(block, DownBlock2D | UNetMidBlock2DCrossAttn | UpBlock2D):
-            block.remat = remat

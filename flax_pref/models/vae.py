@@ -15,6 +15,7 @@ from flax import nnx
 from flax_pref.models import config as config_io
 from flax_pref.models.attention import attention
 from flax_pref.models.layers import Conv, Downsample2D, GroupNorm, Linear, ResnetBlock2D, Upsample2D
+from flax_pref.models.remat import Remat, recomputed
 
 EPSILON = 1e-6
 
@@ -88,6 +89,13 @@ class Attention(nnx.Module):
         return x + self.to_out[0](out).reshape(x.shape)
 
 
+def in_turn(layers: list[nnx.Module], x: jax.Array, remat: Remat) -> jax.Array:
+    """`x` through the layers; with remat "block" the backward pass keeps what goes into each and nothing else."""
+    for layer in layers:
+        x = layer(x) if remat == "none" else recomputed(lambda layer, x: layer(x), layer, x)
+    return x
+
+
 class MidBlock(nnx.Module):
     """Resnet, resnet at the lowest resolution."""
 
@@ -95,13 +103,11 @@ class MidBlock(nnx.Module):
         kinds = {"num_groups": num_groups, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, epsilon=EPSILON, **kinds) for _ in range(2)])
         self.attentions = nnx.List([Attention(channels, **kinds)] if add_attention else [])
+        self.remat: Remat = "none"
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C] -> [B, h, w, C]`."""
-        x = self.resnets[0](x)
-        for attend in self.attentions:
-            x = attend(x)
-        return self.resnets[1](x)
+        return in_turn([self.resnets[0], *self.attentions, self.resnets[1]], x, self.remat)
 
 
 class DownEncoderBlock2D(nnx.Module):
@@ -123,12 +129,11 @@ class DownEncoderBlock2D(nnx.Module):
         )
         # One-sided padding: the encoder was trained so, and symmetric padding would shift the latents by half a pixel.
         self.downsamplers = nnx.List([Downsample2D(out_channels, padding=(0, 1), **kinds)] if add_downsample else [])
+        self.remat: Remat = "none"
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, H / 2, W / 2, out]`, or `[B, H, W, out]` in the last block."""
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
+        return in_turn([*self.resnets, *self.downsamplers], x, self.remat)
 
 
 class UpDecoderBlock2D(nnx.Module):
@@ -149,12 +154,11 @@ class UpDecoderBlock2D(nnx.Module):
             ]
         )
         self.upsamplers = nnx.List([Upsample2D(out_channels, **kinds)] if add_upsample else [])
+        self.remat: Remat = "none"
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, in] -> [B, 2H, 2W, out]`, or `[B, H, W, out]` in the last block."""
-        for layer in [*self.resnets, *self.upsamplers]:
-            x = layer(x)
-        return x
+        return in_turn([*self.resnets, *self.upsamplers], x, self.remat)
 
 
 class Encoder(nnx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_pref.checkpoints.weights import Network
+from flax_pref.checkpoints.weights import Network, with_remat
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.rewards.reward import Reward
 
@@ -37,9 +37,10 @@ def score_gradients(
 ) -> jax.Array:
     """Gradients of scores with respect to latents, `[B, h, w, Z]`; arguments as in `score_latents`.
 
-    A quarter as many images at a time as when they are only scored: memory is bounded, whatever the batch, by the
-    activations of these.
+    A quarter as many images at a time as when they are only scored, and the activations of one block of the autoencoder
+    at a time: memory is bounded, whatever the batch.
     """
+    vae = with_remat(vae, "block")
 
     def gradients(reward, vae, latents, prepared):
         return jax.grad(lambda latents: _score(reward, vae, latents, prepared).sum())(latents)
@@ -49,7 +50,7 @@ def score_gradients(
 
 def _score(reward: Reward, vae: Network, latents: jax.Array, prepared: Any) -> jax.Array:
     images = nnx.merge(vae.graphdef, vae.params).decode(latents / vae.config.scaling_factor)
-    return reward.score(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1), prepared)
+    return reward.score(reward.view(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)), prepared)
 
 
 def _on_each_device(

@@ -29,10 +29,14 @@ class JpegSize:
         """Nothing: captions do not matter."""
         return ()
 
-    def score(self, images: jax.Array, prepared: tuple[()]) -> jax.Array:
+    def view(self, images: jax.Array) -> jax.Array:
+        """The images as they are."""
+        return images
+
+    def score(self, view: jax.Array, prepared: tuple[()]) -> jax.Array:
         """See `rewards.reward.Reward`."""
-        sizes = jax.ShapeDtypeStruct(images.shape[:1], jnp.float32)
-        return self.sign * jax.pure_callback(kilobytes, sizes, images)
+        sizes = jax.ShapeDtypeStruct(view.shape[:1], jnp.float32)
+        return self.sign * jax.pure_callback(kilobytes, sizes, view)
 
 
 def kilobytes(images: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from flax_pref.demo import judge
+from flax_pref.demo import judge, world
 
 
 @jax.tree_util.register_dataclass
@@ -20,6 +20,15 @@ class Judge:
         """What the captions ask for; a ValueError names one that is not of the demo world."""
         return judge.question(captions)
 
-    def score(self, images: jax.Array, prepared: judge.Question) -> jax.Array:
+    def view(self, images: jax.Array) -> jax.Array:
+        """The images as they are; a ValueError if they have another size."""
+        if images.shape[1:3] != (world.RESOLUTION, world.RESOLUTION):
+            raise ValueError(
+                f"judge: images of {images.shape[2]} x {images.shape[1]} pixels; expected those of the demo world, "
+                f"{world.RESOLUTION} x {world.RESOLUTION}"
+            )
+        return images
+
+    def score(self, view: jax.Array, prepared: judge.Question) -> jax.Array:
         """See `rewards.reward.Reward`."""
-        return judge.score(images, prepared)
+        return judge.score(view, prepared)

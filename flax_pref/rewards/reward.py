@@ -3,19 +3,24 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
+from flax_pref.rewards.aesthetic import load_aesthetic_reward
+from flax_pref.rewards.clip import load_clip_reward
+from flax_pref.rewards.image_reward import load_image_reward
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.judge import Judge
+from flax_pref.rewards.remote import is_remote, load_remote
 
 
 class Reward(Protocol):
     """Scores images for their captions; more is better.
 
     A reward is a pytree of its weights, if it has any: an argument of jitted functions, as networks are. Scores of an
-    image must not depend on the others of its batch.
+    image must not depend on the others of its batch. `reward.score(reward.view(images), reward.prepare(captions))`.
 
     Attributes:
         name: for logs and messages.
@@ -28,17 +33,30 @@ class Reward(Protocol):
     def prepare(self, captions: Sequence[str]) -> Any:
         """What `score` needs to know of B captions, on the host: a pytree of numpy arrays `[B, ...]`."""
 
-    def score(self, images: jax.Array, prepared: Any) -> jax.Array:
-        """Float32 `[B]` of images `[B, H, W, 3]` in [0, 1] and what `prepare` made of their captions; can be jitted."""
+    def view(self, images: jax.Array) -> Any:
+        """Images `[B, H, W, 3]` in [0, 1] as `score` takes them: scaled, cut, normalised; can be jitted.
+
+        Apart from `score`, so that images of another size compile only this again.
+        """
+
+    def score(self, view: Any, prepared: Any) -> jax.Array:
+        """Float32 `[B]` of what `view` and `prepare` made of images and captions; can be jitted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """A reward by its name, and what it counts."""
+    """A reward by its name, what it counts, and where it is."""
 
     name: str
-    """One of `REWARDS`."""
+    """One of `REWARDS`; with an address or a function as path, any name."""
     weight: float = 1.0
+    path: str | None = None
+    """Folder, file or Hub id of its weights, `http://...`, or `python:MODULE:FUNCTION`; None: as published on the
+    Hub."""
+    clip: str | None = None
+    """Of "aesthetic": folder or Hub id of CLIP ViT-L/14; None: as published."""
+    tokenizer: str | None = None
+    """Folder of its tokenizer, or a file of BERT's vocabulary; None: beside the weights, or as published."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,30 +81,84 @@ class WeightedSum:
         """See `Reward`."""
         return tuple(part.prepare(captions) for part in self.parts)
 
-    def score(self, images: jax.Array, prepared: tuple[Any, ...]) -> jax.Array:
+    def view(self, images: jax.Array) -> tuple[Any, ...]:
         """See `Reward`."""
-        parts = zip(self.weights, self.parts, prepared, strict=True)
-        return sum(weight * part.score(images, known) for weight, part, known in parts)
+        return tuple(part.view(images) for part in self.parts)
+
+    def score(self, view: tuple[Any, ...], prepared: tuple[Any, ...]) -> jax.Array:
+        """See `Reward`."""
+        parts = zip(self.weights, self.parts, view, prepared, strict=True)
+        return sum(weight * part.score(seen, known) for weight, part, seen, known in parts)
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "judge": Judge,
-    "compressibility": lambda: JpegSize("compressibility", -1.0),
-    "incompressibility": lambda: JpegSize("incompressibility", 1.0),
+class Files(NamedTuple):
+    """What a reward is loaded from; see `Weighted`."""
+
+    path: str | None
+    clip: str | None
+    tokenizer: str | None
+    dtype: Any
+
+
+def _clip(name: str, files: Files) -> Reward:
+    return load_clip_reward(name, files.path, tokenizer=files.tokenizer, dtype=files.dtype)
+
+
+REWARDS: dict[str, Callable[[str, Files], Reward]] = {
+    "clip": _clip,
+    "pickscore": _clip,
+    "hpsv2": _clip,
+    "hpsv2.1": _clip,
+    "aesthetic": lambda name, files: load_aesthetic_reward(files.path, files.clip, dtype=files.dtype),
+    "imagereward": lambda name, files: load_image_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
+    "compressibility": lambda name, files: JpegSize(name, -1.0),
+    "incompressibility": lambda name, files: JpegSize(name, 1.0),
+    "judge": lambda name, files: Judge(),
 }
 
 
-def make_reward(rewards: Sequence[Weighted]) -> WeightedSum:
+def load_reward(
+    name: str,
+    path: str | None = None,
+    *,
+    clip: str | None = None,
+    tokenizer: str | None = None,
+    dtype: Any = jnp.float32,
+) -> Reward:
+    """A reward by its name; arguments as in `Weighted`.
+
+    Args:
+        name: see `Weighted`.
+        path: see `Weighted`.
+        clip: see `Weighted`.
+        tokenizer: see `Weighted`.
+        dtype: what its networks compute in, and keep their weights in.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: there is no reward of this name, or a file is not what it should be.
+    """
+    if is_remote(path):
+        return load_remote(name, path)
+    if name not in REWARDS:
+        raise ValueError(f"rewards: no reward {name!r}; expected one of {', '.join(REWARDS)}")
+    return REWARDS[name](name, Files(path, clip, tokenizer, dtype))
+
+
+def make_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> WeightedSum:
     """The weighted sum of rewards, as configs have it: `(Weighted("judge"), Weighted("compressibility", 0.01))`.
 
     Raises:
-        ValueError: there is none, a name is unknown, or a weight is not finite.
+        FileNotFoundError: a file is missing.
+        ValueError: there is none, a name is unknown, a weight is not finite, or a file is not what it should be.
     """
     if not rewards:
         raise ValueError(f"rewards: none are given; expected one or more of {', '.join(REWARDS)}")
     for reward in rewards:
-        if reward.name not in REWARDS:
-            raise ValueError(f"rewards: no reward {reward.name!r}; expected one of {', '.join(REWARDS)}")
         if not math.isfinite(reward.weight):
             raise ValueError(f"rewards: weight of {reward.name!r} is {reward.weight}; expected a finite number")
-    return WeightedSum(tuple(REWARDS[reward.name]() for reward in rewards), tuple(reward.weight for reward in rewards))
+    parts = tuple(
+        load_reward(reward.name, reward.path, clip=reward.clip, tokenizer=reward.tokenizer, dtype=dtype)
+        for reward in rewards
+    )
+    return WeightedSum(parts, tuple(reward.weight for reward in rewards))

@@ -32,11 +32,13 @@ from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.files import read_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
-from flax_pref.models.unet import Remat, UNetConfig
+from flax_pref.models.remat import Remat
+from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
+from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported
@@ -190,6 +192,7 @@ def train(config: TrainConfig) -> None:
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
     with (
         exits_by(signal.SIGTERM),
+        remote_errors(),
         RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints,
     ):
         run = Run(config, checkpoints)

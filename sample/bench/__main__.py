@@ -1,10 +1,10 @@
-"""Times what users wait for: `python -m sample.bench unet|load|guidance|writing|tradeoff [--json FILE]`.
+"""Times what users wait for: `python -m sample.bench unet|load|guidance|writing|tradeoff|rewards [--json FILE]`.
 
 `unet`: one forward pass of the UNet with random weights, and beside it that of diffusers in torch, in turns, where
 diffusers is installed. `load`: time and peak host memory of loading a checkpoint of full size with random weights.
 `guidance`: one sampling step under each guidance rule, beside the same step in torch. `writing`: how much of the time
 goes to sampling while images are encoded and written. `tradeoff`: what cheaper guidance keeps of the gain in the demo
-world.
+world. `rewards`: PickScore beside transformers in torch, and the memory of its gradient.
 """
 
 import sys
@@ -13,6 +13,7 @@ from flax_pref.config import run_main
 from sample.bench.common import run_bench
 from sample.bench.guidance import Guidance, bench_guidance
 from sample.bench.load import Load, bench_load
+from sample.bench.rewards import Rewards, bench_rewards
 from sample.bench.tradeoff import Tradeoff, bench_tradeoff
 from sample.bench.unet import Unet, bench_unet
 from sample.bench.writing import Writing, bench_writing
@@ -23,6 +24,7 @@ BENCHES = {
     Guidance: bench_guidance,
     Writing: bench_writing,
     Tradeoff: bench_tradeoff,
+    Rewards: bench_rewards,
 }
 
 

@@ -166,7 +166,7 @@ def test_a_fingerprint_changes_with_the_weights_and_not_with_the_place(stored, t
 
 def test_what_is_no_module_is_refused(stored, tmp_path):
     base = network(0)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_modules(base, {"pos": tmp_path / "nowhere"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: 0 safetensors files and no config.json; expected a LoRA file"):

@@ -1,7 +1,8 @@
 """Networks of full size with random weights, against diffusers and transformers: `make parity`.
 
-Every network of Stable Diffusion 1.5 and SDXL is written as a checkpoint folder, loaded by both sides in processes of
-their own, and run on the same inputs in float32. Needs 24 GB of memory and 11 GB of disk; writes docs/parity.md.
+Every network of Stable Diffusion 1.5 and SDXL, and those of the scorers, is written as a checkpoint, loaded by both
+sides in processes of their own, and run on the same inputs in float32. Needs 24 GB of memory and 11 GB of disk; writes
+docs/parity.md.
 """
 
 import datetime
@@ -19,6 +20,7 @@ import numpy as np
 COMMAND = "make parity"
 TOLERANCE = 1e-4  # relative to the largest value
 PARTS = ("sd15 unet", "sd15 vae", "sd15 text_encoder", "sdxl unet", "sdxl vae", "sdxl text_encoder_2")
+SCORERS = ("pickscore", "imagereward")
 
 
 def main(parts) -> int:
@@ -34,7 +36,7 @@ def main(parts) -> int:
             }
         rows.append((part, errors, ours, theirs))
         print(part, {name: f"{error:.1e}" for name, error in errors.items()}, ours, theirs, flush=True)
-    if set(parts) == set(PARTS):
+    if set(parts) == {*PARTS, *SCORERS}:
         Path("docs/parity.md").write_text(page(rows))
     return int(any(error > TOLERANCE for _, errors, _, _ in rows for error in errors.values()))
 
@@ -48,6 +50,15 @@ def child(job: str, part: str, folder: str) -> str:
 def relative_error(ours, theirs) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def scored() -> dict[str, np.ndarray]:
+    """Images of the size that scorers take, and captions as token ids of any vocabulary."""
+    from sample.bench.writing import random_photos
+
+    ids = np.random.default_rng(2).integers(1000, 30000, (2, 77)).astype(np.int32)
+    ids[:, -1] = 49407
+    return {"images": random_photos(2, 224), "ids": ids}
 
 
 def inputs(part: str) -> dict[str, np.ndarray]:
@@ -75,6 +86,8 @@ def write(part: str, folder: str) -> None:
     from flax_pref.models.presets import FAMILIES
     from sample.bench.common import random_network
 
+    if part in SCORERS:
+        return write_scorer(part, Path(folder))
     family, kind = part.split()
     family = FAMILIES[family]
     if kind.startswith("text_encoder"):
@@ -85,12 +98,30 @@ def write(part: str, folder: str) -> None:
     print("written")
 
 
+def write_scorer(part: str, folder: Path) -> None:
+    import torch
+    from tests.parity.image_reward_reference import random_weights
+
+    from flax_pref.checkpoints.weights import save_network
+    from flax_pref.models.blip import ImageRewardConfig
+    from sample.bench.common import random_network
+    from sample.bench.rewards import VIT_H
+
+    if part == "pickscore":
+        save_network(random_network("clip", VIT_H), folder / part)
+    else:
+        torch.save(random_weights(ImageRewardConfig()), folder / "ImageReward.pt")
+    print("written")
+
+
 def ours(part: str, folder: str) -> None:
     import jax
     from flax import nnx
 
     from flax_pref.checkpoints.weights import load_network
 
+    if part in SCORERS:
+        return score_ours(part, Path(folder))
     kind, given = part.split()[1], inputs(part)
     started = time.perf_counter()
     network = load_network(kind.removesuffix("_2"), Path(folder) / kind)
@@ -114,11 +145,65 @@ def ours(part: str, folder: str) -> None:
     report("ours", folder, outputs, load=loaded - started, compile=ready - loaded, run=time.perf_counter() - ready)
 
 
+def score_ours(part: str, folder: Path) -> None:
+    import jax
+
+    from flax_pref.checkpoints.blip_files import load_image_reward_model
+    from flax_pref.checkpoints.clip_files import load_clip
+    from flax_pref.rewards.image_reward import TOKENS, ImageReward
+    from sample.bench.rewards import pickscore
+
+    given, started = scored(), time.perf_counter()
+    if part == "pickscore":
+        reward, prepared = pickscore(load_clip(folder / part)), given["ids"]
+    else:
+        network = load_image_reward_model(folder / "ImageReward.pt")
+        reward = ImageReward(network.params, network.graphdef, network.config.image_size, None)
+        prepared = given["ids"][:, :TOKENS], np.arange(TOKENS)[None] < [[TOKENS], [9]]
+    loaded = time.perf_counter()
+
+    def run(reward, images, prepared):
+        return {"score": reward.score(reward.view(images), prepared)}
+
+    images = given["images"] / np.float32(255)
+    compiled = jax.jit(run).lower(reward, images, prepared).compile()
+    ready = time.perf_counter()
+    outputs = jax.device_get(compiled(reward, images, prepared))
+    report("ours", folder, outputs, load=loaded - started, compile=ready - loaded, run=time.perf_counter() - ready)
+
+
+def score_theirs(part: str, folder: Path) -> None:
+    import torch
+    import transformers
+
+    from flax_pref.rewards.image_reward import TOKENS
+    from tests.parity import image_reward_reference
+
+    given, started = scored(), time.perf_counter()
+    processor = transformers.CLIPImageProcessorPil()
+    pixels = torch.from_numpy(np.stack(processor(list(given["images"]))["pixel_values"]))
+    ids = torch.from_numpy(given["ids"]).long()
+    if part == "pickscore":
+        model = transformers.CLIPModel.from_pretrained(folder / part, dtype=torch.float32).eval()
+        loaded = time.perf_counter()
+        with torch.inference_mode():
+            score = model(input_ids=ids, pixel_values=pixels).logits_per_image.diagonal()
+    else:
+        weights = torch.load(folder / "ImageReward.pt")
+        loaded = time.perf_counter()
+        mask = torch.arange(TOKENS)[None] < torch.tensor([[TOKENS], [9]])
+        with torch.inference_mode():
+            score = image_reward_reference.scores(weights, pixels, ids[:, :TOKENS], mask)
+    report("theirs", folder, {"score": score.numpy()}, load=loaded - started, run=time.perf_counter() - loaded)
+
+
 def theirs(part: str, folder: str) -> None:
     import diffusers
     import torch
     import transformers
 
+    if part in SCORERS:
+        return score_theirs(part, Path(folder))
     kind, given = part.split()[1], {name: torch.from_numpy(array) for name, array in inputs(part).items()}
     source = Path(folder) / kind
     started = time.perf_counter()
@@ -179,6 +264,8 @@ def page(rows) -> str:
         "Random weights, written as a checkpoint folder and loaded by both sides; float32 on the CPU; UNet and",
         "autoencoder at 512 pixels (SD1.5) and 1024 (SDXL), batch 1. The error is the largest difference relative to",
         f"the largest value of the reference; more than {TOLERANCE:g} fails. SDXL's first text encoder is SD1.5's.",
+        "Of the scorers, PickScore with CLIP ViT-H/14 is held against transformers, and ImageReward's BLIP against a",
+        "transcription into torch.",
         "",
         f"`{COMMAND}`, {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
         f"jax {jax.__version__}, torch {version('torch')}, diffusers {version('diffusers')}, "
@@ -200,4 +287,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         {"write": write, "ours": ours, "theirs": theirs}[sys.argv[2]](*sys.argv[3:])
     else:
-        sys.exit(main(sys.argv[1:] or PARTS))
+        sys.exit(main(sys.argv[1:] or (*PARTS, *SCORERS)))

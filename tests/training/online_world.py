@@ -91,9 +91,12 @@ class Brightness:
     def prepare(self, captions):
         return np.float32([len(caption) + int(caption[-1]) for caption in captions])
 
-    def score(self, images, prepared):
+    def view(self, images):
+        return images.mean(axis=(1, 2))
+
+    def score(self, view, prepared):
         wanted = (self.colour * prepared[:, None] / 10) % 1
-        return 1 - jnp.square(images.mean(axis=(1, 2)) - wanted).sum(axis=1)
+        return 1 - jnp.square(view - wanted).sum(axis=1)
 
 
 def rollouts(method: str | Online, *, config=CONFIG, reward=None, seed=0, sharding=None, prompts=PROMPTS) -> Rollouts:

@@ -73,7 +73,7 @@ def guided(method, x, t, hidden):
 def scores(latents, captions):
     images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(latents / 0.18215)
     reward = Brightness()
-    return np.asarray(reward.score(jnp.clip((images + 1) / 2, 0, 1), reward.prepare(captions)))
+    return np.asarray(reward.score(reward.view(jnp.clip((images + 1) / 2, 0, 1)), reward.prepare(captions)))
 
 
 def normals(key, i, shape):
@@ -146,7 +146,7 @@ def test_tailorpo_g_moves_winners_up_their_reward_and_nothing_else(drawn):
     def distance(winner):
         reward = Brightness()
         images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(winner / 0.18215)
-        score = reward.score(jnp.clip((images + 1) / 2, 0, 1), reward.prepare(captions))
+        score = reward.score(reward.view(jnp.clip((images + 1) / 2, 0, 1)), reward.prepare(captions))
         return jnp.square(before + METHODS["tailorpo-g"].rise - score).sum()
 
     moved = guided_ones["winner"][:, -1] - plain["winner"][:, -1]
@@ -274,7 +274,7 @@ def test_experience_does_not_depend_on_the_number_of_devices():
         [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo"],
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_NUM_CPU_DEVICES": "8",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
         capture_output=True,

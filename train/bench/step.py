@@ -29,7 +29,8 @@ from flax_pref.models.attention import Kernel
 from flax_pref.models.lora import BASE, select_lora, split_lora
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
-from flax_pref.models.unet import Remat, UNetConfig
+from flax_pref.models.remat import Remat
+from flax_pref.models.unet import UNetConfig
 from flax_pref.objectives.denoising import draw_noise
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.training.methods import DiffusionDPO, PositiveNegative
@@ -67,7 +68,7 @@ class Step:
     """What the network computes in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
     attention: Kernel = "auto"
     remat: Remat = "none"
-    """What is computed again in the backward pass instead of kept; see `models.unet.set_remat`."""
+    """What is computed again in the backward pass instead of kept; see `models.remat.set_remat`."""
     rounds: int = 3
     """Timed steps of each; the median counts."""
     reference: bool = True

@@ -1,0 +1,195 @@
+"""The tables of a comparison: for the terminal, as CSV and as LaTeX."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_pref.files import replacing
+
+Interval = Mapping[str, float | None] | None
+
+
+def text_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of text in columns, for a terminal, the header first; all columns but the first `left` to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        aligned = (
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(rows[0]), line("-" * width for width in widths), *map(line, rows[1:])])
+
+
+def printed_tables(report: Mapping[str, Any]) -> str:
+    """What the terminal shows: one table for each reward, and those of diversity and votes if there are."""
+    tables = [_printed_reward(report, reward) for reward in report["rewards"]]
+    if report["diversity"]:
+        places = decimals(row["distance"] for row in report["diversity"])
+        rows = [["diversity", "distance", "", "difference", ""]]
+        for row in report["diversity"]:
+            rows.append([row["method"], *_printed(row["distance"], places), *_printed(row["difference"], places, "+")])
+        tables.append(text_table(rows))
+    if report["votes"]:
+        rows = [["votes", "votes", "prompts", "win rate", "", "p"]]
+        for row in report["votes"]:
+            counts = [f"{row[name]:,}" for name in ("votes", "prompts")]
+            rows.append([row["method"], *counts, *_percent(row["win_rate"]), f"{row['p_corrected']:.2g}"])
+        tables.append(text_table(rows))
+    return "\n\n".join(tables)
+
+
+def _printed_reward(report: Mapping[str, Any], reward: str) -> str:
+    cells = [row for row in report["overall"] if row["reward"] == reward]
+    places, gain_places = (decimals(row[name] for row in cells) for name in ("mean", "gain"))
+    rows = [[reward, "mean", "", "win rate", "", "gain", "", "p"]]
+    for row in cells:
+        test = row["sign_test"]
+        rows.append(
+            [
+                *(row["method"], *_printed(row["mean"], places), *_percent(row["win_rate"])),
+                *(*_printed(row["gain"], gain_places, "+"), f"{test['p_corrected']:.2g}" if test else ""),
+            ]
+        )
+    return text_table(rows)
+
+
+def _printed(interval: Interval, places: int, sign: str = "") -> list[str]:
+    """A value and its interval."""
+    if interval is None:
+        return ["", ""]
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    form = f"{sign}.{places}f"
+    return [f"{value:{form}}", "" if low is None else f"[{low:{form}}, {high:{form}}]"]
+
+
+def _percent(interval: Interval) -> list[str]:
+    if interval is None:
+        return ["", ""]
+    scaled = {name: None if value is None else 100 * value for name, value in interval.items()}
+    return [f"{text}%" if text and not text.startswith("[") else text for text in _printed(scaled, 1)]
+
+
+def decimals(intervals: Iterable[Interval]) -> int:
+    """Digits behind the point that show two digits of the width of the narrowest interval; 3 where there is none."""
+    widths = [i["high"] - i["low"] for i in intervals if i is not None and i["low"] is not None]
+    widths = [width for width in widths if width > 0]
+    return min(6, max(0, 1 - math.floor(math.log10(min(widths))))) if widths else 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_tables(report: Mapping[str, Any], folder: str | Path) -> None:
+    """Writes table.csv, categories.csv and table.tex; each appears under its name when it is complete."""
+    folder = Path(folder)
+    w = {method["name"]: method["w"] for method in report["methods"]}
+    overall = [{"method": row["method"], "reward": row["reward"], "w": w[row["method"]]} for row in report["overall"]]
+    categories = [{name: row[name] for name in ("column", "value", "method", "reward")} for row in report["categories"]]
+    rows = [head | _numbers(row) for head, row in zip(overall, report["overall"], strict=True)]
+    write_csv(rows, folder / "table.csv")
+    write_csv(
+        [head | _numbers(row) for head, row in zip(categories, report["categories"], strict=True)],
+        folder / "categories.csv",
+        header=["column", "value", "method", "reward"],
+    )
+    with replacing(folder / "table.tex") as unfinished:
+        unfinished.write_text(latex_table(report), encoding="utf-8")
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a row of the report, flat."""
+    flat = {name: row[name] for name in ("prompts", "images", "not_finite")}
+    for name in ("mean", "win_rate", "gain"):
+        interval = row[name] or {"value": None, "low": None, "high": None}
+        flat |= {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+    return flat | (row["sign_test"] or dict.fromkeys(("wins", "losses", "ties", "p", "p_corrected")))
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], file: str | Path, *, header: Sequence[str] = ()) -> None:
+    """Writes rows that have the same names; None is an empty cell.
+
+    Args:
+        rows: all of the same names.
+        file: to be written; it appears under its name when it is complete.
+        header: of a file without rows.
+    """
+    with replacing(file) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]) if rows else header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def latex_table(report: Mapping[str, Any]) -> str:
+    """A table of methods by rewards for papers, with the package booktabs.
+
+    Mean and win rate over the baseline, with the ends of their intervals as index and exponent; the best in bold.
+    """
+    rewards, several = report["rewards"], len(report["methods"]) > 1
+    width = 2 if several else 1
+    cells = {(row["method"], row["reward"]): row for row in report["overall"]}
+    columns = []
+    for reward in rewards:
+        rows = [cells[method["name"], reward] for method in report["methods"]]
+        columns.append(_latex_column([row["mean"] for row in rows]))
+        if several:
+            columns.append(_latex_column([row["win_rate"] for row in rows], 100))
+    spans = [f"\\multicolumn{{{width}}}{{c}}{{{latex_text(reward)}}}" for reward in rewards]
+    rules = [f"\\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}" for i in range(len(rewards))]
+    heads = ["Mean", r"Win \%"] if several else ["Mean"]
+    lines = [
+        f"% {report['prompts']} prompts, {report['pairs']} pairs of prompt and seed. Win rate over the baseline,",
+        "% ties one half; index and exponent: 95 % bootstrap interval over prompts. Needs \\usepackage{booktabs}.",
+        f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"\toprule",
+        " & ".join(["", *spans]) + r" \\",
+        " ".join(rules),
+        " & ".join(["Method", *heads * len(rewards)]) + r" \\",
+        r"\midrule",
+        *(
+            " & ".join([latex_text(method["name"]), *(column[row] for column in columns)]) + r" \\"
+            for row, method in enumerate(report["methods"])
+        ),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_column(intervals: Sequence[Interval], factor: float = 1) -> list[str]:
+    """One cell for each interval; a dash for None."""
+    scaled = [
+        interval and {name: None if x is None else factor * x for name, x in interval.items()} for interval in intervals
+    ]
+    places = 1 if factor == 100 else decimals(scaled)
+    best = max(interval["value"] for interval in scaled if interval)
+    return [_latex_cell(interval, places, best) for interval in scaled]
+
+
+def _latex_cell(interval: Interval, places: int, best: float) -> str:
+    if interval is None:
+        return "--"
+    value, low, high = (None if x is None else f"{x:.{places}f}" for x in interval.values())
+    shown = rf"\mathbf{{{value}}}" if value == f"{best:.{places}f}" else value
+    return f"${shown}$" if low is None else f"${shown}_{{{low}}}^{{{high}}}$"
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+
+
+def latex_text(text: str) -> str:
+    """A text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))

@@ -1,0 +1,380 @@
+"""Files of torch.save are read as torch reads them, and run nothing."""
+
+import io
+import os
+import pickle
+import random
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
+
+HEAD = Path(__file__).parents[3] / "shared" / "data" / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
+
+X = torch.arange(24.0).reshape(4, 6) - 3
+NEWER = {"uint16": X.abs().to(torch.uint16), "float8": X.to(torch.float8_e4m3fn)}  # not in torch's old format
+
+
+def content():
+    linear = torch.nn.Linear(3, 2)
+    dtypes = ["float16", "bfloat16", "float32", "float64", "int64", "int32", "int16", "int8", "bool", "complex64"]
+    return {
+        **{dtype: X.to(getattr(torch, dtype)) for dtype in dtypes},
+        "uint8": X.abs().to(torch.uint8),
+        "transposed": X.T,
+        "part": X[1:, ::2],
+        "same storage": X.flatten()[7:],
+        "parameter": torch.nn.Parameter(X),
+        "scalar": torch.tensor(3.5),
+        "a step that is never taken": X.as_strided((1, 3), (2**61, 1), 2),
+        "empty": torch.zeros(0, 3),
+        "module": linear.state_dict(),  # an OrderedDict with the attribute _metadata
+        "plain": {"epoch": 3, "rate": 1e-4, 2: [None, True, ("a", 2**70)], "device": torch.device("cpu")},
+        "size": X.shape,
+    }
+
+
+def assert_equal(ours, theirs):
+    if isinstance(theirs, torch.Tensor):
+        assert isinstance(ours, StoredTensor) and ours.dtype.name == str(theirs.dtype).removeprefix("torch.")
+        wide = torch.complex128 if theirs.is_complex() else torch.float64
+        assert ours.shape == tuple(theirs.shape)
+        np.testing.assert_array_equal(np.asarray(ours).astype(str(wide)[6:]), theirs.detach().to(wide).numpy())
+    elif isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(theirs, torch.device):
+        assert ours == str(theirs)
+    else:
+        assert ours == theirs
+
+
+def save(value, file, **options):
+    torch.save(value, file, **options)
+    return file
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_every_kind_of_tensor_is_what_torch_reads(zipped, protocol, tmp_path):
+    value = content() | (NEWER if zipped else {})
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    file = save(value, tmp_path / "x.pt", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of other protocols than 2
+        theirs = torch.load(file, weights_only=False)
+    ours = read_torch_file(file)
+    assert_equal(ours, theirs)
+    assert not np.asarray(ours["float32"]).flags.writeable
+
+
+def rezipped(file, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
+    """The archive written anew by Python, its members changed."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            if (changed := change(name.split("/", 1)[1], data)) is not None:
+                archive.writestr(name, changed)
+    return file
+
+
+def test_compressed_archives_and_those_of_big_endian_machines_are_read(tmp_path):
+    file = save({"x": X, "h": X.bfloat16(), "c": X.to(torch.complex64)}, tmp_path / "x.pt")
+
+    def swapped(name, data):
+        if name == "byteorder":
+            return b"big"
+        width = {"data/0": 4, "data/1": 2, "data/2": 4}.get(name)
+        return data if width is None else np.frombuffer(data, f"u{width}").byteswap().tobytes()
+
+    ours = read_torch_file(rezipped(file, swapped, zipfile.ZIP_DEFLATED))
+    assert_equal(ours, {"x": X, "h": X.bfloat16(), "c": X.to(torch.complex64)})
+
+
+def test_an_archive_that_torch_wrote_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        file = save({"x": X}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_equal(read_torch_file(file), {"x": X})
+
+
+@pytest.mark.skipif(not HEAD.is_file(), reason="needs the aesthetic head")
+def test_a_published_file_is_what_torch_reads():
+    theirs = torch.load(HEAD, map_location="cpu")
+    assert_equal(read_torch_file(HEAD), theirs)
+    assert len(theirs) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that would do something
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Stateful:
+    def __setstate__(self, state):
+        raise AssertionError("called")
+
+
+def hostile(canary):
+    """Pickles, each of which would make the file `canary` when pickle loads it, or reach for what could."""
+    command = f"touch {canary}"
+    code = f"open({str(canary)!r}, 'w').close()"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    built = {
+        "os.system": Calls(os.system, command),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "getattr": Calls(getattr, "x", "format"),
+        "__import__": Calls(__import__, "os"),
+        "setstate": Calls(Stateful, state={"a": 1}),
+        "numpy reconstruct": np.arange(3),
+        "numpy scalar": np.float64(3),
+        "inside a dict": {"state_dict": OrderedDict(a=[Calls(os.system, command)])},
+    }
+    for name, value in built.items():
+        yield name, pickle.dumps(value, 2)
+    yield "newobj", b"\x80\x02" + b"cos\n_wrap_close\n)\x81."
+    yield "newobj of a tensor's function", b"\x80\x02" + tensor + b")\x81."
+    yield "dotted name", b"\x80\x04\x8c\x02os\x8c\x0bpath.os.exec\x93."
+    yield "dotted name of what is known", b"\x80\x04\x8c\x05torch\x8c\x17_utils._rebuild_tensor.__globals__\x93."
+    yield "inst", f"(S'{command}'\nios\nsystem\n.".encode()
+    yield "obj", f"(cos\nsystem\nS'{command}'\no.".encode()
+    yield "global", f"cposix\nsystem\n(S'{command}'\ntR.".encode()
+    yield "extension", b"\x80\x02\x82\x01."
+    yield "build on a function", tensor + b"}S'__code__'\nI1\nsb."
+    yield "build with slots", tensor + b"N}S'__defaults__'\n(I1\nts\x86b."
+    yield "build on a list", b"]}b."
+    yield "call of data", b"S'x'\n)R."
+    yield "call of a call", tensor + b")R)R."
+    yield "text identity", b"Pstorage\n."
+
+
+HOSTILE = [name for name, _ in hostile("canary")]
+
+
+def as_file(program, file, zipped):
+    """A file of torch.save whose pickle is `program`."""
+    torch.save({"x": X}, file, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        return rezipped(file, lambda name, data: program if name == "data.pkl" else data)
+    data = io.BytesIO(file.read_bytes())
+    for _ in range(3):
+        pickle.load(data)
+    start = data.tell()
+    file.write_bytes(data.getvalue()[:start] + program)
+    return file
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_pickle_that_would_do_more_than_build_tensors_does_nothing(name, zipped, tmp_path):
+    canary = tmp_path / "canary"
+    file = as_file(dict(hostile(canary))[name], tmp_path / "x.pt", zipped)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+        read_torch_file(file)
+    assert "\n" not in str(error.value)
+    assert not canary.exists()
+
+
+def test_hostile_files_would_have_done_it(tmp_path):
+    for name in ("os.system", "eval", "inst", "obj", "global", "inside a dict"):
+        canary = tmp_path / name.replace(" ", "_")
+        pickle.loads(dict(hostile(canary))[name])
+        assert canary.exists(), name
+
+
+def test_a_refusal_names_what_the_file_asks_for(tmp_path):
+    file = as_file(pickle.dumps(Calls(os.system, "x"), 2), tmp_path / "x.pt", True)
+    with pytest.raises(ValueError, match=r"x\.pt: asks for 'posix\.system'; reading it would run code"):
+        read_torch_file(file)
+
+
+STORAGE = object()
+
+
+def claiming(offset, shape, strides, *, kind="FloatStorage", key="0", count=24):
+    """A pickle of one tensor that says of itself what it wants."""
+    output = io.BytesIO()
+    pickler = pickle.Pickler(output, 2)
+    pickler.persistent_id = lambda x: ("storage", getattr(torch, kind), key, "cpu", count) if x is STORAGE else None
+    pickler.dump(Calls(torch._utils._rebuild_tensor_v2, STORAGE, offset, shape, strides, False, OrderedDict()))
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"offset": 1},
+        {"offset": -1},
+        {"offset": 2**62},
+        {"offset": 2**70},
+        {"shape": (5, 6)},
+        {"shape": (4, -6)},
+        {"shape": (2**40,), "strides": (0,)},
+        {"strides": (6, 2)},
+        {"strides": (-6, 1)},
+        {"strides": (2**61, 1)},
+        {"strides": (6,)},
+        {"shape": (0, 2**62), "strides": (1, 1)},
+        {"shape": (0,), "strides": (1,), "offset": 25},
+        {"strides": (6.0, 1.0)},
+        {"shape": [4, 6]},
+        {"shape": (1,) * 65, "strides": (1,) * 65},
+        {"kind": "DoubleStorage"},
+        {"count": 25},
+        {"count": -24},
+        {"count": "24"},
+        {"key": "1"},
+        {"key": "../0"},
+        {"key": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_tensor_never_reaches_beyond_its_storage(claim, zipped, tmp_path):
+    usual = {"offset": 0, "shape": (4, 6), "strides": (6, 1)}
+    for claims, right in ((usual, True), (usual | claim, False)):
+        file = as_file(claiming(**claims), tmp_path / "x.pt", zipped)
+        if not zipped:
+            with file.open("ab") as end:
+                end.write(pickle.dumps([claims.get("key", "0")], 2) + struct.pack("<q", 24) + X.numpy().tobytes())
+        if right:
+            assert_equal(read_torch_file(file), X)
+        elif not zipped and "key" in claim and isinstance(claim["key"], str):
+            assert_equal(read_torch_file(file), X)  # there a key is a name and no more
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+                read_torch_file(file)
+            assert "\n" not in str(error.value)
+
+
+def laughs():
+    """A tuple that takes 2^60 words to write down."""
+    nest = ()
+    for _ in range(60):
+        nest = (nest, nest)
+    return nest
+
+
+NEST = b")" + b"q\x00h\x00\x86" * 60
+BOMBS = {
+    "laughs as a shape": claiming(0, laughs(), (6, 1)),
+    "laughs as a device": b"ctorch\ndevice\n" + NEST + b"\x85R.",
+    "laughs as a name": NEST + b"\x8c\x01x\x93.",
+    "laughs as a function": NEST + b")R.",
+    "laughs as a storage": NEST + b"Q.",
+    "a long pickle": b"N0" * 17 * 2**20 + b"N.",
+    "a far place in the memo": b"Nr\xff\xff\xff\x7f.",
+    "a nest as a key": b"}" + b")" + b"\x85" * 10**5 + b"Ns.",
+    "a text that is not there": b"\x8d" + struct.pack("<Q", 2**60) + b".",
+    "a stack that is empty": b"0.",
+    "no end": b"N",
+    "no mark": b"t.",
+    "a number of too many digits": b"I" + b"9" * 10**5 + b"\n.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_does_not_go_off(name, tmp_path):
+    file = as_file(BOMBS[name], tmp_path / "x.pt", True)
+    if name == "a far place in the memo":  # an index and not a size: harmless
+        assert read_torch_file(file) is None
+        return
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+        read_torch_file(file)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bomb", [True, False])
+def test_a_compressed_storage_that_is_not_what_it_says_is_refused(bomb, tmp_path):
+    file = rezipped(save({"x": X}, tmp_path / "x.pt"), compression=zipfile.ZIP_DEFLATED)
+    large = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    other = large.compress(bytes(2**24)) + large.flush() if bomb else b"\xff" * 200
+    with zipfile.ZipFile(file) as archive:
+        info = archive.getinfo("x/data/0")
+    start = info.header_offset + 30 + len(info.filename)
+    data = bytearray(file.read_bytes())
+    data[start : start + info.compress_size] = other[: info.compress_size]
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="other than the 96 bytes" if bomb else "cannot be unpacked"):
+        np.asarray(read_torch_file(file)["x"])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_damaged_file_says_so_in_one_line_or_is_read_right(zipped, tmp_path):
+    value = {"x": X, "y": {"z": X.T.half()}, "n": [1, 2.5, "text"]}
+    whole = save(value, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped).read_bytes()
+    file, rng = tmp_path / "x.pt", random.Random(0)
+    refused = 0
+    for trial in range(300):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            del damaged[rng.randrange(len(whole)) :]
+        elif trial % 3 == 1:
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            start = rng.randrange(len(whole))
+            damaged[start : start + 16] = rng.randbytes(16)
+        file.write_bytes(damaged)
+        try:
+            ours = read_torch_file(file)
+            arrays = [np.asarray(ours["x"]), np.asarray(ours["y"]["z"])]
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+            refused += 1
+        except (KeyError, TypeError):  # other names: what the pickle now says
+            assert not zipped
+        else:
+            if zipped:  # whose checksums cover everything but paddings
+                np.testing.assert_array_equal(arrays[0], X.numpy())
+                np.testing.assert_array_equal(arrays[1], X.T.half().numpy())
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "begins with neither form"),
+        (b"\x80\x02}.", "a pickle, but none of torch"),
+        (b"PK\x03\x04rest", "not a complete file"),
+    ],
+    ids=["empty", "a pickle", "no archive"],
+)
+def test_other_files_are_told_apart(data, expected, tmp_path):
+    file = tmp_path / "x.pt"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=expected):
+        read_torch_file(file)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_torch_file(tmp_path / "missing.pt")
+
+
+def test_a_torchscript_program_is_refused_with_what_to_use_instead(tmp_path):
+    file = tmp_path / "ViT-L-14.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            archive.writestr(f"ViT-L-14/{name}", b"\x80\x02}.")
+    with pytest.raises(ValueError, match=r"TorchScript.*openai/clip-vit-large-patch14"):
+        read_torch_file(file)

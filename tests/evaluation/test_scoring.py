@@ -1,0 +1,586 @@
+"""As a program, this file scores a run in child processes that are killed on the way: one order per line of stdin."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from flax_pref.config import UserError
+from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.evaluation import scoring
+from flax_pref.evaluation.image_files import encode_image
+from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.evaluation.runs import ImageFile, open_run, read_image
+from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
+from flax_pref.parallel.mesh import make_mesh
+from flax_pref.rewards.jpeg import JpegSize
+
+OF = {"name": "brightness", "sha256": "ab", "dtype": "float32"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Brightness:
+    """Sees images of any size as one number for each colour; long captions are better."""
+
+    weights: jax.Array
+    name = "brightness"
+    differentiable = True
+
+    def prepare(self, captions):
+        return np.array([len(caption) for caption in captions], np.float32)
+
+    def view(self, images):
+        return images.mean((1, 2))
+
+    def score(self, view, prepared):
+        return view @ self.weights + prepared
+
+    def image_features(self, view):
+        return view / jnp.linalg.norm(view, axis=1, keepdims=True)
+
+
+def expected(pixels, caption):
+    return np.float32(pixels.reshape(-1, 3).mean(0) / 255 @ np.array([3.0, 2.0, 1.0]) + len(caption))
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return scorer_of(Brightness(jnp.array([3.0, 2.0, 1.0])))
+
+
+def scorer_of(reward, **options):
+    return Scorer(reward, make_mesh("data=-1", jax.devices()[:1]), batch_size=4, **options)
+
+
+def noise(seed, height=10, width=12):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def prompts(count):
+    return [Prompt(i, "x" * (i + 1), ("anime", "photo")[i % 2], {"tag": "t", "n": i}) for i in range(count)]
+
+
+def draw_run(folder, layout="flat", count=3, seeds=(5, 2), **options):
+    """A finished run with the pixels of its images in the order of the manifest."""
+    items = [Item(prompt, seed) for prompt in prompts(count) for seed in seeds]
+    pixels = np.stack([noise((item.prompt.id, item.seed)) for item in items])
+    images = ImageSet(folder, items, {"w": 2.0}, layout=layout, shard_size=4, **options)
+    images.begin()
+    images.write(range(len(items)), pixels)
+    images.finish()
+    return items, pixels
+
+
+def score(folder, scorer, column="score:brightness", of=OF, *, prompts=None):
+    """What a program does; the number of images that were read for it."""
+    read = []
+    scores = Scores(open_run(folder, prompts))
+    scores.look_again()
+    score_images(scorer, scores, column, of, done=read.append)
+    return sum(read)
+
+
+def table(folder):
+    return pq.read_table(Path(folder) / "scores.parquet")
+
+
+def rows(folder):
+    return table(folder).to_pylist()
+
+
+# Runs
+
+
+@pytest.mark.parametrize(
+    ("layout", "image_format"), [("webdataset", "webp"), ("flat", "png"), ("geneval", "png"), ("hpsv2", "webp")]
+)
+def test_runs_of_all_layouts_are_scored_in_the_order_of_their_manifest(layout, image_format, scorer, tmp_path):
+    seeds = (3,) if layout == "hpsv2" else (5, 2)
+    items, pixels = draw_run(tmp_path, layout, seeds=seeds, image_format=image_format)
+    assert score(tmp_path, scorer) == len(items)
+    found = rows(tmp_path)
+    wanted = [expected(image, item.prompt.text) for image, item in zip(pixels, items, strict=True)]
+    np.testing.assert_allclose([row["score:brightness"] for row in found], wanted, rtol=1e-6)
+    assert [(row["prompt_id"], row["seed"]) for row in found] == [(item.prompt.id, item.seed) for item in items]
+    manifest = pq.read_table(tmp_path / "manifest.parquet")
+    assert table(tmp_path).select(manifest.column_names).equals(manifest.replace_schema_metadata())
+    assert {row["problem"] for row in found} == {""}
+    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"]) == {
+        "rewards": {"brightness": OF},
+        "embedding": None,
+    }
+
+
+def test_a_manifest_without_records_is_scored_too(scorer, tmp_path):
+    draw_run(tmp_path)
+    file = tmp_path / "manifest.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["record"]), file)
+    score(tmp_path, scorer)
+    assert {row["record"] for row in rows(tmp_path)} == {"{}"}
+
+
+def test_images_that_are_missing_changed_or_damaged_are_named_and_the_others_scored(scorer, tmp_path):
+    draw_run(tmp_path / "tars", "webdataset", count=5)
+    draw_run(tmp_path / "flat", count=5)
+    whole = {name: (score(tmp_path / name, scorer), rows(tmp_path / name)) for name in ("tars", "flat")}
+    for name in whole:
+        (tmp_path / name / "scores.parquet").unlink()
+    tars, flat = (pq.read_table(tmp_path / name / "manifest.parquet").to_pylist() for name in whole)
+    tar = bytearray((tmp_path / "tars/00000.tar").read_bytes())
+    tar[tars[1]["offset"] + 40] ^= 1
+    (tmp_path / "tars/00000.tar").write_bytes(tar)
+    (tmp_path / "tars/00001.tar").unlink()  # images 4 to 7
+    (tmp_path / "flat" / flat[0]["file"]).unlink()
+    (tmp_path / "flat" / flat[2]["file"]).write_bytes(b"")
+    wanted = {
+        "tars": ["", "changed", "", "", *["missing"] * 4, "", ""],
+        "flat": ["missing", "", "changed", *[""] * 7],
+    }
+    for name, problems in wanted.items():
+        assert score(tmp_path / name, scorer) == 10
+        found = rows(tmp_path / name)
+        assert [row["problem"] for row in found] == problems
+        for row, (before, problem) in zip(found, zip(whole[name][1], problems, strict=True), strict=True):
+            assert row["score:brightness"] == (None if problem else before["score:brightness"])  # to the last bit
+        assert score(tmp_path / name, scorer) == 0
+    (tmp_path / "flat" / flat[0]["file"]).write_bytes(encode_image(noise((0, 5)), {}, "png"))  # not what was drawn
+    assert score(tmp_path / "flat", scorer) == 0
+    assert rows(tmp_path / "flat")[0]["problem"] == "changed"
+    draw_run(tmp_path / "again", "webdataset", count=5)
+    shutil.copy(tmp_path / "again/00001.tar", tmp_path / "tars")
+    assert score(tmp_path / "tars", scorer) == 4
+    assert [row["problem"] for row in rows(tmp_path / "tars")] == ["", "changed", *[""] * 8]
+
+
+def test_a_reward_is_added_without_scoring_the_others_again_and_other_weights_replace_its_scores(scorer, tmp_path):
+    draw_run(tmp_path)
+    score(tmp_path, scorer)
+    first = rows(tmp_path)
+    jpeg = scorer_of(JpegSize("compressibility", -1.0))
+    assert score(tmp_path, jpeg, "score:compressibility", {"name": "compressibility"}) == 6
+    added = rows(tmp_path)
+    assert table(tmp_path).column_names[-3:] == ["score:brightness", "score:compressibility", "problem"]
+    assert [{k: v for k, v in row.items() if k != "score:compressibility"} for row in added] == first
+    assert all(row["score:compressibility"] < 0 for row in added)
+    assert score(tmp_path, scorer) == 0
+    other = scorer_of(Brightness(jnp.array([9.0, 9.0, 9.0])))
+    assert score(tmp_path, other, of={**OF, "sha256": "cd"}) == 6
+    for row, before in zip(rows(tmp_path), added, strict=True):
+        assert row["score:brightness"] > before["score:brightness"]
+        assert row["score:compressibility"] == before["score:compressibility"]
+
+
+def test_an_image_that_was_drawn_anew_is_scored_again_and_no_other(scorer, tmp_path):
+    items, _ = draw_run(tmp_path)
+    score(tmp_path, scorer)
+    before = rows(tmp_path)
+    file, content = tmp_path / before[3]["file"], encode_image(noise(99), {}, "png")
+    file.write_bytes(content)
+    manifest = pq.read_table(tmp_path / "manifest.parquet").to_pylist()
+    manifest[3] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    pq.write_table(pa.Table.from_pylist(manifest), tmp_path / "manifest.parquet")
+    assert score(tmp_path, scorer) == 1
+    now = rows(tmp_path)
+    np.testing.assert_allclose(now[3]["score:brightness"], expected(noise(99), items[3].prompt.text), rtol=1e-6)
+    assert [row["score:brightness"] for row in now[:3] + now[4:]] == [
+        row["score:brightness"] for row in before[:3] + before[4:]
+    ]
+
+
+def test_embeddings_of_images_are_stored_in_half_precision(tmp_path):
+    _, pixels = draw_run(tmp_path)
+    (tmp_path / open_run(tmp_path).rows["file"][1].as_py()).unlink()
+    embedder = scorer_of(Brightness(jnp.zeros(3)), embedding=True)
+    assert score(tmp_path, embedder, "embedding", OF) == 6
+    column = table(tmp_path)["embedding"]
+    assert column.type == pa.list_(pa.float16(), 3)
+    found = column.to_pylist()
+    assert found[1] is None
+    for i in (0, 2, 3, 4, 5):
+        mean = pixels[i].reshape(-1, 3).mean(0)
+        np.testing.assert_allclose(np.array(found[i], np.float32), mean / np.linalg.norm(mean), atol=1e-3)
+    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["embedding"] == "brightness"
+    # They are still there when something is added, and not computed again.
+    score(tmp_path, scorer_of(Brightness(jnp.ones(3))))
+    assert table(tmp_path)["embedding"].to_pylist() == found
+    assert score(tmp_path, embedder, "embedding", OF) == 0
+    with pytest.raises(ValueError, match="compressibility: has no image embeddings"):
+        scorer_of(JpegSize("compressibility", -1.0), embedding=True)
+
+
+def test_the_table_is_kept_while_scoring_and_written_only_where_it_changes(scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "SAVE_EVERY", 0)
+    monkeypatch.setattr(scoring, "SAVE_SHARE", np.inf)
+    draw_run(tmp_path, count=6)
+    known = []
+    monkeypatch.setattr(scoring, "_write", lambda file, content: known.append(pq.read_table(io.BytesIO(content))))
+    score(tmp_path, scorer)
+    assert [len(t) - t["score:brightness"].null_count for t in known] == [4, 8, 12]
+    monkeypatch.undo()
+    score(tmp_path, scorer)
+    written = (tmp_path / "scores.parquet").stat().st_mtime_ns
+    score(tmp_path, scorer)
+    assert (tmp_path / "scores.parquet").stat().st_mtime_ns == written
+
+
+def test_a_second_program_does_not_score_the_same_folder_at_the_same_time(tmp_path):
+    (tmp_path / ".scores.parquet.0123").write_bytes(b"left by a program that was killed")
+    folder = open_run_of_one_image(tmp_path)
+    with locked(folder):
+        assert not (tmp_path / ".scores.parquet.0123").exists()
+        with pytest.raises(UserError, match=r"another sample\.score is at work"), locked(folder):
+            pass
+    with locked(folder):
+        pass
+
+
+def open_run_of_one_image(folder):
+    save(folder / "0.png", noise(0))
+    (folder / "0.txt").write_text("a")
+    return open_run(folder).folder
+
+
+def test_a_reward_that_fails_or_refuses_a_prompt_is_one_line_and_what_is_scored_is_kept(tmp_path):
+    class Failing(Brightness):
+        def prepare(self, captions):
+            if "x" * 4 in captions:
+                raise (RuntimeError if len(captions) > 1 else ValueError)("four is too long\nfor me")
+            return super().prepare(captions)
+
+    failing = jax.tree_util.register_dataclass(Failing, ["weights"], [])(jnp.ones(3))
+    draw_run(tmp_path, count=4)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: brightness: prompt 'xxxx': four is too long"):
+        score(tmp_path, scorer_of(failing))
+    failing = scorer_of(failing)
+    failing.check_captions = lambda captions: None
+    with pytest.raises(UserError, match=rf"^{tmp_path}: brightness: RuntimeError: four is too long; what is scored"):
+        score(tmp_path, failing)
+    assert score(tmp_path, scorer_of(Brightness(jnp.ones(3)))) == 4
+
+
+class Bucket(MemoryFileSystem):
+    """Files by their names in a bucket."""
+
+    protocol, cachable = ("gs", "gcs"), False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_images_in_a_bucket_are_scored_there(foreign, scorer, tmp_path, monkeypatch):
+    draw_run(tmp_path)
+    if foreign:
+        (tmp_path / "manifest.parquet").unlink()
+        (tmp_path / "settings.json").unlink()
+    bucket = Bucket()
+    bucket.store, bucket.pseudo_dirs = {}, [""]
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: bucket)
+    for file in tmp_path.iterdir():
+        bucket.pipe(f"gs://bucket/run/{file.name}", file.read_bytes())
+    score(tmp_path, scorer)
+    score("gs://bucket/run", scorer)
+    assert bucket.cat("gs://bucket/run/scores.parquet") == (tmp_path / "scores.parquet").read_bytes()
+    with locked(open_run("gs://bucket/run").folder):
+        assert score("gs://bucket/run", scorer) == 0
+
+
+# Images
+
+
+def save(file, image, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(file, **options)
+
+
+def odd_images():
+    """Images of many modes and sizes by the names of their files."""
+    rgb = Image.fromarray(noise(1, 9, 7))
+    alpha = Image.fromarray(np.tile(np.arange(0, 70, 10, dtype=np.uint8), (9, 1)))
+    palette = rgb.quantize(16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.fromarray((np.arange(63, dtype=np.uint16) * 1000).reshape(9, 7))
+    return {
+        "0.png": (rgb.convert("L"), {}),
+        "1.png": (Image.merge("LA", [rgb.convert("L"), alpha]), {}),
+        "2.png": (palette, {"transparency": bytes(range(16))}),
+        "3.png": (Image.merge("RGBA", [*rgb.split(), alpha]), {}),
+        "4.jpg": (rgb.convert("CMYK"), {}),
+        "5.png": (wide, {}),
+        "6.gif": (palette, {"save_all": True, "append_images": [rgb.rotate(180).quantize(16)]}),
+        "7.webp": (rgb, {"save_all": True, "append_images": [rgb.rotate(180)], "lossless": True}),
+        "8.jpeg": (rgb, {"exif": exif}),
+        "9.bmp": (rgb.convert("1"), {}),
+        "10.tiff": (rgb.resize((1, 40)), {}),
+        "11.PNG": (rgb.resize((300, 2)), {}),
+    }
+
+
+def test_images_of_all_modes_and_sizes_are_scored_as_their_authors_convert_them(scorer, tmp_path):
+    for name, (image, options) in odd_images().items():
+        save(tmp_path / name, image, **options)
+    save(tmp_path / ".hidden/12.png", noise(0))
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "12.png").write_bytes((tmp_path / "11.PNG").read_bytes()[:90])
+    score(tmp_path, scorer, prompts=prompts(13))
+    found = rows(tmp_path)
+    assert [row["file"] for row in found] == [*odd_images(), "12.png"]
+    assert [row["problem"] for row in found] == [""] * 12 + ["unreadable"]
+    for row, name in zip(found, odd_images(), strict=False):
+        with Image.open(tmp_path / name) as opened:
+            opened.info.pop("transparency", None)
+            pixels = np.asarray(opened.convert("RGB"))
+        assert (row["height"], row["width"]) == pixels.shape[:2]
+        np.testing.assert_allclose(row["score:brightness"], expected(pixels, row["prompt"]), rtol=1e-5)
+        image = ImageFile(*(row[field] for field in ImageFile._fields))
+        np.testing.assert_array_equal(read_image(open_run(tmp_path, prompts(13)).folder, image), pixels)
+    assert score(tmp_path, scorer, prompts=prompts(13)) == 0
+
+
+def test_images_of_different_sizes_share_a_batch_only_where_the_network_sees_them_in_one(scorer):
+    sizes = [(8, 8), (9, 4), (8, 8), (0, 0), (8, 8), (9, 4), (8, 8)]
+    assert scorer.batches(sizes) == [([0, 2, 4, 6], True), ([1, 5], True)]
+    assert scorer.batches(sizes[:3]) == [([0, 2, 1], False)]
+    jpeg = scorer_of(JpegSize("compressibility", -1.0))
+    assert jpeg.batches(sizes[:3]) == [([0, 2], True), ([1], True)]
+
+
+# Foreign folders
+
+
+def texts_of(folder, texts, **given):
+    """Ids, seeds, prompts and files that a foreign folder turns out to have."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is None:
+            save(folder / name, noise(0))
+        else:
+            (folder / name).write_text(text)
+    run = open_run(folder, **given)
+    return [(r["prompt_id"], r["seed"], r["prompt"], r["file"]) for r in run.rows.to_pylist()], run.told
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    {
+        "by their numbers": (["00002.png", "0.jpg", "1 a cat.webp"], [(0, 0), (1, 0), (2, 0)]),
+        "by prompt and seed": (["sub/2-7.png", "sub/2-11.png", "sub/0_3.png"], [(0, 3), (2, 7), (2, 11)]),
+        "in order": (["x10.png", "x9.png", "x1.png"], [(0, 0), (1, 0), (2, 0)]),
+        "counted from one": (["1.png", "2.png", "3.png"], [(0, 0), (1, 0), (2, 0)]),
+        "in GenEval's layout": (
+            ["00002/samples/0001.png", "00002/samples/0000.png", "00000/samples/0000.png", "00001/samples/0003.png"],
+            [(0, 0), (1, 3), (2, 0), (2, 1)],
+        ),
+        "in HPSv2's layout": (["anime/00001.jpg", "anime/00000.jpg", "photo/00000.jpg"], [(0, 0), (2, 0), (1, 0)]),
+        "of one group": (["photo/00000.jpg"], [(1, 0)]),
+        "numbered over all groups": (["anime/2.png", "photo/1.png"], [(2, 0), (1, 0)]),
+    }.values(),
+)
+def test_foreign_images_find_their_prompts_in_a_file(files, found, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "tag": ("anime", "photo")[i % 2], "n": i}) + "\n" for i in range(3))
+    )
+    given = read_prompts(tmp_path / "prompts.jsonl")
+    shown, _ = texts_of(tmp_path / "images", dict.fromkeys(files), prompts=given)
+    assert [(i, seed) for i, seed, *_ in shown] == found
+    assert [text for _, _, text, _ in shown] == [f"p{i}" for i, _ in found]
+    record = open_run(tmp_path / "images", given).rows["record"][0].as_py()
+    assert json.loads(record) == given[found[0][0]].record
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    {
+        "texts beside them": (
+            {"b.png": None, "b.txt": "a cat\n", "a.png": None, "a.txt": "two 🐈", "c.png": None, "c.txt": "a cat"},
+            [(0, 0, "two 🐈", "a.png"), (1, 0, "a cat", "b.png"), (1, 1, "a cat", "c.png")],
+        ),
+        "numbers in names": (
+            {"00007.png": None, "00007.txt": "seven", "00003-2.jpg": None, "00003-2.txt": "three"},
+            [(3, 2, "three", "00003-2.jpg"), (7, 0, "seven", "00007.png")],
+        ),
+        "numbers that are too large": (
+            {f"{10**20}.png": None, f"{10**20}.txt": "one"},
+            [(0, 0, "one", f"{10**20}.png")],
+        ),
+        "JSON beside them": (
+            {"a.png": None, "a.json": '{"caption": "one", "prompt_id": 4, "seed": 9}'},
+            [(4, 9, "one", "a.png")],
+        ),
+        "GenEval": (
+            {
+                "00001/metadata.jsonl": '{"tag": "color", "prompt": "a red cup"}\n',
+                **{"00001/samples/0000.png": None, "00001/samples/0001.png": None, "00001/grid.png": None},
+            },
+            [(1, 0, "a red cup", "00001/samples/0000.png"), (1, 1, "a red cup", "00001/samples/0001.png")],
+        ),
+    }.values(),
+)
+def test_foreign_images_have_their_prompts_with_them(files, found, tmp_path):
+    assert texts_of(tmp_path, files)[0] == found
+
+
+def test_images_tell_their_own_prompts_where_nothing_else_does(tmp_path):
+    for i in range(3):
+        known = {"prompt": f"p{i % 2}", "prompt_id": 10 + i % 2, "seed": i, "group": "g"}
+        (tmp_path / f"{'xyz'[i]}.{('png', 'webp')[i % 2]}").write_bytes(
+            encode_image(noise(i), known, ("png", "webp")[i % 2])
+        )
+    found, told = texts_of(tmp_path, {})
+    assert [row[:3] for row in found] == [(10, 0, "p0"), (11, 1, "p1"), (10, 2, "p0")]
+    assert told == "prompts with the images"
+
+
+def test_foreign_tar_files_are_scored_where_they_are(scorer, tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(2):
+                image = io.BytesIO()
+                Image.fromarray(noise((shard, i))).save(image, "PNG")
+                key = f"{shard}{i:05d}"
+                for suffix, content in (("png", image.getvalue()), ("txt", b"a cat"), ("json", b'{"cfg": 5}')):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    assert score(tmp_path, scorer) == 4
+    found = rows(tmp_path)
+    assert [(row["prompt_id"], row["seed"], row["file"]) for row in found] == [
+        (0, 0, "0.tar"), (1, 0, "0.tar"), (100000, 0, "1.tar"), (100001, 0, "1.tar")
+    ]  # fmt: skip
+    for row, seed in zip(found, itertools.product(range(2), range(2)), strict=True):
+        np.testing.assert_allclose(row["score:brightness"], expected(noise(seed), "a cat"), rtol=1e-6)
+        assert json.loads(row["record"]) == {"cfg": 5}
+
+
+def empty(folder):
+    folder.mkdir()
+
+
+def unfinished(folder):
+    images = ImageSet(folder, [Item(prompts(1)[0], 0)], {})
+    images.begin()
+
+
+def damaged(folder):
+    draw_run(folder)
+    (folder / "manifest.parquet").write_bytes(b"PAR1 and so on")
+
+
+def foreign(*names, **texts):
+    def make(folder):
+        for name in names:
+            save(folder / name, noise(0))
+        for name, text in texts.items():
+            (folder / name.replace("_", ".")).write_text(text)
+
+    return make
+
+
+def strange_scores(folder):
+    draw_run(folder)
+    pq.write_table(pa.table({"a": [1]}), folder / "scores.parquet")
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (lambda folder: None, None, "no such folder"),
+        (empty, None, "no images in it; expected .png"),
+        (unfinished, None, "is not finished, it has no manifest.parquet; finish it first with the command"),
+        (damaged, None, "manifest.parquet: damaged .*restore it"),
+        (foreign("a.png", "b.png", a_txt="A"), None, "no prompt for 1 of 2 images, e.g. b.png; expected .*--prompts"),
+        (foreign("a.png", "b.png"), prompts(3), "which of 3 prompts each of 2 images shows, e.g. a.png; expected"),
+        (foreign("1.png", "5.png"), prompts(3), "which of 3 prompts each of 2 images"),
+        (foreign("a/1.png", "b/1.png"), prompts(3), "which of 3 prompts each of 2 images"),
+        (foreign("anime/0.png", "anime/1.png"), prompts(2), "which of 2 prompts each of 2 images"),
+        (foreign("a.png", a_json="{"), None, "a.json beside a.png: not UTF-8 or not JSON"),
+        (strange_scores, None, "scores.parquet: damaged, or not written by sample.score .*remove it"),
+    ],
+)
+def test_a_folder_that_cannot_be_scored_is_told_in_one_line(make, given, message, tmp_path):
+    make(tmp_path / "run")
+    with pytest.raises(UserError) as told:
+        Scores(open_run(tmp_path / "run", given))
+    assert str(told.value).startswith(str(tmp_path / "run"))
+    assert re.search(message, str(told.value)) and "\n" not in str(told.value)
+
+
+# Kills
+
+
+def serve():
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()  # JAX has not begun to compute in this process
+        if not child:
+            score_and_die(Path(order["folder"]), order["kill"])
+            os._exit(0)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+def score_and_die(folder, kill):
+    """Is killed before the given change of the file system."""
+    steps = itertools.count()
+
+    def watch(event, arguments):
+        writes = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
+        if (writes or event == "os.rename") and str(folder) in str(arguments[0]) and next(steps) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    scoring.SAVE_EVERY, scoring.SAVE_SHARE = 0, np.inf
+    with locked(open_run(folder).folder):
+        score(folder, scorer_of(Brightness(jnp.array([3.0, 2.0, 1.0]))))
+        score(
+            folder, scorer_of(JpegSize("compressibility", -1.0)), "score:compressibility", {"name": "compressibility"}
+        )
+
+
+def test_killed_again_and_again_a_run_has_the_scores_of_an_undisturbed_one_bit_by_bit(tmp_path):
+    for name in ("whole", "killed"):
+        draw_run(tmp_path / name, "webdataset", count=6)
+    with subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as program:
+
+        def run(folder, kill):
+            program.stdin.write(json.dumps({"folder": str(folder), "kill": kill}) + "\n")
+            return int(program.stdout.readline())
+
+        assert run(tmp_path / "whole", -1) == 0
+        kills = [0, 1, 2, 3, 2, 3]
+        assert [run(tmp_path / "killed", kill) for kill in kills] == [signal.SIGKILL] * len(kills)
+        assert table(tmp_path / "killed")["score:compressibility"].null_count not in (0, 12)
+        assert run(tmp_path / "killed", -1) == 0
+        program.stdin.close()
+    assert (tmp_path / "killed/scores.parquet").read_bytes() == (tmp_path / "whole/scores.parquet").read_bytes()
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+if __name__ == "__main__":
+    serve()
