@@ -33,7 +33,6 @@ from flax_pref.data.prompts import read_prompts
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
-from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.rewards.remote import is_remote
@@ -66,8 +65,8 @@ class Config:
     """Images that a device scores at the same time."""
     mesh: str = "data=-1"
     """How to use the devices: all of them share out the images."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the networks compute in. In float32 TPUs and GPUs multiply in full precision, not in what is fastest."""
 
     def __post_init__(self):
         if not self.runs:
@@ -197,7 +196,7 @@ def wanted_of(config: Config) -> list[Wanted]:
 
 def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:
     """What tells scores of a reward from those of another one under the same name."""
-    of = {"name": name, "path": path, "sha256": "", "dtype": default_dtype(config.dtype)}
+    of = {"name": name, "path": path, "sha256": "", "dtype": config.dtype}
     if path is not None and not is_remote(path) and (local := Path(path).expanduser()).exists():
         of |= {"path": local.resolve().name, "sha256": fingerprint(local)}
     if name == "aesthetic" and config.clip is not None:

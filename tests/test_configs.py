@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from training.tiny import tiny_checkpoint, tiny_set
+from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.methods import OfflineMethod
@@ -172,23 +172,27 @@ def test_a_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(name
     trained(small)
 
 
-@pytest.mark.parametrize("name", PUBLISHED_ONLINE)
+@pytest.mark.parametrize(("name", "rate"), [*((name, None) for name in PUBLISHED_ONLINE), ("sd15/tailorpo", 0.5)])
 def test_an_online_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(
-    name, tiny, tmp_path, quickly_compiled
+    name, rate, tiny, tmp_path, quickly_compiled
 ):
     (tmp_path / "animals.txt").write_text("cat\ndog\nfox\n")
     config = load(f"configs/{name}.py")["config"]
     model, _ = tiny["sdxl" if name.startswith("sdxl/") else "sd15"]
-    fewer = {"images_per_prompt": 2} if hasattr(config.method, "images_per_prompt") else {}
+    scorer = str(tiny_scorer(tmp_path / "scorer"))
+    rewards = {"pickscore": Weighted("pickscore", path=scorer)}
+    changes = {"images_per_prompt": 2} if hasattr(config.method, "images_per_prompt") else {}
+    if rate is not None:  # TailorPO-G, through the autoencoder and the scorer
+        changes["rate"] = rate
     small = dataclasses.replace(
         config,
         **{"output": tmp_path / "run", "model": model, "mesh": "data=1", "record_every": 1, "steps": 2},
         accumulation=min(2, config.accumulation),
-        method=dataclasses.replace(config.method, steps=config.method.skip + 2, **fewer),
+        method=dataclasses.replace(config.method, steps=config.method.skip + 2, **changes),
         online=dataclasses.replace(
             config.online,
             prompts=str(tmp_path / "animals.txt"),
-            rewards=(Weighted("compressibility"),),
+            rewards=tuple(rewards.get(reward.name, Weighted("compressibility")) for reward in config.online.rewards),
             rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=4),
             size=(16, 16),
         ),

@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training.tiny import tiny_checkpoint, tiny_set
+from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
+from flax_pref.data.prompts import Prompt
+from flax_pref.evaluation.image_set import ImageSet, Item
 from flax_pref.models.lora import select_lora, split_lora
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,12 @@ SMALL_ENCODE = (
 )
 SMALL_TRAINING = " --model {tmp}/tiny --data {tmp}/tiny_pairs --output {tmp}/run --steps 2 --input.batch-size 4"
 
+SCORE = ".venv/bin/python -m sample.score runs/base runs/cpgd"
+SMALL_SCORE = (
+    "{python} -m sample.score {tmp}/runs/base {tmp}/runs/cpgd --rewards pickscore={tmp}/scorer hpsv2.1={tmp}/scorer"
+    " --diversity clip={tmp}/scorer"
+)
+
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
     "make demo": (
@@ -65,6 +73,10 @@ COMMANDS = {
         "{python} -m sample.images --model demo --prompts {tmp}/prompts.tsv --seeds 0-1"
         " --module pos={tmp}/pos.safetensors --module neg={tmp}/neg.safetensors --rule cpgd --w 4 --steps 2"
         " --out {tmp}/cpgd"
+    ),
+    f"{SCORE} --rewards pickscore hpsv2.1 --diversity clip": SMALL_SCORE,
+    ".venv/bin/python -m sample.report runs/base runs/cpgd --out runs/report": (
+        f"{SMALL_SCORE} && {{python}} -m sample.report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
     ),
     ".venv/bin/python -m train.encode configs/demo/encode.py": (
         "{python} -m train.encode configs/demo/encode.py --source.path {tmp}/pairs --output {tmp}/prepared"
@@ -107,6 +119,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
     save_pairs(tmp_path / "pairs" / "train-00000-of-00001.parquet")
+    if "sample.score" in command or "sample.report" in command:
+        save_runs(tmp_path)
     if "train.modules" in command:
         tiny_checkpoint(tmp_path / "tiny", "sd15")
         tiny_set(tmp_path / "tiny_pairs", "sd15")
@@ -121,9 +135,23 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
         assert "held-out prompts" in done.stdout and "step/s" in done.stderr
     if "train.modules" in command:
         assert list((tmp_path / "run" / "modules").iterdir()) and "step/s" in done.stderr
+    if "sample.report" in command:
+        assert (tmp_path / "report" / "report.html").is_file() and "4 pairs (prompt, seed) of 2 prompts" in done.stdout
     if "train.encode" in command:
         expected = "inspection.html" if "--inspect" in command else "pairs/dataset_info.json"
         assert (tmp_path / "prepared" / expected).is_file() and "4 pairs" in done.stdout
+
+
+def save_runs(folder):
+    """Two runs of two prompts with two seeds, and a small network to score them with."""
+    tiny_scorer(folder / "scorer")
+    prompts = [Prompt(i, text, "", {"prompt": text}) for i, text in enumerate(("a cat", "a dog"))]
+    items = [Item(prompt, seed) for prompt in prompts for seed in range(2)]
+    for seed, name in enumerate(("base", "cpgd")):
+        images = ImageSet(folder / "runs" / name, items, {})
+        images.begin()
+        images.write(range(len(items)), np.random.default_rng(seed).integers(0, 256, (len(items), 16, 16, 3), np.uint8))
+        images.finish()
 
 
 def save_modules(folder):

@@ -1,11 +1,11 @@
-"""TailorPO for Stable Diffusion 1.5, towards small files.
+"""TailorPO for Stable Diffusion 1.5, towards what PickScore prefers.
 
     python -m train.modules configs/sd15/tailorpo.py
 
-Draws the prompts of configs/animals.txt and rewards what makes a small JPEG: the reward that needs no network of its
-own. Settings: the paper (arXiv:2502.01667) takes those of D3PO's code: 20 steps of DDIM with eta 1, guidance 5, beta
-0.1, learning rate 3e-5; rank and batch are our choice. TailorPO-G is `--method.rate`, with rewards that have
-gradients.
+Draws the prompts of configs/animals.txt; PickScore v1 is downloaded from the Hub once (4 GB), or is a folder that
+`path` of its `Weighted` names; docs/rewards.md has other rewards. Settings: the paper (arXiv:2502.01667) takes those
+of D3PO's code: 20 steps of DDIM with eta 1, guidance 5, beta 0.1, learning rate 3e-5; rank and batch are our choice.
+TailorPO-G, which also follows the gradient of the reward, is `--method.rate`; the paper does not tell its rate.
 
 Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
 
@@ -28,7 +28,7 @@ config = TrainConfig(
     method=TailorPO(beta=0.1),
     online=OnlineConfig(
         prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
+        rewards=(Weighted("pickscore"),),
         rollouts=RolloutConfig(prompts=64, at_once=16, batch_size=160),
         size=(512, 512),
     ),

@@ -1,9 +1,11 @@
-"""TailorPO for SDXL, towards small files.
+"""TailorPO for SDXL, towards what PickScore prefers.
 
     python -m train.modules configs/sdxl/tailorpo.py
 
-Draws the prompts of configs/animals.txt and rewards what makes a small JPEG: the reward that needs no network of its
-own. Settings: those for Stable Diffusion 1.5, which is our choice; the paper (arXiv:2502.01667) has none for SDXL.
+Draws the prompts of configs/animals.txt; PickScore v1 is downloaded from the Hub once (4 GB), or is a folder that
+`path` of its `Weighted` names; docs/rewards.md has other rewards. Settings: those for Stable Diffusion 1.5, which is
+our choice; the paper (arXiv:2502.01667) has none for SDXL.
+TailorPO-G, which also follows the gradient of the reward, is `--method.rate`; the paper does not tell its rate.
 
 Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
 
@@ -26,7 +28,7 @@ config = TrainConfig(
     method=TailorPO(beta=0.1),
     online=OnlineConfig(
         prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
+        rewards=(Weighted("pickscore"),),
         rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=160),
         size=(1024, 1024),
     ),

@@ -264,7 +264,9 @@ class Scorer:
             return reward.view(pixels.astype(jnp.float32) / 255)
 
         def score(reward, view, prepared):
-            return reward.image_features(view).astype(jnp.float16) if embedding else reward.score(view, prepared)
+            # On TPUs and GPUs what is called float32 would be multiplied in fewer bits.
+            with jax.default_matmul_precision("highest"):
+                return reward.image_features(view).astype(jnp.float16) if embedding else reward.score(view, prepared)
 
         def on_each_device(function, arguments):
             # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do.

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from flax_pref.checkpoints.diffusers import Pipeline, save_pipeline
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network, abstract_network
+from flax_pref.checkpoints.weights import Network, abstract_network, save_network
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import (
     CAPTIONS,
@@ -26,6 +26,7 @@ from flax_pref.data.prepared import (
     write_shard,
 )
 from flax_pref.models.clip import CLIPTextConfig
+from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
@@ -74,6 +75,22 @@ def tiny_checkpoint(folder: Path, family: str) -> Path:
         force_zeros_for_empty_prompt=family == "sdxl",
     )
     save_pipeline(pipeline, folder)
+    return folder
+
+
+def tiny_scorer(folder: Path) -> Path:
+    """Writes a CLIP with its tokenizer, in the layout of transformers, for "pickscore" and others."""
+    tokenizer = _tokenizer()
+    config = CLIPConfig(
+        text_config=_text_config(tokenizer, "CLIPTextModel"),
+        vision_config=CLIPVisionConfig(
+            **{"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"image_size": 8, "patch_size": 4},
+        ),
+        projection_dim=WIDTH,
+    )
+    save_network(_network("clip", config, 0), folder)
+    tokenizer.save(folder)
     return folder
 
 
