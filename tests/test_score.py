@@ -191,8 +191,8 @@ def test_several_devices_share_the_images_and_find_the_same_scores(tmp_path):
     ("flags", "message"),
     [
         (["--rewards", "judge"], "no folder to score; expected one or more"),
-        (["a"], "nothing to score with; expected --rewards with one or more of judge, "),
-        (["a", "--rewards", "pikscore"], "no reward 'pikscore'; expected one of judge, .*pickscore"),
+        (["a"], "nothing to score with; expected --rewards with one or more of clip, "),
+        (["a", "--rewards", "pikscore"], "no reward 'pikscore'; expected one of clip, pickscore"),
         (["a", "--rewards", "clip="], "--rewards clip=: expected NAME or NAME=PATH"),
         (["a", "--rewards", "clip=/no/such"], "no file or folder /no/such; correct the path"),
         (["a", "--rewards", "judge", "judge"], "judge is there twice; expected each reward once"),
