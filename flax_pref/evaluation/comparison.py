@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from flax_pref.evaluation.runs import PROBLEMS, SCORES
+from flax_pref.evaluation.image_set import MANIFEST_SCHEMA
+from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
 from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
     cluster_means,
@@ -41,22 +42,9 @@ STATISTICS = {
     "correction": "Holm; one family is the overall table (all methods and rewards), each category column, the votes",
 }
 
+# Columns that are always there; `group` and `record` are not in older tables.
 _COLUMNS = pa.schema(
-    [
-        ("prompt_id", pa.int64()),
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("settings", pa.string()),
-        ("model_sha256", pa.string()),
-        ("modules_sha256", pa.string()),
-        ("file", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("problem", pa.string()),
-    ]
+    [field for field in MANIFEST_SCHEMA if field.name not in ("group", "record")] + [pa.field(PROBLEM, pa.string())]
 )
 
 
@@ -140,7 +128,7 @@ class ScoredRun:
     @functools.cached_property
     def problems(self) -> dict[Key, str]:
         """The images that cannot be shown, and why."""
-        problems = self.table["problem"].to_pylist()
+        problems = self.table[PROBLEM].to_pylist()
         return {key: problems[row] for key, row in self.rows.items() if problems[row]}
 
     @functools.cached_property
@@ -184,7 +172,7 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         table = pq.read_table(pa.BufferReader(file.read_bytes()))
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
         weights = described.get("embedding_of") or {}
-        embedding = (described["embedding"], weights.get("sha256", "")) if "embedding" in table.column_names else None
+        embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None
         run = ScoredRun(name, str(folder), _checked(table, described["rewards"]), described["rewards"], embedding)
         _ = run.settings  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -199,14 +187,14 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
 def _checked(table: pa.Table, rewards: Iterable[str]) -> pa.Table:
     """The columns that are of use here, with the types that are expected."""
     table.validate(full=True)
-    types = {field.name: field.type for field in _COLUMNS} | {f"score:{reward}": pa.float64() for reward in rewards}
+    types = {field.name: field.type for field in _COLUMNS} | {f"{SCORE}{reward}": pa.float64() for reward in rewards}
     if lacking := [column for column in types if column not in table.column_names]:
         raise ValueError(f"no column {lacking[0]!r}")
     columns = {column: table[column].cast(kind) for column, kind in types.items()}
-    columns |= {column: table[column] for column in ("record", "group", "embedding") if column in table.column_names}
+    columns |= {column: table[column] for column in ("record", "group", EMBEDDING) if column in table.column_names}
     if empty := [column for column in Key._fields if columns[column].null_count]:
         raise ValueError(f"an image without {empty[0]}")
-    if "embedding" in columns and not pa.types.is_fixed_size_list(columns["embedding"].type):
+    if EMBEDDING in columns and not pa.types.is_fixed_size_list(columns[EMBEDDING].type):
         raise ValueError("embeddings that are no lists of one size")
     if not len(table):
         raise ValueError("no images")
@@ -275,7 +263,7 @@ def pair_runs(runs: Sequence[ScoredRun], rewards: Sequence[str]) -> Items:
 
 
 def _scores(run: ScoredRun, reward: str, places: Sequence[int]) -> np.ndarray:
-    column = run.table[f"score:{reward}"].take(places)
+    column = run.table[f"{SCORE}{reward}"].take(places)
     if column.null_count:
         raise ValueError(
             f"{run.folder}: {column.null_count:,} of {len(column):,} images are not scored by {reward} yet; finish it "
@@ -310,7 +298,7 @@ def _embeddings(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) 
         return {}
     embeddings = {}
     for run in runs:
-        column = run.table["embedding"].take(places[run.name]).combine_chunks()
+        column = run.table[EMBEDDING].take(places[run.name]).combine_chunks()
         there = column.is_valid().to_numpy(zero_copy_only=False)
         embeddings[run.name] = np.full((len(column), column.type.list_size), np.nan, np.float32)
         embeddings[run.name][there] = column.flatten().to_numpy().reshape(there.sum(), -1)
