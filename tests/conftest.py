@@ -11,7 +11,11 @@ def pytest_configure(config):
         return
     # Most of the time of these tests goes into compiling small networks. Without LLVM's optimisations and XLA's own
     # code for fusions that takes a third of it; what is compiled is up to twice as slow, which is little here.
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    # In one part each: the other core has tests of its own.
+    quick = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

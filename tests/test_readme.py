@@ -53,9 +53,9 @@ SMALL_SCORE = (
 # Each command of the README, and how it is run here: the same program and config, less work.
 COMMANDS = {
     "make demo": (
-        "make demo ARGS='--pairs 16 --w-cpgd 1 2 --w-pgd 1 --sampling-steps 2 --batch-size 8 --dpo.steps 2"
-        " --dpo.batch-size 4 --positive-negative.steps 2 --positive-negative.batch-size 4 --validation-prompts 8"
-        " --held-out-prompts 8 --train-prompts 8 --output {tmp}/demo'"
+        "make demo ARGS='--pairs 8 --w-cpgd 1 --w-pgd 1 --sampling-steps 2 --batch-size 4 --dpo.steps 2"
+        " --dpo.batch-size 2 --positive-negative.steps 2 --positive-negative.batch-size 2 --validation-prompts 4"
+        " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
     "make test": "make test --dry-run",  # these tests are what it runs
     (

@@ -37,9 +37,9 @@ def test_it_fits_into_a_package():
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_it_draws_recognisable_scenes(split, draw):
-    drawn = scenes(split, 64)
+    drawn = scenes(split, 32)
     captions = [scene.caption for scene in drawn]
-    images = draw(captions, range(64), cfg(SCALE), seed=0)
+    images = draw(captions, range(32), cfg(SCALE), seed=0)
     clean = np.stack([world.render(scene, np.random.default_rng(i)) for i, scene in enumerate(drawn)])
     asked = judge.question(captions)
     assert judge.score(images, asked).mean() >= 0.6 * judge.score(clean, asked).mean()

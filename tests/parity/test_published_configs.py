@@ -28,7 +28,7 @@ def read(path):
     ("path", "kind", "module", "parameters"),
     [
         ("sd15/unet", UNetConfig, UNet2DCondition, 859_520_964),
-        ("sdxl/unet", UNetConfig, UNet2DCondition, 2_567_463_684),
+        pytest.param("sdxl/unet", UNetConfig, UNet2DCondition, 2_567_463_684, marks=pytest.mark.long),
         ("sd15/vae", VAEConfig, AutoencoderKL, 83_653_863),
         ("sdxl/vae", VAEConfig, AutoencoderKL, 83_653_863),
         ("sd15/text_encoder", CLIPTextConfig, CLIPTextModel, 123_060_480),
