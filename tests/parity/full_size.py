@@ -100,12 +100,12 @@ def write(part: str, folder: str) -> None:
 
 def write_scorer(part: str, folder: Path) -> None:
     import torch
-    from tests.parity.image_reward_reference import random_weights
 
     from flax_pref.checkpoints.weights import save_network
     from flax_pref.models.blip import ImageRewardConfig
     from sample.bench.common import random_network
     from sample.bench.rewards import VIT_H
+    from tests.parity.image_reward_reference import random_weights
 
     if part == "pickscore":
         save_network(random_network("clip", VIT_H), folder / part)
