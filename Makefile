@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long parity lint format
+.PHONY: demo test test-recipes test-long parity lint format
 
 demo: .venv/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every command of the README and every config, with less work.
+test-recipes: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipe
 
 # What takes too long for every change: a run that is killed twenty times.
 test-long: .venv/installed-test

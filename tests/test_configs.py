@@ -158,6 +158,7 @@ def quickly_compiled(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(name, tiny, tmp_path, quickly_compiled):
     config = load(f"configs/{name}.py")["config"]
@@ -172,6 +173,7 @@ def test_a_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(name
     trained(small)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("name", "rate"), [*((name, None) for name in PUBLISHED_ONLINE), ("sd15/tailorpo", 0.5)])
 def test_an_online_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(
     name, rate, tiny, tmp_path, quickly_compiled

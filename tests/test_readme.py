@@ -57,7 +57,7 @@ COMMANDS = {
         " --dpo.batch-size 2 --positive-negative.steps 2 --positive-negative.batch-size 2 --validation-prompts 4"
         " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
-    "make test": "make test --dry-run",  # these tests are what it runs
+    "make test": "make test --dry-run",  # not from within itself
     (
         ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
         '--prompt "a lighthouse in a storm" --seed 0 --out runs/images'
@@ -112,6 +112,7 @@ def test_every_command_of_the_readme_is_run_here():
     assert sorted(commands) == sorted(COMMANDS)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs(command, tmp_path):
     if command == "make demo" and Path(sys.prefix) != ROOT / ".venv":
@@ -166,6 +167,7 @@ def save_pairs(file):
     write_pairs(file, (LabelledPair("a", image, image, 1.0, f"{i}-0", f"{i}-1", "base", "base") for i in range(4)))
 
 
+@pytest.mark.recipe
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     save_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
