@@ -166,7 +166,7 @@ def write_report(
     image_grid(grid, [captions[i] for i in chosen], folder / "grid.png")
     _replace(folder / "sweep.png", _sweep_plot(sweep, scorer))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (resources.files("flax_pref.evaluation") / "report.html.jinja").read_text(encoding="utf-8")
+        (resources.files("flax_pref.evaluation") / "templates" / "demo.html.jinja").read_text(encoding="utf-8")
     )
     page = template.render(
         title=title,
