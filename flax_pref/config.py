@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from etils import epath
 
 C = TypeVar("C")
 
@@ -131,6 +132,19 @@ def run_main(main: Callable[[list[str]], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def check_file_systems(*paths: str | None) -> None:
+    """Checks that the packages are installed that buckets need.
+
+    Raises:
+        UserError: one is not; names the path and the package.
+    """
+    for path in filter(None, paths):
+        try:
+            epath.Path(path).exists()
+        except ImportError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def check_output_folder(folder: Path) -> Path:

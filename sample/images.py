@@ -21,14 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from etils import epath
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.checkpoints.weights import with_attention
-from flax_pref.config import UserError, parse_flags, run_main
+from flax_pref.config import UserError, check_file_systems, parse_flags, run_main
 from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
 from flax_pref.diffusion.guidance import (
@@ -169,7 +168,7 @@ def main(arguments: list[str]) -> None:
     """Draws and writes the images."""
     config = with_preset(parse_flags(arguments, Config))
     process, processes = join(config.hosts)
-    check_file_systems(config)
+    check_file_systems(config.out, config.prompts)
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)
     prompts = prompts_of(config)
@@ -355,15 +354,6 @@ def check_modules(rule: Rule, sources: dict[str, str], config: Config) -> None:
         raise UserError(
             f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected another --rule"
         )
-
-
-def check_file_systems(config: Config) -> None:
-    """That the packages are installed that buckets need."""
-    for path in filter(None, (config.out, config.prompts)):
-        try:
-            epath.Path(path).exists()
-        except ImportError as error:
-            raise UserError(f"{path}: {error}") from error
 
 
 def prompts_of(config: Config) -> list[Prompt]:

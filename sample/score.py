@@ -12,7 +12,6 @@ add. Killed and started again with the same flags, the program goes on where it 
 
 import contextlib
 import dataclasses
-import hashlib
 import re
 import signal
 import sys
@@ -28,7 +27,8 @@ from etils import epath
 from tqdm import tqdm
 
 from flax_pref.checkpoints.hub import HUB_ID
-from flax_pref.config import UserError, parse_flags, run_main
+from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
+from flax_pref.config import UserError, check_file_systems, parse_flags, run_main
 from flax_pref.data.prompts import read_prompts
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
@@ -37,8 +37,6 @@ from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.rewards.remote import is_remote
 from flax_pref.rewards.reward import REWARDS, load_reward
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ class Wanted(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Scores what is not scored yet, and tells the means."""
     config = parse_flags(arguments, Config)
-    check_file_systems(config)
+    check_file_systems(*config.runs, config.prompts)
     wanted = wanted_of(config)
     prompts = None if config.prompts is None else read_prompts(config.prompts, column=config.column)
     with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
@@ -198,21 +196,15 @@ def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:
     """What tells scores of a reward from those of another one under the same name."""
     of = {"name": name, "path": path, "sha256": "", "dtype": config.dtype}
     if path is not None and not is_remote(path) and (local := Path(path).expanduser()).exists():
-        of |= {"path": local.resolve().name, "sha256": fingerprint(local)}
+        of |= {"path": local.resolve().name, "sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
     if name == "aesthetic" and config.clip is not None:
         local = Path(config.clip).expanduser()
-        of |= {"clip": local.name, "clip_sha256": fingerprint(local)} if local.exists() else {"clip": config.clip}
+        of |= (
+            {"clip": local.name, "clip_sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
+            if local.exists()
+            else {"clip": config.clip}
+        )
     return of
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of the weights and settings in a folder and their names."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file())
-        lines = "".join(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n" for file in files)
-        return hashlib.sha256(lines.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_of(config: Config, name: str) -> str | None:
@@ -227,15 +219,6 @@ def tokenizer_of(config: Config, name: str) -> str | None:
 def label(wanted: Wanted) -> str:
     """A column's name in messages."""
     return f"embedding by {wanted.name}" if wanted.column == EMBEDDING else wanted.name
-
-
-def check_file_systems(config: Config) -> None:
-    """That the packages are installed that buckets need."""
-    for path in filter(None, (*config.runs, config.prompts)):
-        try:
-            epath.Path(path).exists()
-        except ImportError as error:
-            raise UserError(f"{path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -122,13 +122,22 @@ def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -
     return base._replace(params=params[0] if shares == (1.0,) else jax.tree.map(total, *params))
 
 
-def fingerprint(source: str | Path) -> str:
-    """SHA-256 of a file, or of the names and contents of the weights and settings in a folder, as hexadecimal."""
+SAFE = (".safetensors", ".json", ".txt")
+PICKLED = (".bin", ".pt", ".pth")
+
+
+def fingerprint(source: str | Path, suffixes: tuple[str, ...] = SAFE) -> str:
+    """SHA-256 of a file, or of the names and contents of the weights and settings in a folder, as hexadecimal.
+
+    Args:
+        source: as for `hub.find_checkpoint`.
+        suffixes: of the files of a folder that count.
+    """
     path = find_checkpoint(source)
     if path.is_file():
         return _sha256(path)
     described = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json", ".txt")):
+    for file in sorted(file for file in path.rglob("*") if file.suffix in suffixes):
         described.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
     return described.hexdigest()
 

@@ -1,4 +1,4 @@
-"""The networks of Stable Diffusion 1.5 and SDXL by size, for programs that need no checkpoint: benches and plans.
+"""The networks of Stable Diffusion 1.5 and SDXL, and CLIP ViT-H/14, by size: for programs that need no checkpoint.
 
 The fields are those of the config files that the checkpoints are published with; a checkpoint's own files always decide
 what is loaded from it.
@@ -7,6 +7,7 @@ what is loaded from it.
 from typing import Any, NamedTuple
 
 from flax_pref.models.clip import CLIPTextConfig
+from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
 
@@ -95,3 +96,23 @@ SDXL = Family(
     scheduler_config={"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
 )
 FAMILIES = {"sd15": SD15, "sdxl": SDXL}
+# Of CLIP score, PickScore and HPSv2.
+CLIP_VIT_H = CLIPConfig(
+    text_config=CLIPTextConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        projection_dim=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        hidden_act="gelu",
+    ),
+    vision_config=CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    projection_dim=1024,
+)

@@ -11,33 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.checkpoints.weights import abstract_network, to_stored, with_remat
-from flax_pref.models.clip import CLIPTextConfig
-from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
-from flax_pref.models.presets import FAMILIES
+from flax_pref.models.presets import CLIP_VIT_H, FAMILIES
 from flax_pref.models.remat import Remat
 from flax_pref.rewards.clip import ClipScore
 from flax_pref.rewards.decoded import score_latents
 from sample.bench.common import random_network, time_in_turns
-
-VIT_H = CLIPConfig(
-    text_config=CLIPTextConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        projection_dim=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        hidden_act="gelu",
-    ),
-    vision_config=CLIPVisionConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        patch_size=14,
-        hidden_act="gelu",
-    ),
-    projection_dim=1024,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +48,12 @@ def bench_rewards(bench: Rewards) -> dict:
 
 def scoring(bench: Rewards) -> dict:
     """ViT-H/14 with random weights, on pixels and token ids that are ready; both have the same weights."""
-    network = random_network("clip", VIT_H, bench.dtype)
+    network = random_network("clip", CLIP_VIT_H, bench.dtype)
     reward = pickscore(network)
     rng = np.random.default_rng(0)
     view = rng.standard_normal((bench.batch_size, 224, 224, 3), np.float32)
     ids = rng.integers(1, 49000, (bench.batch_size, 77)).astype(np.int32)
-    ids[:, -1] = VIT_H.text_config.eos_token_id
+    ids[:, -1] = CLIP_VIT_H.text_config.eos_token_id
     theirs = torch_pickscore(network.params, view, ids, bench.dtype) if bench.reference else None
     score = jax.jit(lambda reward, view, ids: reward.score(view, ids))
     candidates = {"seconds": lambda: score(reward, view, ids).block_until_ready()}
@@ -92,7 +70,7 @@ def scoring(bench: Rewards) -> dict:
 
 def pickscore(network) -> ClipScore:
     """PickScore of a network; captions come as token ids."""
-    return ClipScore(network.params, "pickscore", network.graphdef, VIT_H.vision_config.image_size, np.asarray)
+    return ClipScore(network.params, "pickscore", network.graphdef, CLIP_VIT_H.vision_config.image_size, np.asarray)
 
 
 def torch_pickscore(params: dict, view: np.ndarray, ids: np.ndarray, dtype: str) -> Callable[[], np.ndarray] | None:
@@ -103,7 +81,7 @@ def torch_pickscore(params: dict, view: np.ndarray, ids: np.ndarray, dtype: str)
     except ImportError:
         print("transformers or torch is not installed: timing ours alone", file=sys.stderr)
         return None
-    config = transformers.CLIPConfig(**VIT_H.to_dict())
+    config = transformers.CLIPConfig(**CLIP_VIT_H.to_dict())
     with torch.device("meta"):
         clip = transformers.CLIPModel(config)
     weights = {name: torch.from_numpy(np.array(array, order="C")) for name, array in to_stored(params).items()}
@@ -127,7 +105,7 @@ def gradient_memory(bench: Rewards) -> dict:
     """What the program of the gradient of PickScore with respect to one latent needs besides weights."""
     vae, clip = (
         abstract_network(kind, config, jnp.dtype(bench.dtype))
-        for kind, config in (("vae", FAMILIES[bench.family].vae), ("clip", VIT_H))
+        for kind, config in (("vae", FAMILIES[bench.family].vae), ("clip", CLIP_VIT_H))
     )
     side = bench.size // vae.config.downscale_factor
     latents = jax.ShapeDtypeStruct((1, side, side, vae.config.latent_channels), jnp.float32)

@@ -103,12 +103,12 @@ def write_scorer(part: str, folder: Path) -> None:
 
     from flax_pref.checkpoints.weights import save_network
     from flax_pref.models.blip import ImageRewardConfig
+    from flax_pref.models.presets import CLIP_VIT_H
     from sample.bench.common import random_network
-    from sample.bench.rewards import VIT_H
     from tests.parity.image_reward_reference import random_weights
 
     if part == "pickscore":
-        save_network(random_network("clip", VIT_H), folder / part)
+        save_network(random_network("clip", CLIP_VIT_H), folder / part)
     else:
         torch.save(random_weights(ImageRewardConfig()), folder / "ImageReward.pt")
     print("written")
