@@ -46,7 +46,7 @@ def load_config(arguments: Sequence[str], kind: type[C]) -> C:
     file, *flags = arguments
     config = _execute(Path(file))
     if not isinstance(config, kind):
-        _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {kind.__name__}")
+        _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {getattr(kind, '__name__', kind)}")
     return _parse(kind, flags, f"{program} {file}", default=config, config=(tyro.conf.AvoidSubcommands,))
 
 
@@ -121,8 +121,12 @@ def run_main(main: Callable[[list[str]], None]) -> int:
 
     Mistakes of the user (UserError, ValueError, files that are missing or cannot be written) and losses that are not
     finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project
-    and keeps its traceback.
+    and keeps its traceback. What JAX compiles is kept for the next run, see `compilation.use_cache`.
     """
+    if "jax" in sys.modules:  # not all programs compute
+        from flax_pref.compilation import use_cache
+
+        use_cache()
     try:
         main(sys.argv[1:])
     except (UserError, ValueError, OSError, FloatingPointError) as error:

@@ -62,12 +62,17 @@ def encode_batch(
         prompts: B texts.
         sharding: of the leading axis of what the encoders read and give.
     """
+    ids = [tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers]
+    return encode_ids(pipeline, ids if sharding is None else jax.device_put(ids, sharding))
+
+
+def encode_ids(pipeline: Pipeline, ids: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """What `encode_batch` gives, of token ids: int32 `[B, T]` from each of the tokenizers."""
     last = len(pipeline.text_encoders) == 1
-    encoded = []
-    for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
-        ids = tokenizer(list(prompts))
-        ids = ids if sharding is None else jax.device_put(ids, sharding)
-        encoded.append(_encode(encoder.graphdef, last, encoder.params, ids))
+    encoded = [
+        _encode(encoder.graphdef, last, encoder.params, own)
+        for encoder, own in zip(pipeline.text_encoders, ids, strict=True)
+    ]
     conditioning = {"encoder_hidden_states": jnp.concatenate([states for states, *_ in encoded], axis=-1)}
     if not last:
         conditioning["text_embeds"] = encoded[-1][1]

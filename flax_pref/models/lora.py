@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_pref.models.layers import Conv, Linear, normal
 from flax_pref.models.platform import CACHED, platform
+from flax_pref.models.quantized import at_use
 
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
@@ -125,7 +126,11 @@ class LoRALinear(LoRALayer, Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., in] -> [B, ..., out]`."""
         many = x.ndim > 2 and x.shape[1] >= LONG
-        return self.by_group(x) if many and platform() == "cpu" else self.adapt(x, Linear.__call__(self, x))
+        return self.by_group(x) if many and platform() == "cpu" else Linear.__call__(self, x)
+
+    def complete(self, x: jax.Array, product: jax.Array) -> jax.Array:
+        """See `Linear`."""
+        return self.adapt(x, Linear.complete(self, x, product))
 
     def by_group(self, x: jax.Array) -> jax.Array:
         """The same as one product for each group of rows, with weights that contain its adapter.
@@ -418,7 +423,7 @@ def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
         return module(flat[0], timesteps, **flat[1]).reshape(latents.shape)
 
     def predict(networks, latents, timesteps, text):
-        inputs, predictions, start = (params, latents, text), [], 0
+        inputs, predictions, start = at_use(params, latents, text), [], 0
         for group in _at_once(params, networks, latents):
             rows = slice(start, start := start + len(group))
             own_params, *whole = inputs

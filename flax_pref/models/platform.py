@@ -1,6 +1,9 @@
 """What a program is being compiled for, where the fastest way to compute something depends on it."""
 
+import math
+
 import jax
+from jax.sharding import AxisType
 
 # Bytes that stay in a CPU's cache between two operations; what a batch has more of is cheaper image by image.
 CACHED = 24 * 2**20
@@ -18,3 +21,14 @@ def platform() -> str:
 def default_dtype(dtype: str) -> str:
     """What networks compute in where "auto" is asked for: bfloat16 on TPUs and GPUs, float32 on CPUs."""
     return dtype if dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16"
+
+
+def per_device(batch: int) -> int:
+    """How many of a batch a device has, where the axes "data" and "fsdp" of the mesh in use (`jax.set_mesh`) divide it.
+
+    Inside `jax.shard_map` a batch is that of one device already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    dividing = [name for name, kind in axes if name in ("data", "fsdp") and kind != AxisType.Manual]
+    return batch // math.prod(mesh.shape[name] for name in dividing)

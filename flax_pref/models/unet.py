@@ -25,6 +25,7 @@ from flax_pref.models.layers import (
     ResnetBlock2D,
     Upsample2D,
     gated_gelu,
+    projections,
     silu,
     timestep_embedding,
 )
@@ -180,9 +181,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """`[B, T, C], [B, S, D] -> [B, T, C]`."""
-        q, k, v = (
-            y.reshape(*y.shape[:2], self.num_heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        if context is x:
+            projected = projections(x, [self.to_q, self.to_k, self.to_v])
+        else:
+            projected = [self.to_q(x), *projections(context, [self.to_k, self.to_v])]
+        q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in projected)
         return self.to_out[0](attention(q, k, v, kernel=self.kernel).reshape(x.shape))
 
 
@@ -535,12 +538,16 @@ class UNet2DCondition(nnx.Module):
             x = 2 * x - 1
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
-            x, activations = block(x, temb, encoder_hidden_states)
+        # The names are for those who read compiled programs and profiles.
+        for i, block in enumerate(self.down_blocks):
+            with jax.named_scope(f"down_blocks.{i}"):
+                x, activations = block(x, temb, encoder_hidden_states)
             skips += activations
-        x = self.mid_block(x, temb, encoder_hidden_states)
-        for block in self.up_blocks:
-            x = block(x, skips, temb, encoder_hidden_states)
+        with jax.named_scope("mid_block"):
+            x = self.mid_block(x, temb, encoder_hidden_states)
+        for i, block in enumerate(self.up_blocks):
+            with jax.named_scope(f"up_blocks.{i}"):
+                x = block(x, skips, temb, encoder_hidden_states)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     def embed_time(self, timesteps: jax.Array, text_embeds: jax.Array | None, time_ids: jax.Array | None) -> jax.Array:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from flax_pref.compilation import leave_default
 from flax_pref.config import run_main
 
 TIMEOUT = 120
@@ -70,6 +71,8 @@ def join(text: str | None = None, timeout: int = TIMEOUT) -> tuple[int, int]:
             "of this one, as in --hosts 10.0.0.2:1234,4,0, or --hosts none where there are no others"
         ) from error
     process, processes = jax.process_index(), jax.process_count()
+    if processes > 1:
+        leave_default()
     if cluster:
         print(f"{asked}: this is process {process} of {processes}", file=sys.stderr)
     return process, processes

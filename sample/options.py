@@ -1,0 +1,240 @@
+"""Flags that say what is drawn with, and the parts that they stand for: checkpoint, modules, rule, solver, size."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh
+
+from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline
+from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
+from flax_pref.checkpoints.weights import Network, with_attention
+from flax_pref.config import UserError
+from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights
+from flax_pref.diffusion.rules import CONTRASTING, STEADY, RuleName, named_rule
+from flax_pref.diffusion.solvers import Solver, from_config
+from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.models.attention import Kernel
+from flax_pref.models.quantized import QuantizedType, quantize
+
+# Ways to use modules pos and neg, with the time of an image against plain CFG's and the share of full cPGD's gain that
+# docs/guidance.md has measured.
+PRESETS = {
+    "full": {"rule": "cpgd"},  # 3.1, 100 %
+    "fast": {"rule": "cpgd", "merge": True},  # 1.0, 107 %
+    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.1, 105 %
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What images are drawn with."""
+
+    model: str
+    """Folder in the layout of diffusers, Hub id, or "demo"."""
+    module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=PATH of a preference module, once for each: a LoRA file, or a folder with LoRA or full weights. Names are
+    those of the rule: pos and neg, bad in autoguidance, any for pgd and fine_tuned."""
+    module_base: str | None = None
+    """The checkpoint that the modules were trained on, if it is another than the model: their difference is predicted
+    there. None: LoRA modules move onto the model."""
+    preset: Literal["full", "fast", "light"] | None = None
+    """In place of rule, every, between and merge: full is cPGD, fast cPGD merged into the weights, light cPGD on the
+    prompt only, in every fifth step. docs/guidance.md has what they cost and what they gain."""
+    rule: RuleName = "cfg"
+    """How the predictions of model and modules are combined."""
+    w: str | None = None
+    """Strength of the modules: 4, linear:8:0, cosine:0:8 or list:8:4:0, the last three along the trajectory; with
+    @0.2:0.8 behind it for that part of the trajectory only."""
+    guidance_scale: str = "7.5"
+    """Of classifier-free guidance; 1 is none. May be a schedule like w."""
+    every: int = 1
+    """Predict what the modules add in every so many steps only."""
+    between: Literal["hold", "extrapolate"] = "hold"
+    """What to do in the steps between."""
+    merge: bool = False
+    """Merge the modules into the weights, w times, and draw with classifier-free guidance."""
+    rescale: float | None = None
+    """Share of guidance rescale, 0 to 1."""
+    proxy: float = 0.5
+    """Of the proxy prompt of chats."""
+
+    steps: int = 50
+    solver: Literal["ddim", "dpm++", "dpm++_karras", "euler", "euler_karras", "pndm"] | None = None
+    """None: the one of the checkpoint's scheduler."""
+    eta: float = 0.0
+    """Noise in the steps of ddim, 0 to 1."""
+    height: int | None = None
+    """In pixels; None: the size that the network was trained on."""
+    width: int | None = None
+    batch_size: int = 1
+    """Images that a device draws at the same time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    quantize: QuantizedType | None = None
+    """Keep the UNet's kernels in eight bits: half the memory of bfloat16, the same time. docs/serving.md has the error
+    that this makes."""
+    variant: str | None = None
+    """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
+    attention: Kernel = "auto"
+    """Kernel of the UNet's attention; auto: the fastest for the device."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+
+
+def with_preset(config: Drawing) -> Drawing:
+    """The flags with those that the preset stands for."""
+    if config.preset is None:
+        return config
+    for field in dataclasses.fields(config):
+        expected, given = PRESETS[config.preset].get(field.name), getattr(config, field.name)
+        if expected is not None and given not in (expected, field.default):
+            raise UserError(f"--preset {config.preset} is --{field.name} {expected}, but --{field.name} is {given}")
+    return dataclasses.replace(config, **PRESETS[config.preset], preset=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules and modules
+
+
+def rule_terms(config: Drawing) -> dict[str, Any]:
+    """The rule that the flags describe, as arguments of `named_rule` that JSON can hold."""
+    if config.rule in STEADY:
+        for name, given in (("--w", config.w is not None), ("--merge", config.merge), ("--every", config.every != 1)):
+            if given:
+                expected = ", ".join(CONTRASTING)
+                raise UserError(f"--rule {config.rule} has no use for {name}; expected one of {expected}")
+    elif config.w is None:
+        raise UserError(f"--rule {config.rule} needs --w, the strength of the modules, e.g. --w 4")
+    w = config.w
+    if config.merge:
+        schedule = Schedule.parse(w)
+        if schedule != Schedule(schedule.values):
+            raise UserError(f"--w {config.w} --merge: only one number can be merged into weights")
+        w = schedule.values[0]
+    return {
+        "name": config.rule,
+        "guidance_scale": config.guidance_scale,
+        "w": w,
+        "module": next(iter(modules_of(config)), "module"),
+        "reference": "base" if config.module_base is None else OWN_BASE,
+        "every": config.every,
+        "between": config.between,
+        "rescale": config.rescale,
+        "proxy": config.proxy,
+    }
+
+
+def drawn_terms(config: Drawing) -> dict[str, Any]:
+    """The same of the rule to draw by: classifier-free guidance where modules are merged into the weights."""
+    if not config.merge:
+        return rule_terms(config)
+    return rule_terms(dataclasses.replace(config, rule="cfg", w=None, every=1, merge=False))
+
+
+def rule_of(config: Drawing) -> Rule:
+    """The rule that the flags describe."""
+    return named_rule(**rule_terms(config))
+
+
+def modules_of(config: Drawing) -> dict[str, str]:
+    """Path of each module."""
+    modules = {}
+    for text in config.module:
+        name, _, path = text.partition("=")
+        if not name or not path or name in modules or name in ("base", OWN_BASE):
+            raise UserError(f"--module {text}: expected NAME=PATH with a name of its own, e.g. pos=pos.safetensors")
+        modules[name] = path
+    return modules
+
+
+def check_modules(rule: Rule, sources: dict[str, str], config: Drawing) -> None:
+    """That the modules are those that the rule asks for."""
+    there = {"base", *sources} | ({OWN_BASE} if config.module_base is not None else set())
+    asked = set(rule.networks())
+    if missing := [name for name in rule.networks() if name not in there]:
+        raise UserError(
+            f"--rule {config.rule} needs a module {missing[0]!r}; expected --module {missing[0]}=PATH"
+            + (f", there are {', '.join(sources)}" if sources else "")
+        )
+    if unused := [name for name in sources if name not in asked]:
+        useful = ", ".join(sorted(asked - {"base"})) or "none"
+        raise UserError(
+            f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected another --rule"
+        )
+
+
+def fingerprints(config: Drawing, folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+    """What of the files the images depend on."""
+    hashed = sources | ({OWN_BASE: config.module_base} if config.module_base is not None else {})
+    return {
+        "modules": {name: Path(path).name for name, path in sources.items()},
+        "model_sha256": fingerprint(folder),
+        "modules_sha256": {name: fingerprint(path) for name, path in hashed.items()},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def text_to_image(
+    config: Drawing,
+    folder: Path,
+    rule: Rule,
+    sources: dict[str, str],
+    *,
+    dtype: str,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> TextToImage:
+    """The checkpoint with its modules.
+
+    Args:
+        config: the flags.
+        folder: of the checkpoint.
+        rule: that the flags describe.
+        sources: path of each module.
+        dtype: what the networks compute in.
+        batch_size: images on all devices.
+        mesh: of these, or None for one.
+    """
+    pipeline = load_pipeline(folder, jnp.dtype(dtype), variant=config.variant)
+    guided = load_modules(pipeline.unet, sources, own_base=config.module_base, dtype=jnp.dtype(dtype))
+    if config.merge:
+        guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(rule)), modules={})
+
+    def prepared(network: Network) -> Network:
+        params = network.params if config.quantize is None else quantize(network.params, config.quantize)
+        return with_attention(network._replace(params=params), config.attention)
+
+    return TextToImage(
+        dataclasses.replace(pipeline, unet=prepared(guided.base)),
+        solver_of(pipeline, folder, config),
+        size_of(pipeline, config),
+        batch_size=batch_size,
+        modules={name: prepared(network) for name, network in guided.modules.items()},
+        mesh=mesh,
+    )
+
+
+def solver_of(pipeline: Pipeline, folder: Path, config: Drawing) -> Solver:
+    """The solver that the config names, or the checkpoint."""
+    try:
+        return from_config(pipeline.scheduler_config, config.steps, name=config.solver, eta=config.eta)
+    except (ValueError, TypeError) as error:
+        file = folder / "scheduler" / "scheduler_config.json"
+        raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error
+
+
+def size_of(pipeline: Pipeline, config: Drawing) -> tuple[int, int]:
+    """Height and width in pixels."""
+    trained = pipeline.unet.config.sample_size or 64
+    trained = trained if isinstance(trained, tuple) else (trained, trained)
+    sides = (config.height, config.width)
+    factor = pipeline.vae.config.downscale_factor
+    return tuple(factor * default if side is None else side for side, default in zip(sides, trained, strict=True))

@@ -1,0 +1,158 @@
+"""`python -m sample.export`, and the samplers that it writes."""
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import export as jax_export
+from PIL import Image
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.config import UserError
+from flax_pref.models.lora import select_lora, split_lora
+from flax_pref.serving.sampler import load_sampler
+from sample import export, images
+
+ROOT = Path(__file__).parents[1]
+BASE = str(resources.files("flax_pref.demo") / "base")
+PROMPTS = ["a small red circle in the middle, white background", "a large blue cross", "a large red cross"]
+QUICK = ("--model", "demo", "--steps", "2", "--guidance-scale", "3", "--batch-size", "2")
+
+
+@pytest.fixture(scope="module")
+def rule(tmp_path_factory):
+    """Flags of cPGD with LoRA modules of random weights."""
+    folder = tmp_path_factory.mktemp("modules")
+    unet = lora_network(load_pipeline(BASE).unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
+    _, lora = split_lora(unet.params)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32), lora)
+    flags = ["--rule", "cpgd"]
+    for i, name in enumerate(("pos", "neg")):
+        save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
+        flags += ["--module", f"{name}={folder}/{name}.safetensors"]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def exported(rule, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "cpgd"
+    export.main([*QUICK, *rule, "--w", "2", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampler(exported):
+    return load_sampler(exported)
+
+
+def drawn(folder, *flags):
+    """What `sample.images` draws of the prompts with seed 7."""
+    images.main([*QUICK, *flags, "--prompt", *PROMPTS, "--seed", "7", "--out", str(folder)])
+    return np.stack([np.asarray(Image.open(folder / f"{i:05d}-7.png")) for i in range(len(PROMPTS))])
+
+
+SERVE = """
+import sys
+import numpy as np
+from flax_pref.serving.sampler import load_sampler
+folder, out, *prompts = sys.argv[1:]
+np.save(out, load_sampler(folder)(prompts, range(len(prompts)), seed=7))
+networks = [name for name in sys.modules if name.startswith(("flax_pref.models.", "flax.nnx", "torch"))]
+assert set(networks) <= {"flax_pref.models.config"}, networks
+"""
+
+
+def test_a_process_without_the_networks_draws_the_images_of_sample_images(exported, rule, tmp_path):
+    command = [sys.executable, "-c", SERVE, exported, tmp_path / "images.npy", *PROMPTS]
+    served = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert served.returncode == 0, served.stderr[-2000:]
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), drawn(tmp_path / "w2", *rule, "--w", "2"))
+
+
+def test_strengths_are_inputs_of_the_program(sampler, rule, tmp_path):
+    other = drawn(tmp_path / "other", *rule, "--w", "1", "--guidance-scale", "2")
+    np.testing.assert_array_equal(sampler(PROMPTS, range(3), seed=7, w=1, guidance_scale="2"), other)
+    for_each = sampler(PROMPTS, range(3), seed=[7, 7, 8], w=[1, 2, 1], guidance_scale=2)
+    np.testing.assert_array_equal(for_each[0], other[0])
+    assert (for_each[1] != other[1]).any() and (for_each[2] != other[2]).any()
+
+
+def test_a_negative_prompt_changes_its_own_image_and_is_that_of_sample_images(sampler, rule, tmp_path):
+    plain = sampler(PROMPTS, range(3), seed=7)
+    served = sampler(PROMPTS, range(3), seed=7, negative_prompts=["red", None, None])
+    wanted = drawn(tmp_path / "negative", *rule, "--w", "2", "--negative-prompt", "red")
+    np.testing.assert_array_equal(served[0], wanted[0])
+    np.testing.assert_array_equal(served[1:], plain[1:])
+    assert (served[0] != plain[0]).any()
+
+
+def test_what_the_program_cannot_draw_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"in other steps .* exported for w=2 and guidance_scale=3"):
+        sampler(PROMPTS, range(3), seed=7, w="2@0:0.5")
+    with pytest.raises(ValueError, match="3 prompts, but 2 prompt_ids"):
+        sampler(PROMPTS, range(2), seed=7)
+
+
+def test_weights_in_eight_bits_are_exported_as_such(tmp_path):
+    pytest.importorskip("qwix")
+    export.main([*QUICK, "--quantize", "fp8", "--out", str(tmp_path / "fp8")])
+    served = load_sampler(tmp_path / "fp8")
+    assert served.weights["unet.members.0.params.conv_in.kernel.values"].dtype == "float8_e4m3fn"
+    wanted = drawn(tmp_path / "images", "--quantize", "fp8")
+    np.testing.assert_array_equal(served(PROMPTS, range(3), seed=7), wanted)
+
+
+def test_other_platforms_get_their_own_kernels_in_bfloat16(tmp_path):
+    flags = ("--platforms", "tpu", "cuda", "--height", "256", "--width", "256", "--out", str(tmp_path / "out"))
+    export.main([*QUICK, *flags])
+    programs = {
+        platform: jax_export.deserialize(bytearray((tmp_path / "out" / f"{platform}.stablehlo").read_bytes()))
+        for platform in ("tpu", "cuda")
+    }
+    assert programs["tpu"].platforms == ("tpu",) and programs["cuda"].platforms == ("cuda",)
+    # 1,024 positions and more: the Pallas kernel of TPUs, which CUDA has not.
+    assert "tpu_custom_call" in programs["tpu"].mlir_module()
+    assert "custom_call" not in programs["cuda"].mlir_module()
+    assert json.loads((tmp_path / "out" / "sampler.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="exported for tpu, cuda, but JAX runs on cpu here"):
+        load_sampler(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["cpu.stablehlo", "weights.safetensors", "tokenizer_1/merges.txt"])
+def test_a_damaged_file_is_named(name, exported):
+    file = exported / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    try:
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            load_sampler(exported)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_jax_that_is_too_new_or_too_old_is_told_which_one_wrote_the_program(exported, monkeypatch):
+    monkeypatch.setattr(jax_export, "minimum_supported_calling_convention_version", 99)
+    with pytest.raises(ValueError, match=rf"exported by jax {jax.__version__} in calling convention \d+, but jax"):
+        load_sampler(exported)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--attention", "flash"), "--attention flash: expected auto or xla"),
+        (("--platforms", "cpu", "cpu"), "--platforms cpu cpu: expected one or several"),
+        (("--rule", "cpgd"), "--rule cpgd needs --w"),
+        (("--batch-size", "0"), "--batch-size 0: expected at least 1"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_loaded(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export.main(["--model", "demo", *flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
