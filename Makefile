@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-recipes test-long parity lint format
+.PHONY: demo test test-recipes test-long parity plan plan-check lint format
 
 demo: .venv/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -22,6 +22,15 @@ test-long: .venv/installed-test
 # Networks of full size against torch; needs 24 GB of memory, takes a quarter of an hour, and writes docs/parity.md.
 parity: .venv/installed-test
 	$(BIN)/python -m tests.parity.full_size
+
+# Every config, compiled for slices of TPU pods that are not there: hours on two cores. Writes a table in
+# docs/performance.md; make plan ARGS='--only configs/sd15 --slices v5e:16x16' does a part.
+plan: .venv/installed-tpu
+	$(BIN)/python -m tests.plans $(ARGS)
+
+# Whether a training step and a sampler of full size still fit a TPU chip and are as fast as recorded.
+plan-check: .venv/installed-tpu
+	$(BIN)/python -m pytest -m plan tests/test_plans.py tests/parallel
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -42,3 +51,8 @@ format: .venv/installed-test
 .venv/installed-test: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch .venv/installed $@
+
+# The compiler of TPUs, 200 MB more than most need.
+.venv/installed-tpu: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
+	touch $@

@@ -155,8 +155,13 @@ def check_output_folder(folder: Path) -> Path:
     """Creates a folder and proves that files can be written into it.
 
     Raises:
-        UserError: they cannot; names the folder and the reason.
+        UserError: they cannot, or the folder is in a bucket; names the folder and the reason.
     """
+    if match := re.match(r"([a-z][a-z0-9]*):/+", str(folder)):  # of two slashes Path has left one
+        raise UserError(
+            f"{match[1]}://{str(folder)[match.end() :]}: this program writes to folders only; mount the bucket (those "
+            "of Google with gcsfuse) and give the folder in there with --output"
+        )
     probe = folder / f".{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

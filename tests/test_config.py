@@ -130,6 +130,13 @@ def test_an_output_folder_that_cannot_be_written_is_named(place, tmp_path):
     assert place in str(error.value)
 
 
+def test_a_bucket_is_no_output_folder_and_no_folder_of_that_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^gs://bucket/run: .* mount the bucket .*gcsfuse") as error:
+        check_output_folder(Path("gs://bucket/run"))
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
 def test_the_config_of_a_run_is_recorded(tmp_path):
     dump_config(Config(), tmp_path / "config.json")
     recorded = json.loads((tmp_path / "config.json").read_text())

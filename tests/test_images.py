@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -193,16 +194,39 @@ def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
-def test_two_hosts_write_what_one_writes(prompts, tmp_path):
-    flags = ("--prompts", prompts, "--seeds", "0-1", *QUICK, "--batch-size", "4", "--shard-size", "4")
+def hosts(*flags):
+    """Two processes of one program."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    hosts = [program(*flags, "--out", tmp_path / "two", "--hosts", f"{address},2,{i}") for i in range(2)]
-    told = [finish(process) for process in hosts]
+    return [program(*flags, "--hosts", f"{address},2,{i}") for i in range(2)]
+
+
+def test_two_hosts_write_what_one_writes(prompts, tmp_path):
+    # Three shards: the first host has three batches, the second two.
+    flags = ("--prompts", prompts, "--seeds", "0-1", *QUICK, "--batch-size", "4", "--shard-size", "6")
+    told = [finish(process) for process in hosts(*flags, "--out", tmp_path / "two")]
     assert "wrote 16 images" in told[0] and "wrote" not in told[1]
     finish(program(*flags, "--out", tmp_path / "one"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    (tmp_path / "two" / "00001.tar").unlink()  # of the second host, so that the first has nothing to draw
+    told = [finish(process) for process in hosts(*flags, "--out", tmp_path / "two")]
+    assert "drew 0 images" in told[0] and "drew 6 images" in told[1]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_sigterm_to_one_of_two_hosts_ends_both_in_order(prompts, tmp_path):
+    flags = ("--prompts", prompts, "--seeds", "0-99", *QUICK, "--batch-size", "8", "--shard-size", "8")
+    processes = hosts(*flags, "--out", tmp_path / "out")
+    while not list((tmp_path / "out").glob(".parts/*.json")):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    for process in processes:
+        assert re.search(r"stopped after [1-9]\d* of 400 images; the same command goes on from there", finish(process))
+    assert time.monotonic() - sent < 30
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
 def test_images_of_one_prompt_are_drawn_without_torch(tmp_path):

@@ -22,7 +22,7 @@ from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
 from flax_pref.models.platform import default_dtype
-from flax_pref.parallel.hosts import join
+from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 
 
@@ -30,6 +30,12 @@ def main(arguments: list[str]) -> None:
     """Writes the prepared set, or goes on with it, or shows what it is made from."""
     config = load_config(arguments, EncodeConfig)
     process, processes = join(config.hosts)
+    with watched():
+        run(config, process, processes)
+
+
+def run(config: EncodeConfig, process: int, processes: int) -> None:
+    """The part of one of several processes, or all of it."""
     reader = open_source(config.source)
     selection = select(reader, config.choice)
     if process == 0:

@@ -1,15 +1,14 @@
 """Scaled dot-product attention: the one place where its kernel is chosen.
 
-Measured for the shapes of Stable Diffusion: XLA writes the whole score matrix of a long self-attention to memory. On
-TPUs the Pallas splash kernel does not, and for short sequences and the 77 keys of a prompt XLA is faster. On CUDA GPUs
-cuDNN's fused attention takes 16-bit inputs of most head sizes. On CPUs a loop over heads and blocks of queries, whose
-scores fit into the cache, is four times as fast as the whole at 4096 positions.
+For the shapes of Stable Diffusion XLA writes the whole score matrix of a long self-attention to memory. On TPUs the
+Pallas splash kernel does not; for short sequences and the 77 keys of a prompt XLA is faster. On CUDA GPUs cuDNN's fused
+attention takes 16-bit inputs of most head sizes. On CPUs a loop over heads and blocks of queries, whose scores fit into
+the cache, is four times as fast as the whole at 4096 positions.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,47 @@ from jax.sharding import PartitionSpec
 from flax_pref.models.platform import CACHED, platform
 
 Kernel = Literal["auto", "xla", "cudnn", "flash", "blocked"]
-FLASH_FROM = 1024  # positions
-BLOCK = 512  # queries
+BLOCK = 512  # queries, on CPUs
+
+
+class Blocks(NamedTuple):
+    """Positions of a block of the splash kernel.
+
+    Attributes:
+        queries: for which it goes through all keys.
+        keys: on the chip together, with their values.
+        at_once: of these, whose scores are computed together.
+    """
+
+    queries: int
+    keys: int
+    at_once: int
+
+
+# The largest blocks of the splash kernel. Found without hardware, for v5e and v6e (libtpu 0.0.42): bundles of the
+# kernel's final schedule (--xla_jf_dump_llo_text) times the steps of its grid, but no less than its matrix units need.
+# Thousands of cycles per head at 4096 positions, of sizes up to 128, with the blocks in brackets:
+#
+#                                        v5e                          v6e
+#     forward                            72 (512, 4096, 1024)         50
+#                                        81 (1024, 1024, 1024)        54
+#                                        94 (512, 512, 512)           76
+#     backward, one kernel               164 (512, 2048, 512)         94
+#     backward, one for q, one for k, v  229 (1024, 1024, 512)
+#                                        249 (512, 512, 512)          178
+#
+# A step that has all keys reads them once. Twice as many queries forward, or keys backward, have no room in the 16 MiB
+# that the compiler gives a kernel of v5e.
+FORWARD = Blocks(512, 4096, 1024)
+BACKWARD = Blocks(512, 2048, 512)
+QUERIES = 512, 384  # of a block: what fills up a sequence least
+KEY_BYTES = 2**20  # of a block: there are fewer keys of large heads and of float32
+LANES = 128  # numbers of a row of a vector register, which a head fills up
+# Cycles of v5e, forward and backward, in millions: 2.2 against XLA's 6.2 for 8 x 1024 positions of 8 heads of 80, 3.6
+# against 8.4 for 8 x 768 of 20 heads of 64, but 4.1 against 1.6 for 8 x 576 of 8 heads of 160 and, forward, 0.7
+# against 0.07 for 8 x 256 of these, whose scores XLA keeps on the chip.
+FLASH_FROM = 768  # positions
+UNSEEN = -30000.0  # a score whose weight is 0 beside any other
 
 
 def attention(
@@ -71,9 +109,13 @@ def _fastest(q: jax.Array) -> Kernel:
 
 
 def _cudnn_takes(q: jax.Array) -> bool:
-    """16 bits, and a head size that is a multiple of 8, up to 128, or 256 from the Hopper generation on."""
-    device = jax.local_devices()[0]
-    largest = 256 if float(getattr(device, "compute_capability", 0)) >= 9 else 128
+    """16 bits, and a head size that is a multiple of 8, up to 128, or 256 from the Hopper generation on.
+
+    So JAX says, which refuses others. It does not say that cuDNN has no such kernel before the Ampere generation.
+    """
+    generation, _, _ = jax.local_devices()[0].compute_capability.partition(".")
+    # AMD's are such as "gfx942", and have no cuDNN.
+    largest = 0 if not generation.isdigit() or int(generation) < 8 else 128 if int(generation) < 9 else 256
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= largest
 
 
@@ -193,9 +235,46 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _flash_takes(q: jax.Array, k: jax.Array) -> bool:
-    """Long self-attention in whole blocks. One head over all channels, as in the autoencoder, has no room on chip."""
-    length = q.shape[1]
-    return k.shape[1] == length and length >= FLASH_FROM and length % BLOCK == 0 and q.shape[-1] <= 256
+    """Long self-attention. One head over all channels, as in the autoencoder, has no room on chip."""
+    return k.shape[1] == q.shape[1] >= FLASH_FROM and q.shape[-1] < 256
+
+
+def flash_blocks(length: int, head_size: int, dtype: jax.typing.DTypeLike) -> tuple[int, Blocks, Blocks]:
+    """How the splash kernel takes self-attention apart.
+
+    Args:
+        length: positions.
+        head_size: numbers of a head.
+        dtype: of q, k and v.
+
+    Returns:
+        The positions with those that fill up the last block, and the blocks of the forward and the backward kernel.
+    """
+    filled, queries = min((-(-length // size) * size, -size) for size in QUERIES)
+    room = KEY_BYTES // (jnp.dtype(dtype).itemsize * -(-head_size // LANES) * LANES)
+
+    def blocks(most: Blocks) -> Blocks:
+        keys = _largest(filled, -queries, min(most.keys, room))
+        return Blocks(-queries, keys, _largest(keys, -queries, most.at_once))
+
+    return filled, blocks(FORWARD), blocks(BACKWARD)
+
+
+def _largest(whole: int, unit: int, most: int) -> int:
+    """The largest multiple of the unit, up to `most`, that divides the whole; at least the unit."""
+    return max(size for size in range(unit, max(unit, most) + 1, unit) if whole % size == 0)
+
+
+def _fill(q: jax.Array, k: jax.Array, v: jax.Array, new: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[B, N, T, Hd]` with new positions that no query sees.
+
+    One more feature of the heads, which vector registers have room for, makes their scores small. The kernel's masks
+    would be applied to every score.
+    """
+    ends = (0, 0), (0, 0), (0, new)
+    unseen = jnp.arange(k.shape[2] + new) >= k.shape[2]
+    k = jnp.where(unseen[:, None] & (jnp.arange(k.shape[3] + 1) == k.shape[3]), UNSEEN, jnp.pad(k, (*ends, (0, 1))))
+    return jnp.pad(q, (*ends, (0, 1)), constant_values=1), k, jnp.pad(v, (*ends, (0, 0)))
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -206,28 +285,19 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    @functools.partial(jax.vmap, in_axes=(0, 0, 0))
-    def per_example(q, k, v):  # [N, T, Hd]; the kernel does not scale the logits
-        heads, length, _ = q.shape
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * heads)
-        blocks = splash_attention_kernel.BlockSizes(
-            block_q=BLOCK,
-            block_kv=BLOCK,
-            block_kv_compute=BLOCK,
-            block_q_dkv=BLOCK,
-            block_kv_dkv=BLOCK,
-            block_kv_dkv_compute=BLOCK,
-            block_q_dq=BLOCK,
-            block_kv_dq=BLOCK,
-        )
+    length = q.shape[1]
+    filled, forward, backward = flash_blocks(length, q.shape[-1], q.dtype)
+    blocks = splash_attention_kernel.BlockSizes(*forward, *backward, use_fused_bwd_kernel=True)
+
+    def local(q, k, v):  # [B, T, N, Hd]; the kernel does not scale the logits
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((filled, filled))] * q.shape[2])
         kernel = splash_attention_kernel.make_splash_mha(
             mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
         )
-        return kernel(q, k, v)
-
-    def local(q, k, v):  # [B, T, N, Hd]
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jnp.swapaxes(per_example(q, k, v), 1, 2)
+        if filled > length:
+            q, k, v = _fill(q, k, v, filled - length)
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v)[:, :, :length], 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:  # no mesh, or each device is on its own already

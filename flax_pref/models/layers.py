@@ -102,7 +102,7 @@ class Conv(nnx.Module):
 
 
 FEW_POSITIONS = 512
-FEW_IMAGES = 8
+FEW_IMAGES, FEW_BYTES = 8, 2**25  # of a device; of more, the shifted copies do not fit into a TPU's vector memory
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
@@ -110,7 +110,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, i
     size, out_features = kernel.shape[0], kernel.shape[-1]
     if size == 1 and stride == 1:  # faster as the matrix product that it is: by a third on CPUs, three times on TPUs
         return jnp.pad(x, ((0, 0), padding, padding, (0, 0))) @ kernel.reshape(-1, out_features)
-    if platform() == "tpu" and stride == 1 and size == 3 and per_device(x.shape[0]) < FEW_IMAGES:
+    few = per_device(x.shape[0]) < FEW_IMAGES and per_device(x.nbytes) <= FEW_BYTES
+    if platform() == "tpu" and stride == 1 and size == 3 and few:
         return _by_rows(x, kernel, padding)
     if platform() == "cpu" and stride == 1 and math.prod(x.shape[:3]) <= FEW_POSITIONS:
         # XLA's convolution for CPUs is up to four times slower than a matrix product where positions are few.

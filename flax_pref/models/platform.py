@@ -23,12 +23,12 @@ def default_dtype(dtype: str) -> str:
     return dtype if dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16"
 
 
-def per_device(batch: int) -> int:
-    """How many of a batch a device has, where the axes "data" and "fsdp" of the mesh in use (`jax.set_mesh`) divide it.
+def per_device(count: int) -> int:
+    """A device's share of a batch that the axes "data" and "fsdp" of the mesh in use (`jax.set_mesh`) divide.
 
     Inside `jax.shard_map` a batch is that of one device already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     dividing = [name for name, kind in axes if name in ("data", "fsdp") and kind != AxisType.Manual]
-    return batch // math.prod(mesh.shape[name] for name in dividing)
+    return count // math.prod(mesh.shape[name] for name in dividing)

@@ -1,4 +1,4 @@
-"""What a user sees of a run: the memory it takes, its progress, its metrics, its pictures, a profile of some steps.
+"""What a user sees of a run: its progress, its metrics, its pictures, a profile of some steps.
 
     metrics.jsonl        a JSON object for each recorded step, each step once
     tensorboard/         the same and the pictures, for TensorBoard
@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -338,78 +337,3 @@ class Profile:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def budget(mesh: Mesh, held: Mapping[str, Any], memory: Any, limit: int | None = None) -> str:
-    """A table of what the devices of a mesh hold.
-
-    Args:
-        mesh: of the run.
-        held: by name, pytrees of arrays or of `jax.ShapeDtypeStruct`; without a sharding, a leaf is on every device.
-            What lies there between steps; gradients are among the temporary memory.
-        memory: `memory_analysis()` of the compiled step, or None where the platform has none.
-        limit: bytes that a device has, see `memory_limit`; None: not known.
-
-    Returns:
-        a line on the mesh, a table of numbers and bytes, and if they are more than the limit a line that warns.
-    """
-    rows = [("", "numbers", "in all", "per device")]
-    total = 0
-    for name, tree in held.items():
-        leaves = jax.tree.leaves(tree)
-        in_all, per_device = sum(map(_bytes, leaves)), sum(map(_bytes_per_device, leaves))
-        rows.append((name, f"{sum(math.prod(x.shape) for x in leaves):,}", _size(in_all), _size(per_device)))
-        total += per_device
-    if memory is not None:
-        # Arguments may be larger than their numbers; results that take the place of arguments are no others.
-        own = max(0, memory.argument_size_in_bytes - total) + memory.temp_size_in_bytes
-        own += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes) + memory.generated_code_size_in_bytes
-        rows.append(("temporary and padding", "", "", _size(own)))
-        total += own
-    rows.append(("total", "", "", _size(total)))
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [_mesh_line(mesh) + ("" if limit is None else f", {_size(limit)} each")]
-    for name, *cells in rows:
-        columns = [f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True)]
-        lines.append("  ".join((f"{name:<{first}}", *columns)))
-    if limit is not None and total > limit:
-        lines.append(
-            f"warning: {_size(total - limit)} more than a device has; a larger fsdp axis, fewer pairs per device or "
-            "lower precision need less"
-        )
-    return "\n".join(lines)
-
-
-def memory_limit(mesh: Mesh) -> int | None:
-    """Bytes that JAX may use of a device; None where that is not known, as on CPUs."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit")
-
-
-def _mesh_line(mesh: Mesh) -> str:
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    hosts = len({device.process_index for device in mesh.devices.flat})
-    kind = mesh.devices.flat[0].device_kind
-    return f"mesh {axes}: {mesh.size} {kind} on {hosts} host{'s' if hosts > 1 else ''}"
-
-
-def _bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
-def _bytes_per_device(leaf: Any) -> int:
-    sharding = getattr(leaf, "sharding", None)
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
-
-
-def _size(count: int) -> str:
-    """Bytes with a unit."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"

@@ -155,7 +155,7 @@ class Rollouts:
         }
         self._draw = jax.jit(self._draw_some)
         self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
-        self._take = jax.jit(self._take_batch, out_shardings=sharding)
+        self._take = jax.jit(partial(take_batch, method), out_shardings=sharding)
         shapes = {name: (config.prompts, *shape) for name, shape in method.shapes(self._shape).items()}
         zeros = jax.jit(lambda: {name: jnp.zeros(shape) for name, shape in shapes.items()}, out_shardings=sharding)
         self._empty = jax.tree.map(np.asarray, prompts.empty)
@@ -279,14 +279,6 @@ class Rollouts:
         )
         return self._method.draw(drawing)
 
-    def _take_batch(self, experience, text, empty, solver, index) -> dict[str, Any]:
-        """Examples of the experience; to be jitted."""
-        prompts, *_, number = index
-        text = jax.tree.map(lambda x: x[prompts], text)
-        row = jax.tree.map(lambda x: x[number + self._method.skip], solver)
-        examples = self._method.batch(experience, tuple(index))
-        return {**examples, "row": row, "text": text, "empty": _for_each(empty, text)}
-
     def _told_of(self, numbers: np.ndarray) -> Any:
         """Conditioning on prompts, `[B, ...]` each, on the devices."""
         return self._put(jax.tree.map(lambda x: np.asarray(x)[numbers], self._prompts.text))
@@ -298,6 +290,23 @@ class Rollouts:
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index]), arrays
         )
+
+
+def take_batch(method: Online, experience: Any, text: Any, empty: Any, solver: Any, index: Any) -> dict[str, Any]:
+    """Examples of the experience, as the objective of a method takes them; to be jitted.
+
+    Args:
+        method: of the run.
+        experience: of N prompts.
+        text: conditioning on these, `[N, ...]` each.
+        empty: conditioning on no prompt.
+        solver: of the method's steps.
+        index: of each of B examples its prompt, then where it is among the prompt's: `[B]` each.
+    """
+    prompts, *_, number = index
+    text = jax.tree.map(lambda x: x[prompts], text)
+    row = jax.tree.map(lambda x: x[number + method.skip], solver)
+    return {**method.batch(experience, tuple(index)), "row": row, "text": text, "empty": _for_each(empty, text)}
 
 
 def _for_each(empty: Any, text: Any) -> Any:

@@ -86,12 +86,13 @@ def make_step(
         gradients, metrics = gradients_of(state.params, frozen, batch, key)
         if shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, shardings)
-        norm = optax.tree.norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            average = optax.incremental_update(params, average, 1.0 - average_decay)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = state.average
+            if average is not None:
+                average = optax.incremental_update(params, average, 1.0 - average_decay)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         params, optimizer_state, average = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, with_attention, with_remat
+from flax_pref.checkpoints.weights import (
+    COMPONENTS,
+    LAYOUT,
+    Network,
+    abstract_network,
+    with_attention,
+    with_remat,
+)
 from flax_pref.config import UserError, check_output_folder, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
@@ -34,9 +41,10 @@ from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
+from flax_pref.parallel.memory import budget, memory_limit
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import peak_of, step_flops
-from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition
+from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import make_reward
@@ -46,7 +54,7 @@ from flax_pref.training.methods import OfflineMethod
 from flax_pref.training.networks import LoRA, Weights, trained_networks
 from flax_pref.training.online import OnlineMethod
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.records import Profile, Recorder, budget, memory_limit
+from flax_pref.training.records import Profile, Recorder
 from flax_pref.training.rollouts import Rollouts
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import OnlineConfig, Pairs, Source, read_online_prompts
@@ -207,6 +215,123 @@ def train(config: TrainConfig) -> None:
         run.export(state, config.output / "modules")
 
 
+class Program:
+    """What a run computes: networks on a mesh, the state that is trained, and the step.
+
+    All of it follows from shapes: there are no weights in here, so a run can be planned without any, for a machine that
+    is not there.
+
+    Attributes:
+        base: the network that training begins from, with shapes and their shardings in place of parameters.
+        trained: the networks of the run.
+        shapes: of the state, with their shardings.
+        frozen: shapes of what `frozen_of` keeps of the base.
+        dtype: what networks compute in.
+        param_dtype: what the base is kept in.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, unet: UNetConfig):
+        """Computes nothing.
+
+        Args:
+            config: of the run.
+            mesh: with axes of `TRAINING_AXES`.
+            unet: of the base.
+
+        Raises:
+            ValueError: the batch cannot be divided over the mesh, or the config of the network contradicts itself.
+        """
+        check_batch(config, mesh)
+        self.config, self.mesh, self._heads = config, mesh, attention_heads(unet)
+        with jax.set_mesh(mesh):
+            self.dtype = jnp.dtype(default_dtype(config.dtype))
+        # What is frozen is kept in what networks compute in; weights that are trained begin from float32.
+        self.param_dtype = self.dtype if config.weights == "lora" else jnp.float32
+        base = abstract_network("unet", unet, self.dtype, param_dtype=self.param_dtype)
+        placed = shardings(base.params, mesh, heads=self._heads)
+        base = base._replace(params=jax.tree.map(_with_sharding, base.params, placed))
+        self.base = with_remat(with_attention(base, config.attention), config.remat)
+        self.optimizer = config.optimizer.build(config.steps)
+        modules = config.method.modules
+        self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
+        state = jax.eval_shape(self.new_state, self.base.params, jax.random.key(0))
+        self.shapes = jax.tree.map(_with_sharding, state, like_params(state, state.params, mesh, heads=self._heads))
+        frozen = jax.eval_shape(self.frozen_of, self.base.params)
+        self.frozen = jax.tree.map(_with_sharding, frozen, placed) if frozen else frozen
+
+    def place(self, path: tuple, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a parameter of the base goes; see `checkpoints.weights.Placement`."""
+        return NamedSharding(self.mesh, partition(".".join(map(str, path)), shape, self.mesh, heads=self._heads))
+
+    def new_state(self, params: dict, key: jax.Array) -> TrainState:
+        """The state before the first step, from parameters of the base; to be jitted."""
+        return new_state(self._first_params(params, key), self.optimizer, key, averaged=self.config.average_decay > 0)
+
+    def frozen_of(self, params: dict) -> Any:
+        """What is kept of the base for modules to be compared with and images to be drawn with, as networks compute."""
+        config = self.config
+        if config.weights == "lora":
+            return params
+        if not (config.method.reference or config.online or config.samples.every):
+            return {}
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
+
+    @property
+    def shardings(self) -> TrainState:
+        """Of the state."""
+        return jax.tree.map(lambda shape: shape.sharding, self.shapes)
+
+    def pair_objective(self, schedule: NoiseSchedule, empty: Mapping[str, Any], scaling_factor: float) -> Callable:
+        """`(params, frozen, batch, key) -> (loss, metrics)` of batches of pairs.
+
+        Args:
+            schedule: of the base.
+            empty: conditioning on no caption.
+            scaling_factor: of the autoencoder.
+        """
+        config = self.config
+        loss = config.method.objective(schedule, {name: jnp.asarray(array) for name, array in empty.items()})
+        drawn = config.latents == "sample"
+
+        def objective(params, frozen, batch, key):
+            key, latents_key = jax.random.split(key)
+            batch = draw_latents(batch, latents_key, scaling_factor) if drawn else latent_modes(batch, scaling_factor)
+            return loss(self.trained.predict(params, frozen), batch, key)
+
+        return objective
+
+    def online_objective(self) -> Callable:
+        """The same of examples that the run draws itself."""
+        return lambda params, frozen, *rest: self.config.method.objective(self.trained.predict(params, frozen), *rest)
+
+    def step(self, objective: Callable) -> Any:
+        """`(state, frozen, batch) -> (state, metrics)`, jitted; to be called while the mesh is set."""
+        config = self.config
+        step = make_step(
+            objective,
+            self.optimizer,
+            config.optimizer.rate(config.steps),
+            accumulation=config.accumulation,
+            average_decay=config.average_decay,
+            shardings=self.shardings.params,
+        )
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole))
+
+
+def held_by(state: TrainState, frozen: Any, batch: Any) -> dict[str, Any]:
+    """What devices hold between steps, by name; see `parallel.memory.budget`."""
+    return {
+        **{"base": frozen, "modules": state.params, "optimizer": state.optimizer},
+        **({} if state.average is None else {"average": state.average}),
+        **{"batch": batch},
+    }
+
+
+def _with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
 class Run:
     """One run: networks on a mesh, data, and the loop over its steps."""
 
@@ -214,62 +339,31 @@ class Run:
         """Reads the base and opens the data; nothing is computed yet."""
         self.config, self.checkpoints = config, checkpoints
         self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
-        self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.folder = find_checkpoint(config.model, variant=config.variant)
+        self.program = Program(config, self.mesh, component_config("unet", self.folder))
         self.records = None if config.data is None else PreparedSet(config.data)
         if self.records is not None:
-            check_data(self.records, component_config("unet", self.folder), config)
+            check_data(self.records, self.program.base.config, config)
         scheduler_file = self.folder / "scheduler" / "scheduler_config.json"
         self.schedule = NoiseSchedule.from_dict(read_json(scheduler_file, expected=LAYOUT))
-        self.optimizer = config.optimizer.build(config.steps)
-        self.dtype = jnp.dtype(default_dtype(config.dtype))
         self.base = self._load_base()
-        modules = config.method.modules
-        self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
-        self.shapes = self._state_shapes()
-        self.frozen = self._frozen()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Networks
+        self.frozen = self.program.frozen_of(self.base.params)
 
     def _load_base(self) -> Network:
-        config = self.config
-        heads = attention_heads(component_config("unet", self.folder))
-
-        def place(path, shape):
-            return NamedSharding(self.mesh, partition(".".join(map(str, path)), shape, self.mesh, heads=heads))
-
-        base = load_unet(
+        unet = load_unet(
             self.folder / "unet",
-            self.dtype,
-            # What is frozen is kept in what networks compute in; weights that are trained begin from float32.
-            param_dtype=self.dtype if config.weights == "lora" else jnp.float32,
-            variant=config.variant,
-            place=place,
+            self.program.dtype,
+            param_dtype=self.program.param_dtype,
+            variant=self.config.variant,
+            place=self.program.place,
         )
-        return with_remat(with_attention(base, config.attention), config.remat)
-
-    def _new_state(self, params: dict, key: jax.Array) -> TrainState:
-        return new_state(self._first_params(params, key), self.optimizer, key, averaged=self.config.average_decay > 0)
-
-    def _state_shapes(self) -> TrainState:
-        """The state as shapes with their shardings."""
-        shapes = jax.eval_shape(self._new_state, self.base.params, jax.random.key(0))
-        shardings = like_params(shapes, shapes.params, self.mesh, heads=attention_heads(self.base.config))
-        return jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-        )
-
-    @property
-    def shardings(self) -> TrainState:
-        """Of the state."""
-        return jax.tree.map(lambda shape: shape.sharding, self.shapes)
+        return self.program.base._replace(params=unet.params)
 
     def begin(self, source: Source) -> tuple[TrainState, int]:
         """The state that the run goes on from, and the number of steps made; puts the source to where it belongs."""
         config, step = self.config, self.checkpoints.latest()
         if step is not None:
-            shapes = {"train": self.shapes, "source": jax.tree.map(shape_of, source.arrays())}
+            shapes = {"train": self.program.shapes, "source": jax.tree.map(shape_of, source.arrays())}
             saved, position = self.checkpoints.restore(step, shapes)
             source.restore(position, saved["source"])
             state = saved["train"]
@@ -277,32 +371,23 @@ class Run:
         else:
 
             def first(params):  # the key begins in here, for JAX puts no key on the devices of other hosts
-                return self._new_state(params, jax.random.key(config.seed))
+                return self.program.new_state(params, jax.random.key(config.seed))
 
             with jax.set_mesh(self.mesh):
-                state = jax.jit(first, out_shardings=self.shardings)(self.base.params)
+                state = jax.jit(first, out_shardings=self.program.shardings)(self.base.params)
             if config.init_from is not None:
                 params = self._params_of(config.init_from)
                 average = None if state.average is None else jax.tree.map(jnp.copy, params)
                 state = state._replace(params=params, average=average)
-        self.base = self.base._replace(params=jax.tree.map(shape_of, self.base.params))
+        self.base = self.program.base  # without its weights
         return state, step or 0
 
     def _params_of(self, folder: Path) -> Any:
         """The modules of another run, or exported ones, where those of this run are."""
         tell(f"begins with the modules of {folder}")
         if (folder / "checkpoints").is_dir():
-            return read_part(folder / "checkpoints", "['train'].params", self.shapes.params)
-        return load_exported(folder, self.trained, self.base, self.config.lora, self.shapes.params)
-
-    def _frozen(self) -> Any:
-        """What is kept of the base for modules to be compared with and images to be drawn with, as networks compute."""
-        config = self.config
-        if config.weights == "lora":
-            return self.base.params
-        if not (config.method.reference or config.online or config.samples.every):
-            return {}
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), self.base.params)
+            return read_part(folder / "checkpoints", "['train'].params", self.program.shapes.params)
+        return load_exported(folder, self.program.trained, self.base, self.config.lora, self.program.shapes.params)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Steps
@@ -311,12 +396,6 @@ class Run:
     def open_source(self) -> Iterator[Source]:
         """The batches of the run."""
         config, sharding = self.config, batch_sharding(self.mesh)
-        parts = config.accumulation * self.mesh.size // self.mesh.shape.get("tensor", 1)
-        if config.batch_size % parts:
-            raise ValueError(
-                f"a batch of {config.batch_size} cannot be divided over accumulation={config.accumulation} and the "
-                f"mesh {config.mesh!r}; choose a multiple of {parts}"
-            )
         if self.records is not None:
             with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
                 yield Pairs(batches)
@@ -324,7 +403,7 @@ class Run:
             sizes = self.base.config.addition_embed_type == "text_time"
             yield Rollouts(
                 config.method,
-                self.trained.predict,
+                self.program.trained.predict,
                 self.frozen,
                 self.encoders.vae,
                 read_online_prompts(config.online, self.encoders, sizes=sizes),
@@ -339,49 +418,26 @@ class Run:
     @cached_property
     def encoders(self) -> Pipeline:
         """The checkpoint without its UNet, on a device of this process."""
-        return load_pipeline(self.folder, self.dtype, variant=self.config.variant, with_unet=False)
+        return load_pipeline(self.folder, self.program.dtype, variant=self.config.variant, with_unet=False)
 
     def objective(self) -> Callable:
         """`(params, frozen, batch, key) -> (loss, metrics)` of what the source gives."""
         if self.records is None:
-            return lambda params, frozen, *rest: self.config.method.objective(
-                self.trained.predict(params, frozen), *rest
-            )
-        empty = {name: jnp.asarray(array) for name, array in self.records.conditioning(EMPTY).items()}
-        loss = self.config.method.objective(self.schedule, empty)
-        scale = component_config("vae", self.folder).scaling_factor
-        drawn = self.config.latents == "sample"
-
-        def objective(params, frozen, batch, key):
-            key, latents_key = jax.random.split(key)
-            batch = draw_latents(batch, latents_key, scale) if drawn else latent_modes(batch, scale)
-            return loss(self.trained.predict(params, frozen), batch, key)
-
-        return objective
+            return self.program.online_objective()
+        empty = self.records.conditioning(EMPTY)
+        return self.program.pair_objective(self.schedule, empty, component_config("vae", self.folder).scaling_factor)
 
     def compile(self, state: TrainState, batch: Any) -> tuple[Callable, float]:
         """The step for this machine, and its floating-point operations; prints what it takes."""
         config = self.config
-        step = make_step(
-            self.objective(),
-            self.optimizer,
-            config.optimizer.rate(config.steps),
-            accumulation=config.accumulation,
-            average_decay=config.average_decay,
-            shardings=self.shardings.params,
-        )
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.whole))
+        jitted = self.program.step(self.objective())
         with jax.set_mesh(self.mesh):
             started = time.perf_counter()
             compiled = jitted.lower(state, self.frozen, batch).compile()
             seconds = time.perf_counter() - started
             # XLA counts one of the parts that a batch is divided into.
             flops = config.accumulation * step_flops(jitted, state, self.frozen, batch)
-        held = {
-            **{"base": self.frozen, "modules": state.params, "optimizer": state.optimizer},
-            **({} if state.average is None else {"average": state.average}),
-            **{"batch": batch},
-        }
+        held = held_by(state, self.frozen, batch)
         tell(budget(self.mesh, held, compiled.memory_analysis(), memory_limit(self.mesh)))
         tell(f"the step was compiled in {seconds:.1f} s")
         return compiled, flops
@@ -400,7 +456,7 @@ class Run:
             unit="pair" if self.records is not None else "example",
             chips=self.mesh.size,
             flops=flops,
-            peak=peak_of(self.mesh.local_devices[0], self.dtype.name)[0],
+            peak=peak_of(self.mesh.local_devices[0], self.program.dtype.name)[0],
             every=config.record_every,
         )
         profile = self.profile()
@@ -426,7 +482,7 @@ class Run:
                     self.checkpoints.save(number, {"train": state, "source": source.arrays()}, source.position())
                 if samples is not None and due(number, config.samples.every):
                     recorder.flush()
-                    images = samples.draw(self.trained.predict(average_of(state), self.frozen))
+                    images = samples.draw(self.program.trained.predict(average_of(state), self.frozen))
                     recorder.images(number, np.asarray(to_bytes(images)), config.samples.prompts)
                 if due(number, config.export.every) and not last:
                     recorder.flush()
@@ -456,7 +512,7 @@ class Run:
         """Writes the modules."""
         config = self.config
         params = average_of(state)
-        paths = export_modules(folder, self.trained, self.base, self.frozen, params, config.lora, config.export)
+        paths = export_modules(folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export)
         tell("\n".join(f"wrote {path}" for path in paths))
 
 
@@ -481,6 +537,20 @@ def check_data(records: Records, unet: UNetConfig, config: TrainConfig) -> None:
             f"{config.data}: was encoded with {kind[0]} of width {width} and latents of {kind[1]}, but {config.model} "
             f"expects width {unet.cross_attention_dim} and {unet.in_channels} channels: encode the set with "
             f"--model {config.model}"
+        )
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """That every device has a share of every part of a batch.
+
+    Raises:
+        ValueError: it has not; says which batches could be divided.
+    """
+    parts = config.accumulation * mesh.size // mesh.shape.get("tensor", 1)
+    if config.batch_size % parts:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be divided over accumulation={config.accumulation} and the "
+            f"mesh {config.mesh!r}; choose a multiple of {parts}"
         )
 
 

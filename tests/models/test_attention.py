@@ -1,5 +1,8 @@
 """Kernels of attention: the same numbers and gradients, whichever is chosen."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +39,66 @@ def test_no_position_sees_a_later_one():
         np.testing.assert_allclose(out[:, 4], attention(q[:, 4:5], k[:, :5], v[:, :5], kernel="xla")[:, 0], atol=1e-6)
 
 
-def test_the_tpu_kernel_gives_what_xla_gives():
-    qkv = heads(1024, batch=1)
-    np.testing.assert_allclose(kernels._flash(*qkv, interpret=True), attention(*qkv, kernel="xla"), atol=2e-6)
+# In blocks of 512 and of 384, filled up to them, in several blocks of keys, and for each size of head.
+@pytest.mark.parametrize(
+    ("length", "size", "keys"), [(1024, 40, 512), (768, 64, 4096), (1000, 80, 512), (760, 160, 384)]
+)
+def test_the_tpu_kernel_and_its_gradients_are_those_of_xla(monkeypatch, length, size, keys):
+    monkeypatch.setattr(kernels, "FORWARD", kernels.FORWARD._replace(keys=keys))
+    monkeypatch.setattr(kernels, "BACKWARD", kernels.BACKWARD._replace(keys=keys))
+    qkv = heads(length, features=size, batch=1)
+
+    def value_and_gradients(attend):
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2)))(*qkv)
+
+    flash, xla = (partial(kernels._flash, interpret=True), partial(attention, kernel="xla"))
+    for ours, reference in zip(*map(jax.tree.leaves, map(value_and_gradients, (flash, xla))), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
+
+
+# Images of 512, 768 and 1024, 1024 x 512 and 1152 x 896, 832 x 1216, 704 x 1408 and 640 x 1536 pixels, each halved in
+# width and height or not.
+@pytest.mark.parametrize("length", [1024, 4096, 2304, 9216, 16384, 2048, 8192, 1008, 4032, 988, 3952, 968, 3872, 960])
+@pytest.mark.parametrize("size", [40, 64, 80, 160])
+def test_every_size_of_images_has_blocks_that_the_tpu_kernel_takes(length, size):
+    q = jax.ShapeDtypeStruct((1, length, 1, size), jnp.bfloat16)
+    assert kernels._flash_takes(q, q)
+    gradient = jax.eval_shape(jax.grad(lambda q: kernels._flash(q, q, q).astype(jnp.float32).sum()), q)
+    assert gradient.shape == q.shape
+
+
+def test_masks_that_the_tpu_kernel_does_not_cover_go_through_xla():
+    qkv = heads(1024, batch=1, features=8)
+    for given in ({"is_causal": True}, {}):
+        short = [x[:, :64] for x in qkv] if not given else qkv
+        expected = attention(*short, kernel="xla", **given)
+        np.testing.assert_array_equal(attention(*short, kernel="flash", **given), expected)
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.9", "9.0", "10.0", "12.0", "gfx942"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("size", [40, 64, 80, 160, 512, 44])
+def test_cudnn_is_chosen_where_jax_takes_it(monkeypatch, capability, dtype, size):
+    checks = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    amd = capability.startswith("gfx")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+
+    def at_least(other):
+        return tuple(map(int, capability.split("."))) >= tuple(map(int, other.split(".")))
+
+    monkeypatch.setattr(checks, "check_compute_capability", at_least)
+    q = jax.ShapeDtypeStruct((2, 4096, 8, size), dtype)
+    prompt = jax.ShapeDtypeStruct((2, 77, 8, size), dtype)
+    layout = checks.AttentionLayout.BTNH
+    try:
+        for k in (q, prompt):
+            checks.check_layout(q, k, k, None, None, None, None, None, None, None, layout)
+            checks.check_is_flash_attention(q, k, k, layout.value, 91100, has_bias=False, is_training=True)
+        taken = not amd and at_least("8.0")  # JAX does not check that
+    except (NotImplementedError, ValueError):
+        taken = False
+    assert kernels._fastest(q) == ("cudnn" if taken else "xla")
 
 
 def test_half_precision_stays_half_precision():

@@ -23,7 +23,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from flax_pref.config import UserError
-from flax_pref.training.records import Profile, Recorder, budget, memory_limit
+from flax_pref.parallel.memory import budget, memory_limit
+from flax_pref.training.records import Profile, Recorder
 
 ROOT = Path(__file__).parents[2]
 

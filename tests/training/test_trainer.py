@@ -360,10 +360,9 @@ def test_a_mistake_is_one_clear_line_and_the_right_command_then_runs(run, world,
 
 def test_a_set_that_cannot_be_divided_over_parts_of_a_mesh_says_which_multiple_fits(run):
     config = run(input=InputConfig(batch_size=6), accumulation=3)
-    sizes = trainer.Run.__new__(trainer.Run)  # of a mesh larger than this machine's
-    sizes.config, sizes.mesh = config, jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
-    with pytest.raises(ValueError, match="choose a multiple of 12"), sizes.open_source():
-        pass
+    larger = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))  # than this machine has
+    with pytest.raises(ValueError, match="choose a multiple of 12"):
+        trainer.check_batch(config, larger)
 
 
 def test_a_flag_that_is_unknown_is_one_line_with_the_one_that_is_meant(world, tmp_path, capsys):

@@ -1,0 +1,75 @@
+"""Checkpoints without their weights: shapes in place of parameters, for programs that are compiled and not run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flax_pref.checkpoints.diffusers import FAMILIES as CLASSES
+from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.checkpoints.hub import DEMO, find_checkpoint, find_files
+from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, abstract_network
+from flax_pref.files import read_json
+from flax_pref.models.clip import CLIPTextConfig
+from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.unet import UNetConfig
+
+# What the presets describe, so that no network is needed; any other checkpoint's config files are read.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": FAMILIES["sd15"],
+    "stabilityai/stable-diffusion-xl-base-1.0": FAMILIES["sdxl"],
+}
+
+
+def abstract_pipeline(model: str, dtype) -> Pipeline:
+    """The networks of a checkpoint with shapes in place of parameters, and no tokenizers.
+
+    Args:
+        model: as in `hub.find_checkpoint`; of a repository only the config files are downloaded, if anything.
+        dtype: what the networks compute in and are kept in.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or the Hub cannot be reached.
+        ValueError: a config file is not what these networks need.
+    """
+    family = describe(model)
+    return Pipeline(
+        unet=abstract_network("unet", family.unet, dtype),
+        vae=abstract_network("vae", family.vae, dtype),
+        text_encoders=tuple(abstract_network("text_encoder", config, dtype) for config in family.text_encoders),
+        tokenizers=(),
+        scheduler_config=family.scheduler_config,
+        force_zeros_for_empty_prompt=len(family.text_encoders) == 2,
+    )
+
+
+def describe(model: str) -> Family:
+    """The sizes of a checkpoint's networks; arguments and errors as `abstract_pipeline`."""
+    if model in PUBLISHED and not Path(model).exists():
+        return PUBLISHED[model]
+    folder = find_checkpoint(DEMO) if model == DEMO else find_files(model, ["model_index.json", "*/*.json"])
+
+    def config(part: str, kind: str):
+        return COMPONENTS[kind].config.from_dict(read_json(folder / part / "config.json", expected=LAYOUT))
+
+    class_name = read_json(folder / "model_index.json", expected=LAYOUT).get("_class_name")
+    if class_name not in CLASSES:
+        raise ValueError(
+            f"{folder / 'model_index.json'}: _class_name={class_name!r} is not supported; supported: "
+            f"{' or '.join(map(repr, CLASSES))}"
+        )
+    unet, vae = config("unet", "unet"), config("vae", "vae")
+    side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size or (64,))
+    return Family(
+        unet,
+        vae,
+        tuple(config(part, "text_encoder") for part, _ in CLASSES[class_name]),
+        resolution=side * vae.downscale_factor,
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
+    )
+
+
+def conditioning_shapes(unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a UNet is told of one prompt; see `diffusion.conditioning`."""
+    shapes = {"encoder_hidden_states": (text_encoders[0].max_position_embeddings, unet.cross_attention_dim)}
+    if len(text_encoders) == 2:
+        shapes["text_embeds"] = (text_encoders[1].projection_dim,)
+    return shapes

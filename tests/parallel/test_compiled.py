@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from flax_pref.parallel.compiled import Module
+
+SQUARE = jnp.ones((64, 64))
+PRODUCT = 2 * 64**3  # FLOP
+
+
+def module(function, *arguments):
+    return Module(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def flops(function, *arguments):
+    return sum(one.cost.flops for one in module(function, *arguments).executed())
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def loop(x):
+        return lax.scan(lambda x, _: (x @ SQUARE, None), x, None, length=7)[0]
+
+    assert flops(loop, SQUARE) == 7 * PRODUCT
+
+
+def test_a_loop_in_a_loop_counts_as_often_as_both_run():
+    def inner(x, _):
+        return lax.fori_loop(0, 5, lambda _, x: x @ SQUARE, x), None
+
+    assert flops(lambda x: lax.scan(inner, x, None, length=3)[0] @ SQUARE, SQUARE) == 16 * PRODUCT
+
+
+def test_a_loop_of_unknown_length_is_told():
+    def loop(x):
+        return lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ SQUARE, x)
+
+    read = module(loop, SQUARE)
+    assert sum(one.cost.flops for one in read.executed()) == PRODUCT
+    assert len(read.unknown_loops) == 1
+
+
+def test_of_a_conditional_the_slower_branch_counts():
+    def choose(x, which):
+        return lax.cond(which, lambda x: x @ SQUARE @ SQUARE, lambda x: x @ SQUARE, x)
+
+    assert flops(choose, SQUARE, True) == 2 * PRODUCT
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_strides": (2, 2)},
+        {"padding": ((1, 1), (1, 1))},
+        {"lhs_dilation": (2, 2), "padding": ((2, 2), (2, 2))},
+        {"rhs_dilation": (2, 1)},
+        {"feature_group_count": 4},
+    ],
+)
+def test_convolutions_count_as_xla_counts_them(options):
+    images = jnp.ones((2, 16, 12, 8))
+    kernel = jnp.ones((3, 3, 8 // options.get("feature_group_count", 1), 24))
+
+    def convolve(images, kernel):
+        settings = {"window_strides": (1, 1), "padding": "VALID", **options}
+        return lax.conv_general_dilated(images, kernel, **settings, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    compiled = (
+        jax.jit(convolve).lower(images, kernel).compile(compiler_options={"xla_cpu_use_onednn": False} if 0 else None)
+    )
+    counted = sum(one.cost.flops for one in Module(compiled.as_text()).executed())
+    expected = jax.jit(convolve).lower(images, kernel).cost_analysis()["flops"]
+    assert counted == pytest.approx(expected, rel=1e-6)
+
+
+TEXT = """
+HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%fused (p.0: bf16[4,256,256], p.1: s32[]) -> bf16[1,256,256] {
+  %p.0 = bf16[4,256,256]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  ROOT %slice.1 = bf16[1,256,256]{2,1,0} dynamic-slice(%p.0, %p.1, %p.1, %p.1), dynamic_slice_sizes={1,256,256}
+}
+
+%body (loop: (s32[], bf16[4,256,256])) -> (s32[], bf16[4,256,256]) {
+  %loop = (s32[], bf16[4,256,256]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%loop), index=0
+  %stack = bf16[4,256,256]{2,1,0} get-tuple-element(%loop), index=1
+  %fusion.1 = bf16[1,256,256]{2,1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused, \
+metadata={op_name="jit(step)/mid_block/dynamic_slice"}, backend_config={"window_config":{"estimated_cycles":"700"}}
+  %all-reduce.1 = bf16[1,256,256]{2,1,0} all-reduce(%fusion.1), to_apply=%sum
+  ROOT %next = (s32[], bf16[4,256,256]{2,1,0}) tuple(%i, %stack)
+}
+
+%condition (loop.1: (s32[], bf16[4,256,256])) -> pred[] {
+  %loop.1 = (s32[], bf16[4,256,256]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%loop.1), index=0
+  %steps = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[] compare(%i.1, %steps), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[4,256,256])) -> (s32[], bf16[4,256,256]) {
+  %x = (s32[], bf16[4,256,256]{2,1,0}) parameter(0)
+  ROOT %while.1 = (s32[], /*index=1*/bf16[4,256,256]{2,1,0}) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_cycles_traffic_and_collectives_of_a_loop_are_those_of_all_its_runs():
+    cut, sent = Module(TEXT).executed()
+    assert (cut.runs, cut.cost.cycles) == (4, 2800)
+    # It reads a quarter of the stack (and its two indices) from main memory and writes it to the chip's own.
+    assert cut.cost.bytes == 4 * (2 * 256 * 256 + 4)
+    assert (sent.sends, sent.cost.sent) == ("all-reduce", 4 * 2 * 256 * 256)
+    assert cut.instruction.op_name == "jit(step)/mid_block/dynamic_slice"
