@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from flax_pref.checkpoints.hub import find_checkpoint
@@ -27,14 +28,15 @@ from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched
+from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
+from flax_pref.diffusion.text_to_image import watched as watched_steps
 from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
-from flax_pref.parallel.hosts import join, wait_for_others
+from flax_pref.parallel.hosts import join, wait_for_others, watched
 from flax_pref.parallel.mesh import make_mesh
-from flax_pref.parallel.signals import stopped_by
+from flax_pref.parallel.signals import StopTogether, anywhere, stopped_by
 from sample.options import (
     Drawing,
     check_modules,
@@ -92,6 +94,12 @@ def main(arguments: list[str]) -> None:
     """Draws and writes the images."""
     config = with_preset(parse_flags(arguments, Config))
     process, processes = join(config.hosts)
+    with watched():
+        run(config, process, processes)
+
+
+def run(config: Config, process: int, processes: int) -> None:
+    """Draws and writes the images of one of several processes, or of a single one."""
     check_file_systems(config.out, config.prompts)
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)
@@ -111,7 +119,8 @@ def main(arguments: list[str]) -> None:
     images.begin()
     if images.done:
         print(f"{config.out}: {images.done} of {images.total} images are there")
-    if len(images.pending) and not draw_set(load(config, folder, rule, sources), images, items, config):
+    # Where one process draws, the others come along: it may be told to stop, and then all do.
+    if anywhere(len(images.pending) > 0) and not draw_set(load(config, folder, rule, sources), images, items, config):
         print(
             f"{config.out}: stopped after {images.done} of {images.total} images; the same command goes on from there"
         )
@@ -127,7 +136,7 @@ def main(arguments: list[str]) -> None:
 
 
 def draw_set(loaded: tuple[TextToImage, Rule], images: ImageSet, items: Sequence[Item], config: Config) -> bool:
-    """Draws what is pending; whether it came to the end, that is, was not told to stop.
+    """Draws what is pending; whether all processes came to the end, that is, none was told to stop.
 
     Batches are always the same, whatever is there already: so an image comes out the same, bit by bit, in a run that
     was killed and goes on.
@@ -136,6 +145,8 @@ def draw_set(loaded: tuple[TextToImage, Rule], images: ImageSet, items: Sequence
     own, pending = images.own, set(images.pending.tolist())
     size, steps = draw.batch_size, len(draw.solver.timesteps)
     batches = [(own[chosen], n) for chosen, n in chunks(len(own), size) if pending & set(own[chosen[:n]].tolist())]
+    # A process that has no more batches still asks, in every round, whether to stop.
+    rounds = int(np.max(multihost_utils.process_allgather(np.array(len(batches)))))
     table = tabulate(rule, steps, size)
     warn_of_cuts(draw.pipeline, [item.prompt.text for item in items])
     negative = None if config.negative_prompt is None else [config.negative_prompt] * size
@@ -152,22 +163,25 @@ def draw_set(loaded: tuple[TextToImage, Rule], images: ImageSet, items: Sequence
     with (
         stopped_by(signal.SIGTERM) as stop,
         tqdm(desc="drawing", unit="step" if by_step else "image", bar_format=bar_format, **total) as progress,
-        watched(progress, by_step) as bar,
+        watched_steps(progress, by_step) as bar,
         Writer(images, written=told, ahead=1) as writer,
     ):
-        for chosen, n in batches:
-            batch = [items[i] for i in chosen]
-            keys = image_keys([item.seed for item in batch], [item.prompt.id for item in batch])
-            texts = [item.prompt.text for item in batch]
-            pixels = to_bytes(draw.draw(texts, keys, table, negative_prompts=negative, bar=bar))
-            wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
-            writer.put(chosen[wanted], Chosen(pixels, wanted))
-            drawn += len(wanted)
-            if stop():
+        stopping = StopTogether(stop)
+        for number in range(rounds):
+            if number < len(batches):
+                chosen, n = batches[number]
+                batch = [items[i] for i in chosen]
+                keys = image_keys([item.seed for item in batch], [item.prompt.id for item in batch])
+                texts = [item.prompt.text for item in batch]
+                pixels = to_bytes(draw.draw(texts, keys, table, negative_prompts=negative, bar=bar))
+                wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
+                writer.put(chosen[wanted], Chosen(pixels, wanted))
+                drawn += len(wanted)
+            if stopping():
                 break
     seconds = time.perf_counter() - started
     print(f"drew {drawn} images in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
-    return not len(images.pending)
+    return not anywhere(len(images.pending) > 0)
 
 
 class Chosen:

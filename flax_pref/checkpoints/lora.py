@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from flax_pref.checkpoints.weights import KERNEL_AXES, Network
 from flax_pref.files import replacing
+from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.unet import UNetConfig
 
@@ -53,7 +54,7 @@ def lora_network(
 
 def _adapted(network: Network, modules, rank, alpha, targets, key) -> nnx.Module:
     module = nnx.merge(network.graphdef, network.params)
-    add_lora(module, modules, rank=rank, alpha=alpha, targets=targets, rngs=nnx.Rngs(params=key))
+    add_lora(module, modules, rank=rank, alpha=alpha, targets=targets, rngs=Keys(key))
     return module
 
 

@@ -24,6 +24,7 @@ from flax_pref.files import new_folder, read_json, write_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionModel
+from flax_pref.models.layers import Keys
 from flax_pref.models.remat import Remat, set_remat
 from flax_pref.models.unet import UNet2DCondition, UNetConfig, set_attention
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
@@ -127,7 +128,7 @@ class Component:
             "param_dtype": dtype if param_dtype is None else param_dtype,
         }
         try:
-            module = nnx.eval_shape(lambda: self.module(config, **kinds, rngs=nnx.Rngs(params=0)))
+            module = nnx.eval_shape(lambda: self.module(config, **kinds, rngs=Keys(jax.random.key(0))))
         except (TypeError, ArithmeticError, LookupError) as error:
             raise ValueError(f"{type(config).__name__}: describes no network that can be built ({error})") from error
         graphdef, state = nnx.split(module)

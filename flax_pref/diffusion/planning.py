@@ -18,7 +18,7 @@ from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver
-from flax_pref.models.bank import AXIS, Bank, Member, Stack
+from flax_pref.models.bank import AXIS, Bank, Member, Stack, places
 from flax_pref.parallel.plan import Job
 
 
@@ -63,7 +63,8 @@ def drawing_jobs(
 
     networks = {"base": pipeline.unet, **modules}
     if AXIS in mesh.shape:
-        several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(networks), *x.shape), x.dtype), pipeline.unet.params)
+        count = places(len(networks), mesh)
+        several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), pipeline.unet.params)
         side_by_side = placed(several, NamedSharding(mesh, PartitionSpec(AXIS)))
         bank = Stack(tuple(networks), pipeline.unet.graphdef, mesh, side_by_side)
     else:

@@ -36,26 +36,25 @@ class Blocks(NamedTuple):
 
 # The largest blocks of the splash kernel. Found without hardware, for v5e and v6e (libtpu 0.0.42): bundles of the
 # kernel's final schedule (--xla_jf_dump_llo_text) times the steps of its grid, but no less than its matrix units need.
-# Thousands of cycles per head at 4096 positions, of sizes up to 128, with the blocks in brackets:
+# Thousands of cycles per head at 4096 positions, of sizes up to 128:
 #
-#                                        v5e                          v6e
-#     forward                            72 (512, 4096, 1024)         50
-#                                        81 (1024, 1024, 1024)        54
-#                                        94 (512, 512, 512)           76
-#     backward, one kernel               164 (512, 2048, 512)         94
-#     backward, one for q, one for k, v  229 (1024, 1024, 512)
-#                                        249 (512, 512, 512)          178
+#                                                             v5e   v6e
+#     forward                           512, 4096, 1024        72    50
+#                                       1024, 1024, 1024       81    54
+#                                       512, 512, 512          94    76
+#     backward, one kernel              512, 2048, 512        164    94
+#     backward, q apart from k and v    512, 512, 512         249   178
 #
 # A step that has all keys reads them once. Twice as many queries forward, or keys backward, have no room in the 16 MiB
-# that the compiler gives a kernel of v5e.
+# that the compiler gives a kernel of v5e. Of large heads and of float32 there are fewer keys.
 FORWARD = Blocks(512, 4096, 1024)
 BACKWARD = Blocks(512, 2048, 512)
 QUERIES = 512, 384  # of a block: what fills up a sequence least
-KEY_BYTES = 2**20  # of a block: there are fewer keys of large heads and of float32
 LANES = 128  # numbers of a row of a vector register, which a head fills up
 # Cycles of v5e, forward and backward, in millions: 2.2 against XLA's 6.2 for 8 x 1024 positions of 8 heads of 80, 3.6
 # against 8.4 for 8 x 768 of 20 heads of 64, but 4.1 against 1.6 for 8 x 576 of 8 heads of 160 and, forward, 0.7
-# against 0.07 for 8 x 256 of these, whose scores XLA keeps on the chip.
+# against 0.07 for 8 x 256 of these, whose scores XLA keeps on the chip. Filled up from 4032 to 4096: 35 against 125 for
+# 8 images, 10 heads of 64. A prompt's 77 keys, forward, 8 x 4096 queries of 8 heads of 40: at least 0.6 against 0.24.
 FLASH_FROM = 768  # positions
 UNSEEN = -30000.0  # a score whose weight is 0 beside any other
 
@@ -113,8 +112,8 @@ def _cudnn_takes(q: jax.Array) -> bool:
 
     So JAX says, which refuses others. It does not say that cuDNN has no such kernel before the Ampere generation.
     """
-    generation, _, _ = jax.local_devices()[0].compute_capability.partition(".")
-    # AMD's are such as "gfx942", and have no cuDNN.
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # none where the mesh's devices are not here
+    generation = capability.partition(".")[0]  # AMD's, which have no cuDNN, are such as "gfx942"
     largest = 0 if not generation.isdigit() or int(generation) < 8 else 128 if int(generation) < 9 else 256
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= largest
 
@@ -250,12 +249,13 @@ def flash_blocks(length: int, head_size: int, dtype: jax.typing.DTypeLike) -> tu
     Returns:
         The positions with those that fill up the last block, and the blocks of the forward and the backward kernel.
     """
-    filled, queries = min((-(-length // size) * size, -size) for size in QUERIES)
-    room = KEY_BYTES // (jnp.dtype(dtype).itemsize * -(-head_size // LANES) * LANES)
+    queries = min(QUERIES, key=lambda size: -length % size)
+    filled = length + -length % queries
+    rows = -(-head_size // LANES) * jnp.dtype(dtype).itemsize // 2  # rows of 16-bit numbers that a key takes
 
     def blocks(most: Blocks) -> Blocks:
-        keys = _largest(filled, -queries, min(most.keys, room))
-        return Blocks(-queries, keys, _largest(keys, -queries, most.at_once))
+        keys = _largest(filled, queries, most.keys // rows)
+        return Blocks(queries, keys, _largest(keys, queries, most.at_once))
 
     return filled, blocks(FORWARD), blocks(BACKWARD)
 
@@ -266,14 +266,14 @@ def _largest(whole: int, unit: int, most: int) -> int:
 
 
 def _fill(q: jax.Array, k: jax.Array, v: jax.Array, new: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`[B, N, T, Hd]` with new positions that no query sees.
+    """`[B, N, T, Hd]` with new positions at the end, whose keys no query sees.
 
-    One more feature of the heads, which vector registers have room for, makes their scores small. The kernel's masks
-    would be applied to every score.
+    One more feature of the heads, which have room for it in their registers, makes the scores of these keys small. The
+    kernel's own masks would be applied to every score.
     """
     ends = (0, 0), (0, 0), (0, new)
-    unseen = jnp.arange(k.shape[2] + new) >= k.shape[2]
-    k = jnp.where(unseen[:, None] & (jnp.arange(k.shape[3] + 1) == k.shape[3]), UNSEEN, jnp.pad(k, (*ends, (0, 1))))
+    unseen = (jnp.arange(k.shape[2] + new) >= k.shape[2])[:, None] & (jnp.arange(k.shape[3] + 1) == k.shape[3])
+    k = jnp.where(unseen, UNSEEN, jnp.pad(k, (*ends, (0, 1)))).astype(k.dtype)
     return jnp.pad(q, (*ends, (0, 1)), constant_values=1), k, jnp.pad(v, (*ends, (0, 0)))
 
 

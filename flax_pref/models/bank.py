@@ -8,6 +8,7 @@ A bank is a pytree of its parameters, to be passed to a jitted function, and a `
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,8 +88,8 @@ class Stack:
     Attributes:
         names: of the networks.
         graphdef: of each.
-        mesh: has the axis, whose size divides the number of networks.
-        params: leaves `[N, ...]`, sharded over the axis.
+        mesh: has the axis.
+        params: leaves `[N, ...]`, sharded over the axis; N is a multiple of its size, see `places`.
     """
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -128,8 +129,9 @@ class Stack:
             ValueError: no network has one of the names.
         """
         owners = [_owner(network, [(name,) for name in self.names]) for network in networks]
-        rows = [[r for r, owner in enumerate(owners) if owner == n] for n in range(len(self.names))]
-        turns = len(self.names) // self.mesh.shape[AXIS]  # networks of one device, which takes them in turn
+        count = places(len(self.names), self.mesh)
+        rows = [[r for r, owner in enumerate(owners) if owner == n] for n in range(count)]
+        turns = count // self.mesh.shape[AXIS]  # networks of one device, which takes them in turn
         batch = tuple(name for name in self.mesh.axis_names if name != AXIS)
         images = PartitionSpec(batch)
 
@@ -174,13 +176,14 @@ def stack(networks: Mapping[str, tuple[nnx.GraphDef, dict]], mesh: Mesh) -> Stac
         mesh: has the axis "network". Other axes divide the images of a batch.
 
     Raises:
-        ValueError: the networks are no multiple of the axis, have adapters, or differ in more than their weights.
+        ValueError: there are fewer networks than half of the axis, or they have adapters, or differ in more than their
+            weights.
     """
     names, size = tuple(networks), mesh.shape[AXIS]
-    if len(names) % size:
+    if 2 * len(names) <= size:
         raise ValueError(
-            f"stack: {len(names)} network(s), {', '.join(names)}, for an axis {AXIS!r} of {size} in the mesh; expected "
-            f"a multiple of {size}: choose the axis to fit"
+            f"stack: {len(names)} network(s), {', '.join(names)}, for an axis {AXIS!r} of {size} in the mesh, most of "
+            "which would be idle; choose a smaller axis"
         )
     kinds = {name: (graphdef, jax.tree.map(_kind, params)) for name, (graphdef, params) in networks.items()}
     for name, (graphdef, params) in networks.items():
@@ -195,7 +198,11 @@ def stack(networks: Mapping[str, tuple[nnx.GraphDef, dict]], mesh: Mesh) -> Stac
                 f"one architecture and dtype: take a mesh without the axis {AXIS!r}"
             )
 
+    idle = places(len(names), mesh) - len(names)
+
     def put(*leaves):
+        leaves += leaves[:1] * idle
+
         def shard(index):
             chosen = leaves[index[0]]
             return np.stack([np.asarray(leaf) for leaf in chosen])[(slice(None), *index[1:])]
@@ -205,6 +212,11 @@ def stack(networks: Mapping[str, tuple[nnx.GraphDef, dict]], mesh: Mesh) -> Stac
 
     params = jax.tree.map(put, *(params for _, params in networks.values()))
     return Stack(names, kinds[names[0]][0], mesh, params)
+
+
+def places(networks: int, mesh: Mesh) -> int:
+    """How many networks the axis "network" of a mesh is filled up to; nobody asks those beyond."""
+    return math.ceil(networks / mesh.shape[AXIS]) * mesh.shape[AXIS]
 
 
 def _kind(leaf: jax.Array) -> jax.ShapeDtypeStruct:

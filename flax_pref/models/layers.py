@@ -30,6 +30,22 @@ def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return normal(key, shape, math.prod(shape[:-1]) ** -0.5, dtype)
 
 
+class Keys:
+    """The keys that `nnx.Rngs(params=key)` gives, counted in Python.
+
+    Under a trace nnx asks at each key for the sharding of its counter, and JAX answers with a message whose making
+    grows with what has been traced: most of the time that a large network took to be described by its shapes.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias` over the last axis; `kernel [in, out]`, `bias [out]` or None."""
 

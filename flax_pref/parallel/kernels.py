@@ -7,9 +7,9 @@ from flax_pref.parallel.topologies import Topology
 
 PALLAS = "tpu_custom_call"
 # Products of T x S x Hd in the kernels of JAX's splash attention (arXiv:2205.14135, algorithms 1 and 4): forward the
-# scores and the weighted sum of values. Both kernels of the backward pass compute the scores and the gradients of the
-# weights again; then follow those of q, and those of k and v.
-SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# scores and the weighted sum of values; backward, in one kernel, the scores again, the gradients of the weights, and
+# those of q, k and v.
+SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 LANES = 128
 EXPONENTIALS = 8 * LANES  # of a core, in a cycle
 
@@ -27,8 +27,17 @@ def kernel_cost(one: Instruction, operands: list[Array], topology: Topology) -> 
     if products is None:
         return Cost()
     q, k, *_ = (array for array in operands if len(array.shape) > 2 and array.dtype[0] in "bf")
-    block = int(one.attribute(r"block_q\W+(\d+)") or q.shape[-2])
-    return attention_cost(q, k, one.outputs, topology, products=products, block=block)
+    queries, keys = (
+        math.ceil(x.shape[-2] / int(one.attribute(rf"block_{name}(?:_dkv)?\W+(\d+)") or x.shape[-2]))
+        for name, x in (("q", q), ("kv", k))
+    )
+    # Forward, all blocks of keys for each of queries; backward the other way round, and with q the gradient of the
+    # output. What is needed again at once, because there is one block of it, is not read again.
+    if products == 2:
+        read = q.bytes + 2 * k.bytes * (queries if keys > 1 else 1)
+    else:
+        read = 2 * k.bytes + 2 * q.bytes * (keys if queries > 1 else 1)
+    return attention_cost(q, k, one.outputs, topology, products=products, read=read)
 
 
 def known(one: Instruction) -> bool:
@@ -37,7 +46,7 @@ def known(one: Instruction) -> bool:
 
 
 def attention_cost(
-    q: Array, k: Array, outputs: tuple[Array, ...], topology: Topology, *, products: int, block: int
+    q: Array, k: Array, outputs: tuple[Array, ...], topology: Topology, *, products: int, read: int
 ) -> Cost:
     """A kernel of flash attention: the largest of what matrix units, exponentials and main memory take.
 
@@ -47,14 +56,14 @@ def attention_cost(
         outputs: of the kernel; those of its last four axes are what it gives, others stay on the chip.
         topology: whose chips run it.
         products: of T x S x Hd numbers.
-        block: queries for which it reads all keys and values again.
+        read: bytes of q, k, v and gradients, with what it reads again.
     """
     *batch, length, size = q.shape
     scores = math.prod(batch) * length * k.shape[-2]
     # A matrix unit multiplies as many numbers as it has rows, whatever the size of a head is.
     padded = topology.chip.mxu * math.ceil(size / topology.chip.mxu)
     lanes = LANES * math.ceil(size / LANES) / size  # a row of main memory is filled up, too
-    moved = lanes * (2 * k.bytes * math.ceil(length / block) + products // 2 * q.bytes + sum(x.bytes for x in outputs))
+    moved = lanes * (read + sum(x.bytes for x in outputs))
     return _cost(topology, 2 * products * scores * size, 2 * products * scores * padded, scores, moved)
 
 

@@ -318,6 +318,7 @@ def on_devices() -> dict:
     for axes, names, name in (
         ({AXIS: 3}, three, "cpgd"),
         ({AXIS: 3, "data": 2}, three, "cpgd_conditional"),
+        ({AXIS: 4, "data": 2}, three, "cpgd"),  # one of four idle, for slices whose chips cannot be divided by three
         ({"data": 4, AXIS: 2}, ("own", "neg", "base", "pos"), "cpgd_conditional"),  # two networks each, in turn
         ({AXIS: 1}, three, "cfg"),
     ):
@@ -359,7 +360,7 @@ def on_devices() -> dict:
     report["data"] = {"error": error(images, expected(merged_ones, "cpgd")), "sent": sent}
 
     try:
-        stacked(mesh_of(**{AXIS: 3}), "base", "pos")
+        stacked(mesh_of(**{AXIS: 4}), "base", "pos")
     except ValueError as refusal:
         report["refused"] = str(refusal)
     return report
@@ -377,7 +378,7 @@ def report():
 def test_networks_side_by_side_draw_what_separate_networks_draw(report):
     found = {name: part for name, part in report.items() if " on " in name}
     print(json.dumps(found, indent=1))
-    assert len(found) == 4
+    assert len(found) == 5
     assert {name: part["error"] for name, part in found.items() if part["error"] >= 1e-5} == {}
 
 
@@ -446,10 +447,10 @@ def test_networks_that_cannot_lie_side_by_side_are_refused_by_name():
         ask(stack(pairs(base=base, pos=full(1)), mesh), "base", "dpo")
 
 
-def test_an_axis_that_networks_do_not_fill_is_refused(report):
+def test_an_axis_of_which_half_would_be_idle_is_refused(report):
     assert report["refused"] == (
-        "stack: 2 network(s), base, pos, for an axis 'network' of 3 in the mesh; expected a multiple of 3: choose the "
-        "axis to fit"
+        "stack: 2 network(s), base, pos, for an axis 'network' of 4 in the mesh, most of which would be idle; choose a "
+        "smaller axis"
     )
 
 

@@ -63,7 +63,7 @@ def test_kernels_of_attention_count_what_its_xla_form_does_and_what_they_compute
     assert counted == 6 * product, "two forward, four backward"
     softmax = compiled.cost_analysis()["flops"] - counted
     assert 0 <= softmax < 0.3 * counted, "XLA's own count has the softmax, too"
-    assert in_kernels - counted == 3 * product, "scores twice, gradients of weights once more"
+    assert in_kernels - counted == product, "scores twice"
     assert not [one for one in flash if not known(one.instruction)]
 
 
@@ -72,4 +72,4 @@ def test_kernels_take_the_time_of_the_padded_heads(mesh):
     _, flash = read(mesh, "flash")
     cycles = sum(one.cost.cycles for one in flash if one.instruction.opcode == "custom-call")
     product = 2 * BATCH // 4 * HEADS * LENGTH**2 * 128
-    assert cycles >= 9 * product / V5E.peak * V5E.chip.clock
+    assert cycles >= 7 * product / V5E.peak * V5E.chip.clock
