@@ -173,20 +173,29 @@ def laid_out(lowered: Any, job: Job) -> tuple[str, Memory]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         thread = threading.Thread(target=compile_on, args=(folder,), daemon=True)
         thread.start()
-        # The last file of this stage; the one before it has the memory.
-        while not (files := list(Path(folder).glob("*after_buffer_assignment.txt"))) or not _whole(files[0]):
+        # What follows in this stage, lists of every value, takes minutes of large programs.
+        while not (written := _settled(Path(folder), "*.after_optimizations-buffer-assignment.txt")):
             if not thread.is_alive():
                 raise failed[0] if failed else RuntimeError("the compiler has written down no layout of memory")
             time.sleep(0.2)
-        (report,) = Path(folder).glob("*memory-usage-report.txt")
-        total = int(re.search(r"\(color=0\)\nTotal bytes: (\d+)", report.read_text())[1])
-        text = files[0].read_text()
+        (program,) = Path(folder).glob("*.after_optimizations.txt")
+        total, text = main_memory(written), program.read_text()
     arguments = sum(taken_bytes({"arguments": job.arguments}, None).values())
     return text, Memory(arguments, max(0, total - arguments))
 
 
-def _whole(file: Path) -> bool:
-    return file.read_bytes()[-3:].strip() == b"}"
+def main_memory(assignment: str) -> int:
+    """Bytes of main memory that XLA's text of a buffer assignment allocates; other memories have colours."""
+    sizes = re.findall(r"^allocation \d+: size (\d+)(?!.*\bcolor [1-9])", assignment, re.M)
+    return sum(map(int, sizes))
+
+
+def _settled(folder: Path, pattern: str) -> str:
+    """The text of a file that nobody has written to for a while; empty where there is none yet."""
+    for file in folder.glob(pattern):
+        if time.time() - file.stat().st_mtime > 1.0:
+            return file.read_text()
+    return ""
 
 
 def modelled(one: Executed, topology: Topology) -> Cost:
