@@ -69,14 +69,3 @@ def leave_default() -> None:
     """
     if jax.config.jax_compilation_cache_dir == str(default_folder()):
         jax.config.update("jax_compilation_cache_dir", None)
-
-
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """Options for `jax.jit` of large programs.
-
-    The XLA of JAX 0.10 gives matrix products on CPUs to YNNPACK, and when a program is read from the cache searches all
-    of it for each: half of the time that a step of Stable Diffusion 1.5 takes to load. Without, it computes as fast.
-    """
-    if platform == "cpu" and jax.__version_info__[:2] == (0, 10):
-        return {"xla_cpu_experimental_ynn_fusion_type": ""}
-    return None

@@ -27,7 +27,7 @@ from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.plan import Job
 from flax_pref.parallel.planning import PlanFlags, compare, show
-from flax_pref.parallel.topologies import Topology
+from flax_pref.parallel.topologies import Topology, chips_of
 from sample.options import Drawing, drawn_terms, size_of, solver_of, with_preset
 
 
@@ -40,8 +40,8 @@ class Config(PlanFlags, Drawing):
     rank: int = 16
     """Of adapters."""
     mesh: str = "data=-1"
-    """How to use the devices: data=-1 shares out the images, network=3,data=-1 puts base and modules with full weights
-    on different devices too."""
+    """How to use the devices: data=-1 shares out the images, network=4,data=-1 puts base and modules with full weights
+    on different devices too, of which one is idle where they are three."""
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +60,8 @@ def candidates(config: Config) -> list[list[str]]:
     meshes = ["data=-1"]
     if config.weights == "full" and not config.merge:
         count = len({"base", *named_rule(**drawn_terms(config)).networks()})
-        meshes += [f"{AXIS}={count},data=-1"] if count > 1 else []
+        sizes = [size for size in range(count, 2 * count) if chips_of(config.topology) % size == 0]
+        meshes += [f"{AXIS}={sizes[0]},data=-1"] if count > 1 and sizes else []
     return [["--mesh", mesh, "--batch-size", str(size)] for mesh in meshes for size in (1, 2, 4)]
 
 

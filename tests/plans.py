@@ -38,10 +38,10 @@ def shipped() -> dict[str, tuple[str, ...]]:
     samplers = {
         f"cPGD, {name}, {weights}": (
             *("sample.plan", "--model", model, "--rule", "cpgd", "--w", "4", "--steps", "25"),
-            *("--weights", weights, "--mesh", "data=-1"),
+            *("--weights", weights, "--mesh", mesh),
         )
         for name, model in (("sd15", SD15), ("sdxl", SDXL))
-        for weights in ("lora", "full")
+        for weights, mesh in (("lora", "data=-1"), ("full", "network=4,data=-1"))
     }
     return configs | samplers
 

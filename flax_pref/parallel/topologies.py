@@ -4,6 +4,7 @@ The compiler is the one that TPU machines have, in the package libtpu.
 """
 
 import importlib.util
+import math
 import os
 import re
 from typing import NamedTuple
@@ -71,15 +72,25 @@ class Topology(NamedTuple):
     peak: float
 
 
+def chips_of(name: str) -> int:
+    """How many chips the slice of a name has, whether there is such a slice or not.
+
+    Raises:
+        UserError: it is no such name.
+    """
+    if not re.fullmatch(rf"({'|'.join(CHIPS)}):[1-9]\d*(x[1-9]\d*)+", name):
+        raise UserError(f"--topology {name}: expected one of {', '.join(CHIPS)} and its size, such as {EXAMPLES}")
+    return math.prod(int(size) for size in name.partition(":")[2].split("x"))
+
+
 def topology(name: str) -> Topology:
     """A slice by its name; from then on JAX itself computes on the CPU, and keeps nothing that it compiles.
 
     Raises:
         UserError: libtpu is not installed, or there is no such slice.
     """
+    chips_of(name)
     kind = name.partition(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", name):
-        raise UserError(f"--topology {name}: expected one of {', '.join(CHIPS)} and its size, such as {EXAMPLES}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the compiler of TPUs, is not installed: pip install -e '.[tpu]' installs it")
     # Said before libtpu is loaded, for else it looks for the machine's TPUs, and asks a metadata server for its name.

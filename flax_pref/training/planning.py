@@ -1,7 +1,6 @@
 """The programs of a run with shapes in place of weights and data, as they would be compiled for a mesh."""
 
 import dataclasses
-import math
 from typing import Any, get_args
 
 import jax
@@ -23,7 +22,7 @@ from flax_pref.models.remat import Remat
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.plan import Job
 from flax_pref.parallel.sharding import batch_sharding
-from flax_pref.parallel.topologies import Topology
+from flax_pref.parallel.topologies import Topology, chips_of
 from flax_pref.training.rollouts import take_batch
 from flax_pref.training.trainer import Program, TrainConfig, check_data, held_by
 
@@ -45,8 +44,7 @@ def candidates(config: TrainConfig | EncodeConfig, slice: str) -> list[list[str]
     """Flags to compare: fsdp axes of the hosts and of more chips, each with and without blocks computed again."""
     if isinstance(config, EncodeConfig):
         return [["--encoding.batch-size", str(size)] for size in (1, 2, 4, 8)]
-    chips = math.prod(int(size) for size in slice.partition(":")[2].split("x"))
-    sizes = [size for size in (1, 4, 16, 64) if size <= chips]
+    sizes = [size for size in (1, 4, 16, 64) if size <= chips_of(slice)]
     sizes = sizes if config.weights == "full" else sizes[:1]
     meshes = ["data=-1" if size == 1 else f"data=-1,fsdp={size}" for size in sizes]
     return [["--mesh", mesh, "--remat", remat] for mesh in meshes for remat in get_args(Remat)]

@@ -30,7 +30,6 @@ from flax_pref.checkpoints.weights import (
     with_attention,
     with_remat,
 )
-from flax_pref.compilation import compiler_options
 from flax_pref.config import UserError, check_output_folder, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
@@ -317,12 +316,7 @@ class Program:
             shardings=self.shardings.params,
         )
         whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(self.shardings, whole),
-            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
-        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole))
 
 
 def held_by(state: TrainState, frozen: Any, batch: Any) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def bench_guidance(bench: Guidance) -> dict:
         row["ratio_to_cfg"] = round(seconds[name] / seconds["cfg"], 3)
         row["temp_ratio_to_cfg"] = round(row["temp_bytes"] / rows["cfg"]["temp_bytes"], 3)
         row["argument_bytes_above_cfg"] = row["argument_bytes"] - rows["cfg"]["argument_bytes"]
-        row["gflop_per_step"] = round(row["gflop_per_step"], 3)
+        row["gflop_per_step"] = round(row["gflop_per_step"], 6)
     figures = {
         **{"family": bench.family, "size": 8 * size, "batch_size": bench.batch_size, "rank": bench.rank},
         **{"dtype": dtype, "device": device.device_kind, "jax": jax.__version__, "attention": bench.attention},
