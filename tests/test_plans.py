@@ -20,3 +20,4 @@ def test_a_program_of_full_size_fits_a_chip_and_takes_no_more_time_than_recorded
     recorded, told = read_json(RECORDED, expected="the record of tests/plans.py")[name], planned(CHECKED[name])
     assert told["fits"], f"{name} lacks {told['excess_bytes']} bytes on {told['topology']}"
     assert told["seconds"] <= GROWTH * recorded["seconds"], "if this is wanted: python -m tests.plans --record"
+    assert told["copies"] <= GROWTH * recorded["copies"], "layouts change more often than recorded"

@@ -63,6 +63,7 @@ class Plan:
         parts: cycles of parts of the network, forward and backward.
         sent: how many collectives of each kind there are, and the bytes of their results.
         bounds: share of the time that products, main memory, and all else decide about.
+        copies: large arrays that change their layout, on the way through the program.
         uncounted: names of kernels and loops of which the text does not tell enough.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     parts: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     sent: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    copies: int = 0
     uncounted: Sequence[str] = ()
 
     @property
@@ -136,6 +138,7 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
         parts=parts_of(executed, job.part),
         sent=sent_by(executed),
         bounds=bounds_of(executed, topology),
+        copies=large_copies(executed),
         uncounted=sorted(uncounted),
     )
 
@@ -216,6 +219,15 @@ def modelled(one: Executed, topology: Topology) -> Cost:
     if one.instruction.opcode.endswith("-start"):
         cycles = 0.0  # it goes on beside what follows
     return cost._replace(cycles=cycles + LAUNCH * one.runs)
+
+
+def large_copies(executed: Sequence[Executed]) -> int:
+    """How many copies and transposes of arrays of 1 MiB and more run: nothing else happens in them."""
+    return sum(
+        one.runs
+        for one in executed
+        if one.instruction.opcode in ("copy", "transpose") and one.instruction.outputs[0].bytes >= 2**20
+    )
 
 
 def excess_of(message: str) -> int | None:
@@ -333,5 +345,5 @@ def figures(one: Plan) -> dict[str, Any]:
         **{"flops": one.cost.flops, "bytes_moved": one.cost.bytes, "cycles": one.cost.cycles},
         **{"seconds": one.seconds, "link_seconds": one.link_seconds, "sent": one.sent, "parts": one.parts},
         "per_second_per_chip": one.rate,
-        **{"share_of_peak": one.share_of_peak, "bounds": one.bounds, "uncounted": one.uncounted},
+        **{"share_of_peak": one.share_of_peak, "bounds": one.bounds, "copies": one.copies, "uncounted": one.uncounted},
     }

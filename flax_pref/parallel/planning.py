@@ -113,6 +113,7 @@ def summary(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seconds = computing + sum(one["link_seconds"] for one in plans)
     return told | {
         "seconds": seconds,
+        "copies": sum(one["copies"] for one in plans),
         "per_second_per_chip": first["work"] / first["chips"] / seconds,
         "share_of_peak": flops / computing / first["peak"],
     }

@@ -16,11 +16,10 @@ from flax_pref.models.presets import FAMILIES
 from flax_pref.parallel.compiled import Module
 from flax_pref.parallel.kernels import PALLAS, kernel_cost
 from flax_pref.parallel.mesh import make_mesh
-from flax_pref.parallel.plan import compiled, modelled
+from flax_pref.parallel.plan import compiled, large_copies, modelled
 from flax_pref.parallel.topologies import topology
 from sample.bench.common import random_inputs
 
-LARGE = 2**20  # bytes from which a copy counts
 UNPRICED = 0.3  # share of what a copy takes by its bytes, below which the compiler's estimate is none
 
 
@@ -68,6 +67,6 @@ def bench_forward(bench: Forward) -> dict:
         "million_cycles_of_kernels": round(cycles / 1e6, 2),
         "million_cycles_of_copies_without_estimate": round(missing / 1e6, 2),
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 3),
-        "large_copies": sum(one.runs for one in copies if one.instruction.outputs[0].bytes >= LARGE),
+        "large_copies": large_copies(executed),
         "compile_seconds": round(seconds, 1),
     }
