@@ -38,6 +38,8 @@ class Config(Drawing):
 
     def __post_init__(self):
         super().__post_init__()
+        if "://" in self.out:
+            raise UserError(f"--out {self.out}: expected a local folder; mount the bucket, or copy the folder into it")
         if not self.platforms or len(set(self.platforms)) != len(self.platforms):
             raise UserError(f"--platforms {' '.join(self.platforms)}: expected one or several of cpu, tpu and cuda")
         if self.attention not in ("auto", "xla"):

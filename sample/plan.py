@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> None:
     config = with_preset(parse_flags(arguments, Config))
     if config.module or config.module_base:
         raise UserError("--module: no weights are read; --weights lora or full says what the rule's modules are")
+    if config.quantize is not None:
+        raise UserError(f"--quantize {config.quantize}: plans are of weights in --dtype only; leave the flag out")
     if config.compare:
         print(compare("sample.plan", arguments, candidates(config)))
     else:

@@ -150,9 +150,10 @@ def test_a_jax_that_is_too_new_or_too_old_is_told_which_one_wrote_the_program(ex
         (("--platforms", "cpu", "cpu"), "--platforms cpu cpu: expected one or several"),
         (("--rule", "cpgd"), "--rule cpgd needs --w"),
         (("--batch-size", "0"), "--batch-size 0: expected at least 1"),
+        (("--out", "gs://bucket/run"), "--out gs://bucket/run: expected a local folder"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        export.main(["--model", "demo", *flags, "--out", str(tmp_path / "out")])
+        export.main(["--model", "demo", "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()

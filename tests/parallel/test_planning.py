@@ -10,6 +10,7 @@ from flax_pref.parallel.plan import excess_of
 from flax_pref.parallel.planning import PlanFlags, compared, own_flags
 from flax_pref.parallel.topologies import CHIPS, topology
 from flax_pref.training.planning import divisible
+from sample.plan import main as sample_plan
 
 
 def test_what_the_compiler_refuses_says_how_much_a_chip_lacks():
@@ -92,3 +93,8 @@ def test_a_batch_is_divided_into_as_many_parts_as_the_chips_of_the_slice_allow(c
     mesh = SimpleNamespace(size=chips, shape={"data": chips})
     assert divisible(batch, mesh).accumulation == parts
     assert ("accumulation=" in capsys.readouterr().out) == (parts != batch.accumulation)
+
+
+def test_a_plan_of_weights_in_eight_bits_is_refused_for_there_is_none():
+    with pytest.raises(UserError, match="--quantize int8"):
+        sample_plan(["--model", "demo", "--topology", "v5e:2x2", "--quantize", "int8"])
