@@ -152,7 +152,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def quickly_compiled(monkeypatch):
     """Programs that are compiled sooner and run slower."""
-    monkeypatch.setattr("flax_pref.training.trainer.step_flops", lambda *arguments: 1.0)  # traces the step again
+    monkeypatch.setattr("flax_pref.parallel.peak.step_flops", lambda *arguments: 1.0)  # traces the step again
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -98,7 +98,7 @@ class Cost(NamedTuple):
         padded_flops: those that matrix units of a fixed size are busy with.
         bytes: read from the device's main memory and written to it.
         touched: bytes read and written, in any memory.
-        sent: bytes of what a collective gives.
+        sent: bytes of the whole arrays of a collective: of what an all-gather gives, of what a reduce-scatter takes.
     """
 
     cycles: float = 0.0
@@ -199,10 +199,27 @@ class Module:
         flops, padded = (sum(product_flops(each, scope, tile) for each, scope in inner) for tile in (1, self._mxu))
         arrays = self._touched(one, around)
         main, touched = sum(x.bytes for x in arrays if not x.on_chip), sum(x.bytes for x in arrays)
-        senders = [each for each, _ in inner if collective(each)]
-        sent = sum(array.bytes for each in senders for array in each.outputs)
-        cost = Cost(one.cycles, flops, padded, main, touched, sent)
-        return cost, collective(senders[0]) if senders else None
+        kind, sent = self._sent(inner)
+        return Cost(one.cycles, flops, padded, main, touched, sent), kind
+
+    def _sent(self, inner: list[tuple[Instruction, Computation]]) -> tuple[str | None, int]:
+        """The kind of collective that an instruction is, or ends, and the bytes of its whole arrays.
+
+        What goes on beside other work stands in every fusion from the one that begins it to the one that waits for it.
+        """
+        ended = any(each.target == "AsyncCollectiveDone" for each, _ in inner)
+        senders = [(each, scope) for each, scope in inner if collective(each) and (ended or not asynchronous(each))]
+        if not senders:
+            return None, 0
+        kind, names = collective(senders[0][0]), {each.name for each, _ in senders}
+        # A reduction of which every chip cuts out its part is how XLA writes down that no chip gets the others'.
+        if any(each.opcode == "dynamic-slice" and each.operands[0] in names for each, _ in inner):
+            kind = "reduce-scatter"
+        whole = 0
+        for each, scope in senders:
+            taken = sum(array.bytes for name in each.operands if name in scope for array in scope[name].outputs)
+            whole += max(taken, sum(array.bytes for array in each.outputs))
+        return kind, whole
 
     def _inside(self, one: Instruction, around: Computation) -> Iterator[tuple[Instruction, Computation]]:
         """The instruction, or those that it fuses, each with the computation that it is in."""
@@ -220,7 +237,13 @@ class Module:
             return [destination, destination._replace(on_chip=source.on_chip)]
         fused = self.computations.get(_called(one, "calls") or "", {})
         last = list(fused.values())[-1] if fused else one
+        if last.target == "AsyncCollectiveStart":
+            return []
         written = one.outputs
+        if last.opcode == "tuple" and len(last.operands) == len(written):
+            # What is handed on, as to the next fusion that a collective goes on beside, is not touched.
+            makers = [fused[name] for name in last.operands]
+            written = [x for x, maker in zip(written, makers, strict=True) if not _handed_on(maker)]
         if last.opcode == "dynamic-update-slice":
             (update,) = (fused or around)[last.operands[1]].outputs
             written = [update._replace(on_chip=one.outputs[0].on_chip)]
@@ -234,6 +257,8 @@ class Module:
         if fused:
             name = next(each.name for each in fused.values() if each.opcode == "parameter" and each.text == str(place))
             uses = [each for each in fused.values() if name in each.operands]
+            if all(use.opcode == "tuple" or asynchronous(use) for use in uses):
+                return []
         if uses and all(use.opcode in SLICES and use.operands[0] == name for use in uses):
             return [part._replace(on_chip=whole[0].on_chip) for use in uses for part in use.outputs]
         if uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == name for use in uses):
@@ -245,6 +270,15 @@ def collective(one: Instruction) -> str | None:
     """The kind of a collective. Of an asynchronous one, the instruction that waits for it has the result."""
     kind = one.opcode.removesuffix("-done")
     return kind if kind in COLLECTIVES else None
+
+
+def asynchronous(one: Instruction) -> bool:
+    """Whether it is a collective that goes on beside other work, which it is fused with."""
+    return collective(one) is not None and "async_collective_fusion_config" in one.text
+
+
+def _handed_on(one: Instruction) -> bool:
+    return one.opcode == "parameter" or asynchronous(one)
 
 
 def product_flops(one: Instruction, around: Computation, tile: int = 1) -> int:

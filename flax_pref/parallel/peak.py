@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -43,6 +44,21 @@ def step_flops(program: Callable, *arguments: Any) -> float:
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return program.lower(*shapes).cost_analysis()["flops"]
+
+
+def compile_and_count(lowered: Any, program: Callable, *arguments: Any) -> tuple[Any, float]:
+    """A program for this machine, and its `step_flops`.
+
+    They are counted while it is compiled: the one is work of Python, for a second trace, and the other of XLA.
+
+    Args:
+        lowered: what `program.lower(*arguments)` gives.
+        program, *arguments: see `step_flops`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(lowered.compile)
+        flops = step_flops(program, *arguments)
+        return compiling.result(), flops
 
 
 def peak_of(device: jax.Device, dtype: str) -> tuple[float | None, str]:

@@ -61,7 +61,7 @@ class Plan:
         excess: bytes that a chip has too few; negative: that are left.
         cost: of all that runs; None where the compiler refuses the program.
         parts: cycles of parts of the network, forward and backward.
-        sent: how many collectives of each kind there are, and the bytes of their results.
+        sent: how many collectives of each kind there are, and the bytes of their whole arrays.
         bounds: share of the time that products, main memory, and all else decide about.
         copies: large arrays that change their layout, on the way through the program.
         uncounted: names of kernels and loops of which the text does not tell enough.
@@ -216,8 +216,8 @@ def modelled(one: Executed, topology: Topology) -> Cost:
         cost.bytes / chip.bandwidth * chip.clock,
         vectors / 2 if cost.flops else vectors,
     )
-    if one.instruction.opcode.endswith("-start"):
-        cycles = 0.0  # it goes on beside what follows
+    if one.instruction.opcode.endswith("-start") or one.sends:
+        cycles = 0.0  # it goes on beside what follows; what chips send each other is told apart
     return cost._replace(cycles=cycles + LAUNCH * one.runs)
 
 
@@ -257,7 +257,7 @@ def parts_of(executed: Sequence[Executed], unnamed: str) -> dict[str, tuple[floa
 
 
 def sent_by(executed: Sequence[Executed]) -> dict[str, tuple[int, float]]:
-    """How many collectives of each kind run, and the bytes of their results."""
+    """How many collectives of each kind run, and the bytes of their whole arrays."""
     sent: dict[str, tuple[int, float]] = {}
     for one in executed:
         if one.sends:

@@ -105,7 +105,7 @@ def summary(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What decides between meshes, of the `figures` of programs; those of the last one's unit run one after another."""
     first, worst = plans[-1], max(plans, key=lambda one: one["excess_bytes"])
     plans = [one for one in plans if one["unit"] == first["unit"]]
-    told = {name: first[name] for name in ("topology", "mesh", "effort", "unit")}
+    told = {name: first[name] for name in ("topology", "mesh", "effort", "unit", "work")}
     told |= {name: worst[name] for name in ("fits", "excess_bytes")}
     if any("seconds" not in one for one in plans):
         return told

@@ -51,13 +51,25 @@ def candidates(config: TrainConfig | EncodeConfig, slice: str) -> list[list[str]
 
 
 def divisible(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The config with the most parts of a batch, up to its own number, that every chip has a share of; says so."""
-    share, left = divmod(config.batch_size, mesh.size // mesh.shape.get("tensor", 1))
-    if left or share % config.accumulation == 0:
-        return config  # as it is; or no number of parts helps, which `check_batch` says
-    parts = max(parts for parts in range(1, config.accumulation) if share % parts == 0)
-    print(f"accumulation={parts}, for {config.accumulation} parts of a batch of {config.batch_size} cannot be divided")
-    return dataclasses.replace(config, accumulation=parts)
+    """The config with a batch, and a number of parts of it, that every chip has a share of; says where they differ.
+
+    The batch becomes the next multiple of the chips, and the parts the most up to the config's own number.
+    """
+    chips = mesh.size // mesh.shape.get("tensor", 1)
+    share = -(-config.batch_size // chips)
+    parts = max(parts for parts in range(1, config.accumulation + 1) if share % parts == 0)
+    size, asked = share * chips, (config.batch_size, config.accumulation)
+    if (size, parts) == asked:
+        return config
+    name = "input.batch_size" if config.online is None else "online.rollouts.batch_size"
+    print(
+        f"planned with {name}={size} and accumulation={parts}: {asked[0]} in {asked[1]} parts cannot be divided over "
+        f"{chips} chips"
+    )
+    if config.online is None:
+        return dataclasses.replace(config, input=dataclasses.replace(config.input, batch_size=size), accumulation=parts)
+    rollouts = dataclasses.replace(config.online.rollouts, batch_size=size)
+    return dataclasses.replace(config, online=dataclasses.replace(config.online, rollouts=rollouts), accumulation=parts)
 
 
 def step_job(config: TrainConfig, mesh: Mesh) -> Job:

@@ -43,7 +43,7 @@ from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.memory import budget, memory_limit
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
-from flax_pref.parallel.peak import peak_of, step_flops
+from flax_pref.parallel.peak import compile_and_count, peak_of
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.remote import remote_errors
@@ -433,14 +433,13 @@ class Run:
         jitted = self.program.step(self.objective())
         with jax.set_mesh(self.mesh):
             started = time.perf_counter()
-            compiled = jitted.lower(state, self.frozen, batch).compile()
+            arguments = state, self.frozen, batch
+            compiled, flops = compile_and_count(jitted.lower(*arguments), jitted, *arguments)
             seconds = time.perf_counter() - started
-            # XLA counts one of the parts that a batch is divided into.
-            flops = config.accumulation * step_flops(jitted, state, self.frozen, batch)
         held = held_by(state, self.frozen, batch)
         tell(budget(self.mesh, held, compiled.memory_analysis(), memory_limit(self.mesh)))
         tell(f"the step was compiled in {seconds:.1f} s")
-        return compiled, flops
+        return compiled, config.accumulation * flops  # XLA counts one of the parts that a batch is divided into
 
     def train(self, state: TrainState, first: int, source: Source) -> TrainState:
         """The loop, from step `first` to the last."""

@@ -66,9 +66,7 @@ def test_convolutions_count_as_xla_counts_them(options):
         settings = {"window_strides": (1, 1), "padding": "VALID", **options}
         return lax.conv_general_dilated(images, kernel, **settings, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    compiled = (
-        jax.jit(convolve).lower(images, kernel).compile(compiler_options={"xla_cpu_use_onednn": False} if 0 else None)
-    )
+    compiled = jax.jit(convolve).lower(images, kernel).compile()
     counted = sum(one.cost.flops for one in Module(compiled.as_text()).executed())
     expected = jax.jit(convolve).lower(images, kernel).cost_analysis()["flops"]
     assert counted == pytest.approx(expected, rel=1e-6)
@@ -120,3 +118,83 @@ def test_cycles_traffic_and_collectives_of_a_loop_are_those_of_all_its_runs():
     assert cut.cost.bytes == 4 * (2 * 256 * 256 + 4)
     assert (sent.sends, sent.cost.sent) == ("all-reduce", 4 * 2 * 256 * 256)
     assert cut.instruction.op_name == "jit(step)/mid_block/dynamic_slice"
+
+
+# As the compiler of TPUs writes down an all-gather that goes on beside a product, and a reduction of which each chip
+# keeps its part.
+ASYNCHRONOUS = """
+HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%begin (p.0: bf16[64,512]) -> (bf16[64,512], bf16[512,512], u32[]) {
+  %p.0 = bf16[64,512]{1,0} parameter(0)
+  %gather.0 = bf16[512,512]{1,0} all-gather(%p.0), channel_id=7, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %start = (bf16[64,512]{1,0}, bf16[512,512]{1,0}, u32[]) custom-call(%gather.0), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q.0: bf16[64,512], q.1: bf16[512,512], q.2: u32[], q.3: bf16[128,128]) -> \
+(bf16[128,128], bf16[64,512], bf16[512,512], u32[]) {
+  %q.0 = bf16[64,512]{1,0} parameter(0)
+  %q.1 = bf16[512,512]{1,0} parameter(1)
+  %q.2 = u32[] parameter(2)
+  %q.3 = bf16[128,128]{1,0} parameter(3)
+  %gather.1 = bf16[512,512]{1,0} all-gather(%q.0), channel_id=7, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  %product = bf16[128,128]{1,0} convolution(%q.3, %q.3), dim_labels=bf_io->bf
+  ROOT %all = (bf16[128,128]{1,0}, bf16[64,512]{1,0}, bf16[512,512]{1,0}, u32[]) tuple(%product, %q.0, %gather.1, %q.2)
+}
+
+%end (r.0: bf16[64,512], r.1: bf16[512,512], r.2: u32[]) -> bf16[512,512] {
+  %r.0 = bf16[64,512]{1,0} parameter(0)
+  %r.1 = bf16[512,512]{1,0} parameter(1)
+  %r.2 = u32[] parameter(2)
+  %gather.2 = bf16[512,512]{1,0} all-gather(%r.0), channel_id=7, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %done = bf16[512,512]{1,0} custom-call(%r.0, %r.1, %gather.2, %r.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%scatter (s.0: bf16[512,512], s.1: s32[]) -> bf16[64,512] {
+  %s.0 = bf16[512,512]{1,0} parameter(0)
+  %s.1 = s32[] parameter(1)
+  %reduced = bf16[512,512]{1,0} all-reduce(%s.0), channel_id=9, to_apply=%sum
+  ROOT %part = bf16[64,512]{1,0} dynamic-slice(%reduced, %s.1, %s.1), dynamic_slice_sizes={64,512}
+}
+
+ENTRY %main (x: bf16[64,512], y: bf16[128,128], i: s32[]) -> bf16[64,512] {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %y = bf16[128,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %started = (bf16[64,512]{1,0}, bf16[512,512]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%begin
+  %local = bf16[64,512]{1,0} get-tuple-element(%started), index=0
+  %whole = bf16[512,512]{1,0} get-tuple-element(%started), index=1
+  %flag = u32[] get-tuple-element(%started), index=2
+  %worked = (bf16[128,128]{1,0}, bf16[64,512]{1,0}, bf16[512,512]{1,0}, u32[]) \
+fusion(%local, %whole, %flag, %y), kind=kOutput, calls=%beside
+  %local.1 = bf16[64,512]{1,0} get-tuple-element(%worked), index=1
+  %whole.1 = bf16[512,512]{1,0} get-tuple-element(%worked), index=2
+  %flag.1 = u32[] get-tuple-element(%worked), index=3
+  %gathered = bf16[512,512]{1,0} fusion(%local.1, %whole.1, %flag.1), kind=kCustom, calls=%end
+  ROOT %share = bf16[64,512]{1,0} fusion(%gathered, %i), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_other_work_counts_once_and_that_work_does_not_touch_its_arrays():
+    begun, worked, ended, _ = Module(ASYNCHRONOUS).executed()
+    assert [one.sends for one in (begun, worked, ended)] == [None, None, "all-gather"]
+    assert ended.cost.sent == 2 * 512 * 512
+    assert begun.cost.touched == 0
+    assert worked.cost.touched == 2 * 2 * 128 * 128  # the product reads one array and gives another
+    assert worked.cost.flops == 2 * 128**3
+
+
+def test_a_reduction_of_which_every_chip_keeps_a_part_is_a_reduce_scatter_of_the_whole():
+    *_, scattered = Module(ASYNCHRONOUS).executed()
+    assert (scattered.sends, scattered.cost.sent) == ("reduce-scatter", 2 * 512 * 512)

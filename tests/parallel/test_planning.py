@@ -1,15 +1,15 @@
-import dataclasses
 import importlib.util
 import re
 from types import SimpleNamespace
 
 import pytest
 
-from flax_pref.config import UserError
+from flax_pref.config import UserError, load_config
 from flax_pref.parallel.plan import excess_of
 from flax_pref.parallel.planning import PlanFlags, compared, own_flags
 from flax_pref.parallel.topologies import CHIPS, topology
 from flax_pref.training.planning import divisible
+from flax_pref.training.trainer import TrainConfig
 from sample.plan import main as sample_plan
 
 
@@ -80,19 +80,21 @@ def test_a_table_has_the_fastest_first_and_what_does_not_fit_last():
     assert "does not make up 4 devices" in lines[4] and "not measured" in lines[5]
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    batch_size: int
-    accumulation: int
-
-
 @pytest.mark.parametrize(
-    ("chips", "batch", "parts"), [(4, Batch(2048, 128), 128), (256, Batch(2048, 128), 8), (256, Batch(160, 20), 20)]
+    ("config", "chips", "planned"),
+    [
+        ("sd15/dpo", 4, (2048, 128)),
+        ("sd15/dpo", 256, (2048, 8)),
+        ("sd15/chats", 256, (256, 1)),
+        ("sd15/tailorpo", 64, (192, 3)),
+    ],
 )
-def test_a_batch_is_divided_into_as_many_parts_as_the_chips_of_the_slice_allow(chips, batch, parts, capsys):
+def test_a_plan_has_a_batch_that_the_chips_of_the_slice_can_share_and_says_which(config, chips, planned, capsys):
+    config = load_config([f"configs/{config}.py"], TrainConfig)
     mesh = SimpleNamespace(size=chips, shape={"data": chips})
-    assert divisible(batch, mesh).accumulation == parts
-    assert ("accumulation=" in capsys.readouterr().out) == (parts != batch.accumulation)
+    found = divisible(config, mesh)
+    assert (found.batch_size, found.accumulation) == planned
+    assert ("cannot be divided" in capsys.readouterr().out) == (found != config)
 
 
 def test_a_plan_of_weights_in_eight_bits_is_refused_for_there_is_none():

@@ -21,7 +21,7 @@ from flax_pref.models.attention import Kernel
 from flax_pref.models.remat import Remat
 from flax_pref.parallel.memory import aligned
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
-from flax_pref.parallel.peak import step_flops
+from flax_pref.parallel.peak import compile_and_count
 from flax_pref.training.methods import DiffusionDPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
@@ -101,10 +101,8 @@ def _child(fields: str, started: str) -> None:
         ends["tracing"] = time.time()
         lowered = traced.lower()
         ends["lowering"] = time.time()
-        lowered.compile()
+        compile_and_count(lowered, step.program, *step.arguments)
         ends["compiling or loading"] = time.time()
-        step_flops(step.program, *step.arguments)
-        ends["counting operations"] = time.time()
     begins = (float(started), *ends.values())
     seconds = {name: end - begin for (name, end), begin in zip(ends.items(), begins, strict=False)}
     seconds |= {"all": sum(seconds.values()), "all, of processors": time.process_time()}
