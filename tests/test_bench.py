@@ -16,6 +16,7 @@ from flax_pref.models.presets import FAMILIES, SD15
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
 from flax_pref.parallel import peak
+from sample.bench import common
 from sample.bench.__main__ import main
 from sample.bench.common import time_in_turns
 from sample.bench.guidance import sampler, sampler_inputs
@@ -49,6 +50,8 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "sd15", TINY)
         patch.setattr(peak, "measured_peak", functools.partial(peak.measured_peak, 0.0))
+        patch.setattr(common, "measured_peak", lambda dtype: 2e12)
+        patch.setattr(common, "measured_bandwidth", lambda: 1e10)
         yield
     torch.set_num_threads(threads)
 
@@ -85,6 +88,9 @@ def test_guidance_costs_what_its_rows_cost_and_computes_what_torch_computes(tmp_
     assert ours["images_per_second"] == pytest.approx(batch_size / (50 * ours["step_seconds"]), rel=0.05)
     reached = ours["gflop_per_step"] / ours["step_seconds"] / (1000 * told["peak_tflops"])
     assert ours["share_of_peak"] == pytest.approx(reached, rel=0.05, abs=1e-3)
+    reached = ours["gflop_per_step"] / ours["step_seconds"] / 2000
+    assert ours["share_of_measured_peak"] == pytest.approx(reached, rel=0.05, abs=1e-3)
+    assert 0 < ours["share_of_copy_bandwidth"] < 10
 
 
 def test_operations_of_a_step_are_those_that_torch_counts():

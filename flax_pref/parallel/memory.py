@@ -47,7 +47,7 @@ def taken_bytes(held: Mapping[str, Any], memory: Any) -> dict[str, int]:
     # Arguments may be larger than their numbers; results that take the place of arguments are no others.
     temporary = max(0, memory.argument_size_in_bytes - sum(taken.values())) + memory.temp_size_in_bytes
     temporary += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    return {**taken, "temporary and padding": temporary, "program": memory.generated_code_size_in_bytes}
+    return {**taken, "activations and other": temporary, "program": memory.generated_code_size_in_bytes}
 
 
 def memory_limit(mesh: Mesh) -> int | None:

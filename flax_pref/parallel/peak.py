@@ -83,15 +83,16 @@ def peak_flops(device_kind: str, dtype: str) -> tuple[float | None, str]:
     return peak, "that of the maker for dense bfloat16"
 
 
-def measured_peak(seconds: float = 0.05) -> float:
-    """FLOP/s of the best of a few float32 matrix products: what a CPU reaches, with all else that runs on it.
+def measured_peak(seconds: float = 0.05, dtype: str = "float32") -> float:
+    """FLOP/s of the best of a few matrix products: what a device reaches, with all else that runs on it.
 
     Args:
         seconds: their size doubles, from 256 up, until one takes as long.
+        dtype: of the matrices.
     """
     multiply, best, size, took = jax.jit(jnp.matmul), 0.0, 256, 0.0
     while True:
-        square = jnp.full((size, size), 0.5)
+        square = jnp.full((size, size), 0.5, dtype)
         multiply(square, square).block_until_ready()
         for _ in range(2):
             started = time.perf_counter()
@@ -101,3 +102,15 @@ def measured_peak(seconds: float = 0.05) -> float:
         if took >= seconds:
             return best
         size *= 2
+
+
+def measured_bandwidth(size: int = 2**28) -> float:
+    """Bytes/s that a device reads and writes at best while it copies an array of `size` bytes."""
+    array, best = jnp.zeros(size // 4, jnp.float32), 0.0
+    copy = jax.jit(jnp.negative)  # what only copies, XLA may leave out
+    copy(array).block_until_ready()
+    for _ in range(5):
+        started = time.perf_counter()
+        copy(array).block_until_ready()
+        best = max(best, 2 * array.nbytes / (time.perf_counter() - started))
+    return best

@@ -302,7 +302,7 @@ def rendered(one: Plan) -> str:
     lines += [
         f"work: {one.cost.flops / 1e12:.4g} TFLOP and {one.cost.bytes / 1e9:.4g} GB moved on every chip",
         f"sent by every chip: {sent}",
-        table_of_parts(one.parts),
+        table_of_parts(one.parts, chip.clock),
         f"time: {one.seconds:.4g} s, {one.cost.cycles / 1e6:.4g} M cycles at {chip.clock / 1e9:g} GHz, and "
         f"{one.link_seconds:.3g} s for what chips send each other, if nothing hides it",
         f"      not measured: {ESTIMATE[one.effort]}",
@@ -322,12 +322,14 @@ def verdict(one: Plan) -> str:
     return f"does not fit by {size_text(one.excess)}"
 
 
-def table_of_parts(parts: Mapping[str, tuple[float, float]]) -> str:
-    """Cycles of parts of the network."""
+def table_of_parts(parts: Mapping[str, tuple[float, float]], clock: float) -> str:
+    """Cycles and time of parts of the network."""
     total = sum(map(sum, parts.values()))
-    rows = [("part", "forward", "backward", "share of the time")]
+    rows = [("part", "forward", "backward", "time", "share")]
     for part, cycles in parts.items():
-        rows.append((part, *(f"{x / 1e6:.2f} M" if x else "" for x in cycles), f"{sum(cycles) / total:.1%}"))
+        both = sum(cycles)
+        seconds = f"{both / clock * 1e3:.4g} ms"
+        rows.append((part, *(f"{x / 1e6:.2f} M" if x else "" for x in cycles), seconds, f"{both / total:.1%}"))
     return aligned(rows)
 
 

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import tyro
 from flax_pref.checkpoints.weights import Network, abstract_network
 from flax_pref.config import parse_flags
 from flax_pref.models.presets import Family
+from flax_pref.parallel.peak import measured_bandwidth, measured_peak
 
 
 def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str]) -> None:
@@ -80,6 +81,46 @@ def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, flo
             call()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The device
+
+
+class Reached(NamedTuple):
+    """What a device was measured to reach, beside which a program's work is put.
+
+    Attributes:
+        flops: per second, in matrix products of the dtype in question.
+        bandwidth: bytes per second, read and written by a copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measured(cls, dtype: str) -> "Reached":
+        """Of JAX's default device, in about a second."""
+        return cls(measured_peak(dtype=dtype), measured_bandwidth())
+
+    def figures(self) -> dict[str, float]:
+        """For a bench to tell."""
+        return {
+            "measured_peak_tflops": round(self.flops / 1e12, 4),
+            "copy_gb_per_second": round(self.bandwidth / 1e9, 2),
+        }
+
+    def shares(self, flops: float, moved: float, seconds: float) -> dict[str, float]:
+        """What a program of so many FLOP and bytes, which takes so many seconds, reaches of it."""
+        return {
+            "share_of_measured_peak": round(flops / seconds / self.flops, 3),
+            "share_of_copy_bandwidth": round(moved / seconds / self.bandwidth, 3),
+        }
+
+
+def bytes_accessed(compiled: Any) -> float:
+    """What a compiled program reads and writes, as XLA counts it: the body of a loop once."""
+    return compiled.cost_analysis().get("bytes accessed", 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

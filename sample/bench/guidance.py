@@ -27,7 +27,7 @@ from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
 from flax_pref.parallel.peak import peak_of, step_flops
-from sample.bench.common import memory_peak_gb, random_inputs, random_network, time_in_turns
+from sample.bench.common import Reached, bytes_accessed, memory_peak_gb, random_inputs, random_network, time_in_turns
 
 MODULES = ("pos", "neg")
 RULES = {
@@ -62,6 +62,8 @@ class Guidance:
     reference: bool = True
     """Also time cPGD as one call of diffusers' UNet after another with adapters switched between, in torch, where
     diffusers and peft are installed (on CPUs and CUDA GPUs)."""
+    torch_compile: bool | None = None
+    """Through torch.compile; None: on GPUs."""
     json: Path | None = None
     """File for the figures."""
 
@@ -83,8 +85,9 @@ def bench_guidance(bench: Guidance) -> dict:
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_lora(adapted.params)[1]))
     device = jax.devices()[0]
     peak, peak_is = peak_of(device, dtype)
+    reached = Reached.measured(dtype)
 
-    rows, candidates, outputs, peaks = {}, {}, {}, {}
+    rows, moved, candidates, outputs, peaks = {}, {}, {}, {}, {}
     for name in dict.fromkeys(("cfg", *bench.rules)):
         network, rule = plain if name == "cfg" else adapted, RULES[name]
         program = sampler(network, rule, solver, bench.batch_size, size)
@@ -100,6 +103,7 @@ def bench_guidance(bench: Guidance) -> dict:
             "argument_bytes": memory.argument_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
         }
+        moved[name] = bytes_accessed(compiled)
 
         def call(name=name, compiled=compiled, params=network.params):
             outputs[name] = compiled(params, *inputs).block_until_ready()
@@ -107,7 +111,8 @@ def bench_guidance(bench: Guidance) -> dict:
 
         candidates[name] = call
     wanted = bench.reference and "cpgd" in rows
-    reference = torch_sampler(family, adapted, solver, inputs, size) if wanted else None
+    compiled_torch = bench.torch_compile if bench.torch_compile is not None else not on_cpu
+    reference = torch_sampler(family, adapted, solver, inputs, size, compiled=compiled_torch) if wanted else None
     if reference is not None:
 
         def call_reference():
@@ -121,6 +126,7 @@ def bench_guidance(bench: Guidance) -> dict:
         row["step_seconds"] = round(seconds[name], 5)
         row["images_per_second"] = round(bench.batch_size / (STEPS_PER_IMAGE * seconds[name]), 5)
         row["share_of_peak"] = peak and round(1e9 * row["gflop_per_step"] / seconds[name] / peak, 3)
+        row |= reached.shares(1e9 * row["gflop_per_step"], moved[name], seconds[name])
         row["ratio_to_cfg"] = round(seconds[name] / seconds["cfg"], 3)
         row["temp_ratio_to_cfg"] = round(row["temp_bytes"] / rows["cfg"]["temp_bytes"], 3)
         row["argument_bytes_above_cfg"] = row["argument_bytes"] - rows["cfg"]["argument_bytes"]
@@ -129,13 +135,14 @@ def bench_guidance(bench: Guidance) -> dict:
         **{"family": bench.family, "size": 8 * size, "batch_size": bench.batch_size, "rank": bench.rank},
         **{"dtype": dtype, "device": device.device_kind, "jax": jax.__version__, "attention": bench.attention},
         **{"steps": steps, "rounds": rounds, "steps_per_image": STEPS_PER_IMAGE},
-        **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is},
+        **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is, **reached.figures()},
         **{"parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(plain.params))},
         **{"adapter_bytes": adapter_bytes, "rules": rows},
     }
     if "torch" in outputs:
         difference = np.abs(np.asarray(outputs["cpgd"]) - outputs["torch"]).max() / np.abs(outputs["torch"]).max()
         figures["torch"] = {
+            "compiled": compiled_torch,
             "step_seconds": round(seconds["torch"], 5),
             "cpgd_ratio_to_torch": round(seconds["cpgd"] / seconds["torch"], 3),
             "largest_relative_difference": float(f"{difference:.1e}"),
@@ -182,7 +189,7 @@ def sampler(network: Network, rule: Rule, solver: Solver, batch_size: int, size:
 
 
 def torch_sampler(
-    family: Family, network: Network, solver: Solver, inputs: tuple[Any, ...], size: int
+    family: Family, network: Network, solver: Solver, inputs: tuple[Any, ...], size: int, *, compiled: bool
 ) -> Callable[[], np.ndarray] | None:
     """The steps of cPGD from the same noise in diffusers and peft, one prediction after another.
 
@@ -192,6 +199,7 @@ def torch_sampler(
         solver: DDIM.
         inputs: of `sampler_inputs`.
         size: in latent pixels.
+        compiled: the UNet goes through torch.compile.
 
     Returns:
         A function that gives the latents `[B, H, W, C]`, or None where torch, diffusers or peft cannot be had for this
@@ -215,6 +223,7 @@ def torch_sampler(
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
     scheduler = DDIMScheduler.from_config(family.scheduler_config)
     unet = functools.cache(lambda: torch_unet(network).to(on))
+    predict = functools.cache(lambda: torch.compile(unet()) if compiled else unet())
 
     def tensor(array):
         return torch.tensor(np.asarray(array)).to(on, unet().dtype)
@@ -232,7 +241,9 @@ def torch_sampler(
                     active = module
                 states, added = prompts[prompt]["encoder_hidden_states"], dict(prompts[prompt])
                 del added["encoder_hidden_states"]
-                predicted = unet()(latents.to(unet().dtype), timestep, states, added_cond_kwargs=added or None).sample
+                predicted = predict()(
+                    latents.to(unet().dtype), timestep, states, added_cond_kwargs=added or None
+                ).sample
                 noise_pred = noise_pred + coefficients[i, r, :, None, None, None] * predicted.float()
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
         return latents.permute(0, 2, 3, 1).cpu().numpy()

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.models.attention import attention
-from flax_pref.parallel.peak import measured_peak, peak_flops, peak_of, step_flops
+from flax_pref.parallel.peak import measured_bandwidth, measured_peak, peak_flops, peak_of, step_flops
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,10 @@ def test_a_cpu_is_measured_and_shared_by_the_devices_that_it_plays(monkeypatch):
 def test_a_larger_product_is_tried_as_long_as_products_are_short():
     assert measured_peak(0.0) > 0
     assert measured_peak(1e-3) > 0
+
+
+def test_a_copy_is_counted_as_read_and_written():
+    assert 1e8 < measured_bandwidth(2**20) < 1e14
 
 
 def test_operations_are_counted_where_cpus_loop_over_blocks():

@@ -314,7 +314,7 @@ def test_the_budget_adds_up_and_warns_when_a_device_is_too_small():
         "                         numbers    in all  per device",
         "frozen weights         2,097,408  4.00 MiB    2.00 MiB",
         "keys                           4      32 B        32 B",
-        "temporary and padding                         4.00 MiB",
+        "activations and other                         4.00 MiB",
         "total                                         6.00 MiB",
         "warning: 2.00 MiB more than a device has; a larger fsdp axis, fewer pairs per device or lower precision "
         "need less",

@@ -37,13 +37,15 @@ from flax_pref.training.methods import DiffusionDPO, PositiveNegative
 from flax_pref.training.networks import LoRA, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.step import make_step, new_state
-from sample.bench.common import memory_peak_gb, random_inputs, random_network, time_in_turns
+from sample.bench.common import Reached, bytes_accessed, memory_peak_gb, random_inputs, random_network, time_in_turns
 from sample.bench.guidance import MODULES, switch_adapter, torch_unet, with_adapters
 
 # Of DPO: at the paper's 5000 the rounding of two errors would come back 2500 times as large in loss and gradient.
 BETA = 1.0
 METHODS = {"dpo": DiffusionDPO(beta=BETA), "positive_negative": PositiveNegative()}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, clip_norm=None)
+# What the candidates of ours have in common.
+SHARED = ("device", "dtype", "peak_tflops", "peak_is", "measured_peak_tflops", "copy_gb_per_second")
 POLICY = MODULES[0]  # of the two modules of `with_adapters`, the one that DPO trains
 
 
@@ -74,6 +76,8 @@ class Step:
     reference: bool = True
     """Also time the step of DPO with adapters in torch, with diffusers and peft where they are installed (on CPUs and
     CUDA GPUs)."""
+    torch_compile: bool | None = None
+    """Through torch.compile; None: on GPUs."""
     json: Path | None = None
     """File for the figures."""
 
@@ -93,14 +97,16 @@ def bench_step(bench: Step) -> dict:
         rows, ratios = measure(bench, rivals, Path(folder))
         differences = {"torch": differences_of_moments(Path(folder))} if "torch" in rows else {}
     first = rows[bench.objective]
-    shared = {name: first.pop(name) for name in ("device", "dtype", "peak_tflops", "peak_is", "parameter_bytes")}
+    shared = {name: first.pop(name) for name in (*SHARED, "parameter_bytes")}
+    reached = Reached(1e12 * shared["measured_peak_tflops"], 1e9 * shared["copy_gb_per_second"])
     for name, row in rows.items():
         row["pairs_per_second"] = round(bench.batch_size / row["step_seconds"], 5)
         if name in ratios:
             row["ratio_to_" + bench.objective] = round(ratios[name], 3)
         if "gflop_per_step" in row:
-            reached = row["gflop_per_step"] / 1e3 / row["step_seconds"]
-            row["share_of_peak"] = shared["peak_tflops"] and round(reached / shared["peak_tflops"], 3)
+            tflops = row["gflop_per_step"] / 1e3 / row["step_seconds"]
+            row["share_of_peak"] = shared["peak_tflops"] and round(tflops / shared["peak_tflops"], 3)
+            row |= reached.shares(1e12 * tflops * row["step_seconds"], row.pop("bytes_accessed"), row["step_seconds"])
         for repeated in shared.keys() & row.keys():
             del row[repeated]
     figures = {
@@ -281,18 +287,20 @@ def prepare(bench: Step, name: str) -> Prepared:
     state = [jax.jit(lambda params: new_state(params, OPTIMIZER.build(1), jax.random.key(0), averaged=False))(params)]
     del params
     peak, peak_is = peak_of(device, dtype)
+    reached = Reached.measured(dtype)
     started = time.perf_counter()
     compiled = step.lower(state[0], frozen, batch).compile()
     memory = compiled.memory_analysis()
     told = {
         **{"platform": device.platform, "device": device.device_kind, "dtype": dtype},
-        **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is},
+        **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is, **reached.figures()},
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(base.params)),
         "compile_seconds": round(time.perf_counter() - started, 2),
         # The work of the step, not that of computing it twice.
         "gflop_per_step": round(step_flops(program("none")[0], state[0], frozen, batch) / 1e9, 3),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "bytes_accessed": bytes_accessed(compiled),
     }
 
     def run() -> float:
@@ -341,11 +349,13 @@ def prepare_torch(bench: Step) -> Prepared:
     optimizer = torch.optim.AdamW(
         trained.values(), OPTIMIZER.learning_rate, betas=(OPTIMIZER.b1, OPTIMIZER.b2), weight_decay=0.0
     )
+    compiled = bench.torch_compile if bench.torch_compile is not None else on == "cuda"
+    predict = torch.compile(unet) if compiled else unet
     mixed = torch.autocast(on, getattr(torch, dtype), enabled=dtype != "float32")
 
     def errors():
         with mixed:
-            noise_pred = unet(latents.to(unet.dtype), steps, states, added_cond_kwargs=text or None).sample
+            noise_pred = predict(latents.to(unet.dtype), steps, states, added_cond_kwargs=text or None).sample
         return F.mse_loss(noise_pred.float(), noise, reduction="none").mean(dim=(1, 2, 3)).chunk(2)
 
     def run() -> float:
@@ -373,7 +383,7 @@ def prepare_torch(bench: Step) -> Prepared:
     def peak_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9 if on == "cuda" else memory_peak_gb()
 
-    return Prepared({"platform": on}, run, moments, peak_gb)
+    return Prepared({"platform": on, "compiled": compiled}, run, moments, peak_gb)
 
 
 if __name__ == "__main__":
