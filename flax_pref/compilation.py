@@ -1,6 +1,7 @@
-"""JAX's persistent compilation cache: a program that was compiled once starts without compiling it again.
+"""What keeps compiled programs cheap: JAX's persistent cache, and one copy of code for all equal blocks of a network.
 
-Its entries are loaded and executed: they are code, and whoever can write them can run anything as the user.
+A program that was compiled once starts without compiling it again. Entries of the cache are loaded and executed: they
+are code, and whoever can write them can run anything as the user.
 """
 
 import os
@@ -12,6 +13,7 @@ import jax
 
 MAX_BYTES = 8 * 2**30
 """Size of the folder, beyond which the entries that were used least recently go."""
+SHARED_CODE = "xla_tpu_enable_deduplicated_calls"
 
 
 def default_folder() -> Path:
@@ -42,6 +44,18 @@ def use_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size == -1:  # with a limit JAX also locks the folder while it writes
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def share_code() -> None:
+    """Has the compiler of TPUs call the code of equal instructions instead of repeating it for each.
+
+    A program's code lies in a chip's main memory. Of 64 transformer blocks of SDXL in a row it takes 376 MB, and so
+    15 MB, compiled in half the time (libtpu 0.0.42, v5e). Without effect on other devices. It is an option of libtpu,
+    which reads LIBTPU_INIT_ARGS when JAX first asks for a device; what the user says there stays.
+    """
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if SHARED_CODE not in given:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{SHARED_CODE}=true".strip()
 
 
 def _make_private(folder: Path) -> None:

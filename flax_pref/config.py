@@ -121,12 +121,13 @@ def run_main(main: Callable[[list[str]], None]) -> int:
 
     Mistakes of the user (UserError, ValueError, files that are missing or cannot be written) and losses that are not
     finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project
-    and keeps its traceback. What JAX compiles is kept for the next run, see `compilation.use_cache`.
+    and keeps its traceback. How JAX compiles: see `compilation`.
     """
     if "jax" in sys.modules:  # not all programs compute
-        from flax_pref.compilation import use_cache
+        from flax_pref.compilation import share_code, use_cache
 
         use_cache()
+        share_code()
     try:
         main(sys.argv[1:])
     except (UserError, ValueError, OSError, FloatingPointError) as error:

@@ -69,11 +69,8 @@ def planned(command: Sequence[str]) -> dict[str, Any]:
 
 
 def cell(command: Sequence[str]) -> str:
-    """What the table says of a plan."""
-    try:
-        told = planned(command)
-    except ValueError as error:
-        return str(error).replace("|", "/")
+    """What the table says of a plan; errors as `planned`."""
+    told = planned(command)
     batch = f"batch {told['work']}"
     if not told["fits"]:
         return f"{batch}: does not fit by {size_text(told['excess_bytes'])}"
@@ -134,13 +131,20 @@ def main() -> None:
     if flags.record:
         write_json(RECORDED, {name: planned(command) for name, command in CHECKED.items()})
         return
+    failed = False
     for name, command in shipped().items():
         for slice in flags.slices if any(part in name for part in flags.only) else ():
             with _page() as page:
                 there = (name, slice) in read_table(page)
             if not (flags.missing and there):
                 print(f"planning {name} on {slice}", file=sys.stderr, flush=True)
-                write_cell(name, slice, cell([*command, "--topology", slice]))
+                try:
+                    write_cell(name, slice, cell([*command, "--topology", slice]))
+                except ValueError as error:
+                    failed = True
+                    print(f"no plan of {name} on {slice}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit("error: some plans are missing, see above; --missing makes them")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_pref.compilation import default_folder, leave_default, use_cache
+from flax_pref.compilation import default_folder, leave_default, share_code, use_cache
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -122,3 +122,19 @@ def test_several_hosts_share_only_a_folder_that_the_user_has_named(unset, tmp_pa
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
     leave_default()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "shared")
+
+
+def test_tpus_share_code_unless_the_user_says_something_else(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    share_code()
+    share_code()
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_tpu_enable_deduplicated_calls=true"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    share_code()
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [
+        "--xla_tpu_scoped_vmem_limit_kib=65536",
+        "--xla_tpu_enable_deduplicated_calls=true",
+    ]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_deduplicated_calls=false")
+    share_code()
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_tpu_enable_deduplicated_calls=false"

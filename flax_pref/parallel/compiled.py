@@ -116,12 +116,14 @@ class Executed(NamedTuple):
         instruction: or several that are fused.
         runs: in one call of the program.
         cost: of all runs.
+        code: equal for instructions that differ in names only, which need the same machine code.
         sends: the kind of collective that it is, or that is fused into it.
     """
 
     instruction: Instruction
     runs: int
     cost: Cost
+    code: int
     sends: str | None = None
 
 
@@ -172,7 +174,7 @@ class Module:
                     yield from max(branches, key=_slowness)
                 case opcode if opcode not in FREE:
                     cost, sends = self._cost(one, around, kernel)
-                    yield Executed(one, runs, Cost(*(runs * value for value in cost)), sends)
+                    yield Executed(one, runs, Cost(*(runs * value for value in cost)), self._code(one, around), sends)
 
     def trip_count(self, loop: Instruction) -> int:
         """How often the body of a while loop runs.
@@ -220,6 +222,11 @@ class Module:
             taken = sum(array.bytes for name in each.operands if name in scope for array in scope[name].outputs)
             whole += max(taken, sum(array.bytes for array in each.outputs))
         return kind, whole
+
+    def _code(self, one: Instruction, around: Computation) -> int:
+        operands = tuple(around[name].outputs for name in one.operands if name in around)
+        fused = self.computations.get(_called(one, "calls") or "", {})
+        return hash((one.opcode, one.outputs, operands, *(self._code(each, fused) for each in fused.values())))
 
     def _inside(self, one: Instruction, around: Computation) -> Iterator[tuple[Instruction, Computation]]:
         """The instruction, or those that it fuses, each with the computation that it is in."""

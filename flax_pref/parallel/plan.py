@@ -20,6 +20,9 @@ from flax_pref.parallel.topologies import Topology
 
 Effort = Literal["quick", "full"]
 LAUNCH = 1000  # cycles that every instruction takes, in the model of `modelled`
+# Bytes of machine code, in the model of `code_bytes`: of distinct instructions that multiply, of all other distinct
+# ones, and of every call of one.
+PRODUCT_CODE, OTHER_CODE, CALL_CODE = 800_000, 70_000, 2_200
 # Of a UNet, as `jax.named_scope` and the paths of parameters tell them.
 ORDER = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out", "optimizer")
 PARTS = re.compile(rf"\b((?:down_blocks|up_blocks)\W+\d+|{'|'.join(ORDER)})\b")
@@ -130,6 +133,7 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
     executed = list(module.executed(lambda one, operands: kernel_cost(one, operands, topology)))
     if effort == "quick":
         executed = [one._replace(cost=modelled(one, topology)) for one in executed]
+        memory = memory._replace(generated_code_size_in_bytes=code_bytes(executed))
     uncounted = {one.instruction.name for one in executed if not known(one.instruction)} | module.unknown_loops
     return Plan(
         *(job, topology, mesh, effort, memory),
@@ -221,6 +225,16 @@ def modelled(one: Executed, topology: Topology) -> Cost:
     return cost._replace(cycles=cycles + LAUNCH * one.runs)
 
 
+def code_bytes(executed: Sequence[Executed]) -> int:
+    """About what the machine code of a program takes, where equal instructions share it (`compilation.share_code`).
+
+    docs/planning.md has what compilers made of it.
+    """
+    distinct = {one.code: one for one in executed}.values()
+    products = sum(one.cost.flops > 0 for one in distinct)
+    return products * PRODUCT_CODE + (len(distinct) - products) * OTHER_CODE + len(executed) * CALL_CODE
+
+
 def large_copies(executed: Sequence[Executed]) -> int:
     """How many copies and transposes of arrays of 1 MiB and more run: nothing else happens in them."""
     return sum(
@@ -284,7 +298,8 @@ def bounds_of(executed: Sequence[Executed], topology: Topology) -> dict[str, flo
 
 ESTIMATE = {
     "full": "cycles are the compiler's estimate",
-    "quick": "cycles are a model of the compiler's estimate, which --effort full takes ten times as long for",
+    "quick": "cycles and the size of the program are a model of the compiler's figures, which --effort full takes ten "
+    "times as long for",
 }
 
 

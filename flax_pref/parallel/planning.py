@@ -143,6 +143,9 @@ def in_process(
         file = Path(folder) / "plan.json"
         command = [sys.executable, "-m", program, *arguments, "--json", str(file)]
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+        if done.returncode < 0:
+            killed = "was killed; the compiler may have needed more memory than there is"
+            return None, f"{program} {killed} (signal {-done.returncode})"
         if done.returncode or not file.exists():
             last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
             return None, last.removeprefix("error: ")

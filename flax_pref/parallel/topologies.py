@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
+from flax_pref.compilation import share_code
 from flax_pref.config import UserError
 from flax_pref.parallel.peak import peak_flops
 
@@ -102,6 +103,7 @@ def topology(name: str) -> Topology:
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
     }
+    share_code()
     jax.config.update("jax_platforms", "cpu")
     # What is compiled for a slice that is not there cannot be read from the cache again.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -30,7 +30,9 @@ def reference_convolution(x, kernel, padding):
 
 
 @pytest.mark.parametrize("size, padding", [(3, (1, 1)), (3, (0, 0)), (1, (0, 0))])
-def test_few_images_are_convolved_on_a_tpu_as_xla_convolves(on_tpu, size, padding):
+@pytest.mark.parametrize("xla_gradient", [0, layers.XLA_GRADIENT])
+def test_few_images_are_convolved_on_a_tpu_as_xla_convolves(on_tpu, monkeypatch, size, padding, xla_gradient):
+    monkeypatch.setattr(layers, "XLA_GRADIENT", xla_gradient)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 9, 7, 5)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, 5, 6)), jnp.float32)

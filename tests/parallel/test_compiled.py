@@ -111,6 +111,15 @@ ENTRY %main (x: (s32[], bf16[4,256,256])) -> (s32[], bf16[4,256,256]) {
 """
 
 
+FUSED_AGAIN = """%fused.2 (q.0: bf16[4,256,256], q.1: s32[]) -> bf16[1,256,256] {
+  %q.0 = bf16[4,256,256]{2,1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  ROOT %slice.2 = bf16[1,256,256]{2,1,0} dynamic-slice(%q.0, %q.1, %q.1, %q.1), dynamic_slice_sizes={1,256,256}
+}
+
+"""
+
+
 def test_cycles_traffic_and_collectives_of_a_loop_are_those_of_all_its_runs():
     cut, sent = Module(TEXT).executed()
     assert (cut.runs, cut.cost.cycles) == (4, 2800)
@@ -198,3 +207,12 @@ def test_a_collective_that_goes_on_beside_other_work_counts_once_and_that_work_d
 def test_a_reduction_of_which_every_chip_keeps_a_part_is_a_reduce_scatter_of_the_whole():
     *_, scattered = Module(ASYNCHRONOUS).executed()
     assert (scattered.sends, scattered.cost.sent) == ("reduce-scatter", 2 * 512 * 512)
+
+
+def test_instructions_that_differ_in_names_alone_need_one_code():
+    twice = TEXT.replace(
+        "  %all-reduce.1",
+        "  %fusion.2 = bf16[1,256,256]{2,1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused.2\n  %all-reduce.1",
+    ).replace("%body (", FUSED_AGAIN + "%body (")
+    first, second, other = Module(twice).executed()
+    assert first.code == second.code != other.code
