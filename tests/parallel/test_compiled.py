@@ -210,9 +210,7 @@ def test_a_reduction_of_which_every_chip_keeps_a_part_is_a_reduce_scatter_of_the
 
 
 def test_instructions_that_differ_in_names_alone_need_one_code():
-    twice = TEXT.replace(
-        "  %all-reduce.1",
-        "  %fusion.2 = bf16[1,256,256]{2,1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused.2\n  %all-reduce.1",
-    ).replace("%body (", FUSED_AGAIN + "%body (")
+    again = "  %fusion.2 = bf16[1,256,256]{2,1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused.2\n"
+    twice = TEXT.replace("  %all-reduce.1", again + "  %all-reduce.1").replace("%body (", FUSED_AGAIN + "%body (")
     first, second, other = Module(twice).executed()
     assert first.code == second.code != other.code
