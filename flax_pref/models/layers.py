@@ -118,7 +118,10 @@ class Conv(nnx.Module):
 
 
 FEW_POSITIONS = 512
-FEW_IMAGES, FEW_BYTES = 8, 2**25  # of a device; of more, the shifted copies do not fit into a TPU's vector memory
+# Fewer images of a device than these are few on a TPU. Forward passes of a resnet on v5e (libtpu 0.0.42), by rows and
+# by XLA, in million cycles: 2 x 128 x 128 x 960 18.1 and 23.8, 4 x 64 x 64 x 1280 11.3 and 15.0, 7 x 64 x 64 x 640 6.8
+# and 9.4, 1 x 512 x 512 x 512 34.4 and 51.3; but 8 x 64 x 64 x 640 7.7 and 4.4, 8 x 128 x 128 x 320 18.1 and 8.3.
+FEW_IMAGES = 8
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
@@ -126,8 +129,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, i
     size, out_features = kernel.shape[0], kernel.shape[-1]
     if size == 1 and stride == 1:  # faster as the matrix product that it is: by a third on CPUs, three times on TPUs
         return jnp.pad(x, ((0, 0), padding, padding, (0, 0))) @ kernel.reshape(-1, out_features)
-    few = per_device(x.shape[0]) < FEW_IMAGES and per_device(x.nbytes) <= FEW_BYTES
-    if platform() == "tpu" and stride == 1 and size == 3 and few:
+    if platform() == "tpu" and stride == 1 and size == 3 and per_device(x.shape[0]) < FEW_IMAGES:
         return _by_rows(x, kernel, padding)
     if platform() == "cpu" and stride == 1 and math.prod(x.shape[:3]) <= FEW_POSITIONS:
         # XLA's convolution for CPUs is up to four times slower than a matrix product where positions are few.
@@ -169,10 +171,10 @@ def _sum_of_rows(x: jax.Array, kernel: jax.Array, padding: tuple[int, int]) -> j
     return total.reshape(x.shape[0], height, *total.shape[1:]).astype(x.dtype)
 
 
-# Positions of an image, up to which the gradient of a kernel is XLA's. Forward and backward of a resnet on v5e (libtpu
-# 0.0.42), two images, in million cycles: 1.81 and 1.80 so for 64 x 64 x 320, 1.69 and 1.20 for 16 x 16 x 1280, 4.70 and
-# 4.25 for 32 x 32 x 1280, but 6.56 and 7.72 for 128 x 128 x 320. And the three float32 gradients of the rows, which
-# wait to be joined, were a third of the temporary memory of SD1.5's training.
+# Positions of an image, up to which the gradient of a kernel is XLA's. Both passes of a resnet on v5e, two images, with
+# the gradient by rows and with XLA's, in million cycles: 64 x 64 x 320 1.81 and 1.80, 32 x 32 x 1280 4.70 and 4.25,
+# 16 x 16 x 1280 1.69 and 1.20; but 128 x 128 x 320 6.56 and 7.72, 128 x 128 x 960 49.3 and 56.6. And the three float32
+# gradients of rows, which wait to be joined, were a third of the temporary memory of SD1.5's training.
 XLA_GRADIENT = 64 * 64
 
 

@@ -67,6 +67,7 @@ def bench_forward(bench: Forward) -> dict:
         "million_cycles_of_kernels": round(cycles / 1e6, 2),
         "million_cycles_of_copies_without_estimate": round(missing / 1e6, 2),
         "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 3),
+        "program_mb": round(memory.generated_code_size_in_bytes / 1e6, 1),
         "large_copies": large_copies(executed),
         "compile_seconds": round(seconds, 1),
     }
