@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+TPU := .venv/tpu
 
 .PHONY: demo test test-recipes test-long parity plan plan-check lint format
 
@@ -23,14 +24,14 @@ test-long: .venv/installed-test
 parity: .venv/installed-test
 	$(BIN)/python -m tests.parity.full_size
 
-# Every config, compiled for slices of TPU pods that are not there: hours on two cores. Writes a table in
-# docs/performance.md; make plan ARGS='--only configs/sd15 --slices v5e:16x16' does a part.
+# Every config, compiled for slices of TPU pods that are not there: hours on two cores, 14 GB of memory. Writes each plan
+# into a table in docs/performance.md; make plan ARGS=--missing goes on, ARGS='--only sd15 --slices v5e:16x16' does a part.
 plan: .venv/installed-tpu
-	$(BIN)/python -m tests.plans $(ARGS)
+	PYTHONPATH=$(TPU) $(BIN)/python -m tests.plans $(ARGS)
 
 # Whether a training step and a sampler of full size still fit a TPU chip and are as fast as recorded.
 plan-check: .venv/installed-tpu
-	$(BIN)/python -m pytest -m plan tests/test_plans.py tests/parallel
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m plan tests/test_plans.py tests/parallel
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -52,7 +53,10 @@ format: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch .venv/installed $@
 
-# The compiler of TPUs, 200 MB more than most need.
+# The compiler of TPUs, 200 MB more than most need: the version that JAX asks for. It lies apart, for where it is installed
+# JAX looks for TPUs at every start, and says at length that there are none.
+LIBTPU := from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if "libtpu" in r))
 .venv/installed-tpu: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) \
+		"$$($(BIN)/python -c '$(LIBTPU)')"
 	touch $@

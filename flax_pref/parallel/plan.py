@@ -20,9 +20,10 @@ from flax_pref.parallel.topologies import Topology
 
 Effort = Literal["quick", "full"]
 LAUNCH = 1000  # cycles that every instruction takes, in the model of `modelled`
-# Bytes of machine code, in the model of `code_bytes`: of distinct instructions that multiply, of all other distinct
-# ones, and of every call of one.
-PRODUCT_CODE, OTHER_CODE, CALL_CODE = 800_000, 70_000, 2_200
+# Bytes of machine code, in the model of `code_bytes`: the least of a distinct instruction, those for each FLOP, or byte
+# that it touches, and the most.
+CODE = {"convolution": (20e3, 4e-4, 1.4e6), "product": (20e3, 8e-5, 0.8e6), "other": (10e3, 0.02, 0.07e6)}
+CALL_CODE = 2000  # of each instruction, be it distinct or not
 # Of a UNet, as `jax.named_scope` and the paths of parameters tell them.
 ORDER = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out", "optimizer")
 PARTS = re.compile(rf"\b((?:down_blocks|up_blocks)\W+\d+|{'|'.join(ORDER)})\b")
@@ -231,8 +232,15 @@ def code_bytes(executed: Sequence[Executed]) -> int:
     docs/planning.md has what compilers made of it.
     """
     distinct = {one.code: one for one in executed}.values()
-    products = sum(one.cost.flops > 0 for one in distinct)
-    return products * PRODUCT_CODE + (len(distinct) - products) * OTHER_CODE + len(executed) * CALL_CODE
+    return round(sum(map(_own_code, distinct)) + CALL_CODE * len(executed))
+
+
+def _own_code(one: Executed) -> float:
+    work, kind = one.cost.touched, "other"
+    if one.cost.flops:  # on TPUs XLA writes down products as convolutions, too
+        work, kind = one.cost.flops, "convolution" if "conv_general" in one.instruction.op_name else "product"
+    least, each, most = CODE[kind]
+    return min(most, least + each * work / one.runs)
 
 
 def large_copies(executed: Sequence[Executed]) -> int:
@@ -298,8 +306,7 @@ def bounds_of(executed: Sequence[Executed], topology: Topology) -> dict[str, flo
 
 ESTIMATE = {
     "full": "cycles are the compiler's estimate",
-    "quick": "cycles and the size of the program are a model of the compiler's figures, which --effort full takes ten "
-    "times as long for",
+    "quick": "cycles and program are a model of the compiler's figures; --effort full has its own, ten times as long",
 }
 
 
