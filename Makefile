@@ -57,6 +57,6 @@ format: .venv/installed-test
 # JAX looks for TPUs at every start, and says at length that there are none.
 LIBTPU := from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if "libtpu" in r))
 .venv/installed-tpu: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TPU) \
 		"$$($(BIN)/python -c '$(LIBTPU)')"
 	touch $@

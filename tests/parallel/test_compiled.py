@@ -4,6 +4,7 @@ import pytest
 from jax import lax
 
 from flax_pref.parallel.compiled import Module
+from flax_pref.parallel.plan import CALL_CODE, code_bytes
 
 SQUARE = jnp.ones((64, 64))
 PRODUCT = 2 * 64**3  # FLOP
@@ -214,3 +215,4 @@ def test_instructions_that_differ_in_names_alone_need_one_code():
     twice = TEXT.replace("  %all-reduce.1", again + "  %all-reduce.1").replace("%body (", FUSED_AGAIN + "%body (")
     first, second, other = Module(twice).executed()
     assert first.code == second.code != other.code
+    assert code_bytes([first, second, other]) == code_bytes([first, other]) + CALL_CODE
