@@ -122,9 +122,10 @@ FEW_POSITIONS = 512
 # by XLA, in million cycles: 2 x 128 x 128 x 960 18.1 and 23.8, 4 x 64 x 64 x 1280 11.3 and 15.0, 7 x 64 x 64 x 640 6.8
 # and 9.4, 1 x 512 x 512 x 512 34.4 and 51.3; but 8 x 64 x 64 x 640 7.7 and 4.4, 8 x 128 x 128 x 320 18.1 and 8.3.
 FEW_IMAGES = 8
-# Bytes of several images, up to which there is room for copies of their rows: 2 x 128 x 128 x 960 to 320 channels takes
-# 7.4 and 8.3, but 190 MB of temporary memory and 81. The rows of one image need no copy.
-ROOM = 2**25
+# Bytes of an image, up to which two or three have room for copies of their rows: 2 x 128 x 128 x 960 to 320 channels
+# takes 7.4 and 8.3, but 190 MB of temporary memory and 81. The rows of one image need no copy, and XLA's copies of four
+# and more need more room: 4 x 128 x 128 x 640 takes 16.2 and 20.8, and 505 MB and 735.
+ROOM = 2**24
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
@@ -184,7 +185,7 @@ XLA_GRADIENT = 64 * 64
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _by_rows(x: jax.Array, kernel: jax.Array, padding: tuple[int, int]) -> jax.Array:
     """A 3x3 convolution of few images, forward and backward by rows where that is faster."""
-    if per_device(x.shape[0]) > 1 and per_device(x.nbytes) > ROOM:
+    if per_device(x.shape[0]) in (2, 3) and x.nbytes // x.shape[0] > ROOM:
         return _xla(x, kernel, 1, padding)
     return _sum_of_rows(x, kernel, padding)
 
