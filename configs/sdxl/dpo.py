@@ -10,7 +10,8 @@ the warm-up. Code that builds on it takes a tenth of this learning rate for SDXL
 
 Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 4.5 GB for weights, optimizer and gradients, and
 about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
-but for the block in work, which is estimated. No machine has confirmed it.
+but for the block in work, which is estimated. No machine has confirmed it. By plan (docs/planning.md) 256 chips of
+v5e do it too, a pair at a time each: `--mesh data=-1,fsdp=64 --accumulation 8` takes 14.7 of their 15.75 GiB.
 
 Not run here. The launcher says about 30 hours for 200 steps; the paper's machine has 16 A100. Its human raters
 preferred the trained network to SDXL in about 70 % of cases.
