@@ -198,7 +198,8 @@ def _by_rows_backward(padding, known, gradient):
             return _xla(x, kernel, 1, padding)
         return _sum_of_rows(x, kernel, padding)
 
-    # Both passes of 2 x 128 x 128 x 960 to 320 channels: 21.7 million cycles and 416 MB, by XLA 32.4 and 726 MB.
+    # Both passes of 2 x 128 x 128 x 960 to 320 channels, with the forward pass by XLA: 24.1 million cycles and 558 MB;
+    # with the gradients by XLA too, 32.4 and 726 MB.
     (dx,) = jax.vjp(lambda x: _sum_of_rows(x, kernel, padding), x)[1](gradient)
     return dx, jax.vjp(of_kernel, kernel)[1](gradient)[0]
 

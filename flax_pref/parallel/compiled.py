@@ -217,11 +217,11 @@ class Module:
         # A reduction of which every chip cuts out its part is how XLA writes down that no chip gets the others'.
         if any(each.opcode == "dynamic-slice" and each.operands[0] in names for each, _ in inner):
             kind = "reduce-scatter"
-        whole = 0
+        whole = []
         for each, scope in senders:
-            taken = sum(array.bytes for name in each.operands if name in scope for array in scope[name].outputs)
-            whole += max(taken, sum(array.bytes for array in each.outputs))
-        return kind, whole
+            scatters = each.opcode == "reduce-scatter"
+            whole += [x for name in each.operands for x in scope[name].outputs] if scatters else each.outputs
+        return kind, sum(array.bytes for array in whole)
 
     def _code(self, one: Instruction, around: Computation) -> int:
         operands = tuple(around[name].outputs for name in one.operands if name in around)

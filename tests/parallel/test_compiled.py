@@ -216,3 +216,18 @@ def test_instructions_that_differ_in_names_alone_need_one_code():
     first, second, other = Module(twice).executed()
     assert first.code == second.code != other.code
     assert code_bytes([first, second, other]) == code_bytes([first, other]) + CALL_CODE
+
+
+def test_of_a_collective_in_two_instructions_the_one_that_waits_tells_what_was_sent():
+    pair = """  %begun = (bf16[1,256,256]{2,1,0}, bf16[4,256,256]{2,1,0}) all-gather-start(%fusion.1), dimensions={0}
+  %ended = bf16[4,256,256]{2,1,0} all-gather-done(%begun)
+  ROOT %next"""
+    *_, ended = Module(TEXT.replace("  ROOT %next", pair)).executed()
+    assert (ended.sends, ended.cost.sent) == ("all-gather", 4 * 2 * 4 * 256 * 256)
+
+
+def test_a_reduce_scatter_sends_what_it_takes():
+    scatter = """  %scattered = bf16[1,64,256]{2,1,0} reduce-scatter(%fusion.1), dimensions={1}, to_apply=%sum
+  ROOT %next"""
+    *_, scattered = Module(TEXT.replace("  ROOT %next", scatter)).executed()
+    assert (scattered.sends, scattered.cost.sent) == ("reduce-scatter", 4 * 2 * 256 * 256)

@@ -104,9 +104,10 @@ def bench_step(bench: Step) -> dict:
         if name in ratios:
             row["ratio_to_" + bench.objective] = round(ratios[name], 3)
         if "gflop_per_step" in row:
-            tflops = row["gflop_per_step"] / 1e3 / row["step_seconds"]
-            row["share_of_peak"] = shared["peak_tflops"] and round(tflops / shared["peak_tflops"], 3)
-            row |= reached.shares(1e12 * tflops * row["step_seconds"], row.pop("bytes_accessed"), row["step_seconds"])
+            flops, seconds = 1e9 * row["gflop_per_step"], row["step_seconds"]
+            peak = shared["peak_tflops"]
+            row["share_of_peak"] = peak and round(flops / seconds / 1e12 / peak, 3)
+            row |= reached.shares(flops, row.pop("bytes_accessed"), seconds)
         for repeated in shared.keys() & row.keys():
             del row[repeated]
     figures = {
