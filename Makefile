@@ -24,7 +24,7 @@ test-long: .venv/installed-test
 parity: .venv/installed-test
 	$(BIN)/python -m tests.parity.full_size
 
-# Every config, compiled for slices of TPU pods that are not there: hours on two cores, 14 GB of memory. Writes each plan
+# Every config, compiled for slices of TPU pods that are not there: hours on two cores, 22 GB of memory. Writes each plan
 # into a table in docs/performance.md; make plan ARGS=--missing goes on, ARGS='--only sd15 --slices v5e:16x16' does a part.
 plan: .venv/installed-tpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m tests.plans $(ARGS)
