@@ -5,7 +5,7 @@
     python -m tests.plans --record   those that tests/test_plans.py checks, into tests/plans.json
 
 Needs libtpu (`make plan` installs it). On two cores a plan of Stable Diffusion 1.5 takes one to three minutes and up
-to 11 GB, one of SDXL three to eight and up to 14 GB, with two networks in training twenty and 22 GB. Each is written
+to 11 GB, one of SDXL three to eight and up to 14 GB, with two networks in training 14 to 25 and 22 GB. Each is written
 down when it is there, so that a run that was stopped loses one.
 """
 
