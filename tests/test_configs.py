@@ -35,10 +35,10 @@ PUBLISHED = {
     # --scale_lr, 8 x 32 for each of [8] GPUs
     "sd15/sdpo": ("SDPO", {"beta": 5000, "mu": 0.9}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
     "sdxl/sdpo": ("SDPO", {"beta": 5000, "mu": 0.6}, "adafactor", 2.048e-6, 500, 2048, 2000, 0.2),
-    # github.com/G-U-N/Diffusion-NPO, DPO-DPO-NPO/run_sd15.sh, run_sdxl.sh: beta 500, 2000 without 1/2; 64, 30 x 2 for
-    # each of [1] GPU, [64 for SDXL]
+    # github.com/G-U-N/Diffusion-NPO, DPO-DPO-NPO/run_sd15.sh, run_sdxl.sh: beta 500 without the factor 1/2
+    # (train_sd15.py), 2000 with it (train_sdxl.py); 64, 30 x 2 for each of [1] GPU, [64 for SDXL]
     "sd15/npo": ("NPO", {"beta": 1000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
-    "sdxl/npo": ("NPO", {"beta": 4000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
+    "sdxl/npo": ("NPO", {"beta": 2000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
     # [as dpo]
     "sd15/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
     "sdxl/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adafactor", 2.048e-5, 200, 2048, 2000, 0.2),

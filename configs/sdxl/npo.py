@@ -5,7 +5,7 @@
 Reads runs/pick_a_pic_sdxl, which `python -m train.encode configs/sdxl/encode_pick_a_pic.py` writes.
 
 Settings: DPO-DPO-NPO/run_sdxl.sh of the authors' code (G-U-N/Diffusion-NPO; arXiv:2505.11245), where beta is 2000
-without the factor 1/2. Its batch of 60 is that of one GPU, and how many there were is not said; ours of 64 can be
+with the factor 1/2, as here: only the trainer for SD1.5 lacks it. Its batch of 60 is that of one GPU, and how many there were is not said; ours of 64 can be
 divided over 16 devices. It trains on Pick-a-Pic v1.
 
 Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 5.1 GB for the frozen weights, and about 2.6 GB for
@@ -28,7 +28,7 @@ config = TrainConfig(
     output=Path("runs/sdxl/npo"),
     model="stabilityai/stable-diffusion-xl-base-1.0",
     data=Path("runs/pick_a_pic_sdxl"),
-    method=NPO(beta=4000.0),
+    method=NPO(beta=2000.0),
     lora=LoRA(rank=8),
     input=InputConfig(batch_size=64),
     optimizer=OptimizerConfig(learning_rate=5e-6, weight_decay=0.01),

@@ -32,8 +32,8 @@ def npo(
       batch: see `dpo.diffusion_dpo`; the winner is the image that people prefer, here too.
       key: draws timesteps and noise.
       schedule: of the noise.
-      beta: as in `dpo.diffusion_dpo`, with the factor 1/2, which the authors' code lacks: 500 (SD1.5) and 2000 (SDXL)
-        there are 1000 and 4000 here.
+      beta: as in `dpo.diffusion_dpo`, with the factor 1/2. Of the authors' trainers that for SDXL has this factor, so
+        its 2000 is 2000 here; that for SD1.5 lacks it, so its 500 is 1000 here.
       policy: name of the network that is trained.
       reference: name of the network that it is compared with.
 

@@ -110,7 +110,8 @@ class NPO:
     """NPO (arXiv:2505.11245): Diffusion-DPO with swapped labels, a negative module."""
 
     beta: float = 1000.0
-    """As that of DiffusionDPO, with the factor 1/2; the authors' code lacks it: 500 there is 1000 here."""
+    """As that of DiffusionDPO, with the factor 1/2. The authors' trainer for SDXL has it too (2000 there and here), that
+    for SD1.5 lacks it (500 there is 1000 here)."""
 
     modules: ClassVar[tuple[str, ...]] = ("neg",)
     reference: ClassVar[bool] = True
