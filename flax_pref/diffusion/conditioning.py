@@ -79,12 +79,17 @@ def encode_ids(pipeline: Pipeline, ids: Sequence[jax.Array]) -> dict[str, jax.Ar
     return conditioning
 
 
+def encode_blank(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """Encodes the empty text "", without leading axis."""
+    return {name: array[0] for name, array in encode_prompts(pipeline, [""], batch_size=1).items()}
+
+
 def encode_empty(pipeline: Pipeline) -> dict[str, np.ndarray]:
-    """The conditioning of the unconditional prediction, without leading axis: the empty prompt, or zeros in SDXL."""
-    conditioning = {name: array[0] for name, array in encode_prompts(pipeline, [""], batch_size=1).items()}
+    """The conditioning of the unconditional prediction, without leading axis: `encode_blank`, or zeros in SDXL."""
+    blank = encode_blank(pipeline)
     if pipeline.force_zeros_for_empty_prompt:
-        return {name: np.zeros_like(array) for name, array in conditioning.items()}
-    return conditioning
+        return {name: np.zeros_like(array) for name, array in blank.items()}
+    return blank
 
 
 def size_ids(

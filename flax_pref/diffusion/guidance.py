@@ -153,8 +153,10 @@ class Rule:
         every: the contrast is predicted in the first of every so many steps of w's interval, and reused in the others.
         between: how it is reused: "hold" as it is, or "extrapolate" on the line through the last two.
         rescale: None, or the share phi of classifier-free guidance rescale (arXiv:2305.08891, section 3.4), a number or
-            `[N]`: the guided prediction is scaled towards the standard deviation of the text prediction.
-        proxy: a, of the prompt "proxy" (arXiv:2502.12579): `(1 + a) empty - a text`, in embeddings.
+            `[N]`: the guided prediction is scaled towards the standard deviation of the text prediction that it is made
+            of, which is the rule itself at s = 1, its contrast included.
+        proxy: a, of the prompt "proxy" (arXiv:2502.12579): `(1 + a) blank - a text` in embeddings, where blank is the
+            encoded empty text "", whatever the rows "empty" see.
     """
 
     formula: Callable[[np.ndarray], tuple[Combination, Combination]]
@@ -250,7 +252,8 @@ def chats(
 ) -> Rule:
     """CHATS, `s eps_positive(x, text) - (s - 1) eps_negative(x, proxy)` (arXiv:2502.12579).
 
-    The proxy prompt is `(1 + a) empty - a text` in embeddings, with a = `proxy`. The paper's scale is s - 1.
+    The proxy prompt is `(1 + a) blank - a text` in embeddings, with a = `proxy` and blank the encoded empty text "", also
+    where "empty" is zeros (SDXL) or a negative prompt. The paper's scale is s - 1.
     """
     return Rule(
         formula=lambda s: (s * eps(positive, "text") - (s - 1) * eps(negative, "proxy"), NOTHING),
@@ -311,9 +314,9 @@ class Table:
     Attributes:
         rows: network and prompt of each row.
         plans: one for each step.
-        text_row: of the prediction that rescaling goes by.
         steady: coefficients, float32 `[S, R, N]`.
         contrast: coefficients, float32 `[S, R, N]`.
+        text: steady and contrast of the text prediction that rescaling goes by, likewise; None where it is not done.
         w: float32 `[S, N]`.
         extrapolation: float32 `[S]`, 0 where the contrast is held.
         rescale: float32 `[N]`, or None.
@@ -322,9 +325,9 @@ class Table:
 
     rows: tuple[tuple[str, Prompt], ...] = dataclasses.field(metadata={"static": True})
     plans: tuple[Plan, ...] = dataclasses.field(metadata={"static": True})
-    text_row: int = dataclasses.field(metadata={"static": True})
     steady: jax.Array
     contrast: jax.Array
+    text: tuple[jax.Array, jax.Array] | None
     w: jax.Array
     extrapolation: jax.Array
     rescale: jax.Array | None
@@ -336,6 +339,7 @@ class Table:
             self,
             steady=self.steady[..., chosen],
             contrast=self.contrast[..., chosen],
+            text=jax.tree.map(lambda part: part[..., chosen], self.text),
             w=self.w[..., chosen],
             rescale=None if self.rescale is None else self.rescale[chosen],
         )
@@ -392,9 +396,12 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     table = Table(
         rows=rows,
         plans=plans,
-        text_row=next((r for r, row in enumerate(rows) if row[1] == "text" and row in steady.coefficients), 0),
         steady=_coefficients(steady, rows, images),
         contrast=_coefficients(contrast, rows, images),
+        # At s = 1 a guided prediction is the text prediction that it is made of.
+        text=None
+        if rule.rescale is None
+        else tuple(_coefficients(part, rows, images) for part in rule.formula(np.float64(1.0))),
         w=strength.astype(np.float32),
         extrapolation=extrapolation.astype(np.float32),
         rescale=None

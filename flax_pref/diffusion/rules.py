@@ -54,8 +54,10 @@ def named_rule(
         every: see `Rule`, as for between, rescale and proxy.
 
     Raises:
-        ValueError: a strength is not understood or not finite.
+        ValueError: a strength is not understood or not finite, or the rule has no guidance scale to rescale.
     """
+    if name == "autoguidance" and rescale is not None:
+        raise ValueError("rescale undoes what a guidance scale adds, and autoguidance has none; leave it out")
     s, w = _strength(guidance_scale), _strength(w)
     options: dict[str, Any] = {"rescale": rescale}
     strong = {**options, "every": every, "between": between}

@@ -28,6 +28,7 @@ def sample(
     empty: Any,
     shape: tuple[int, int, int],
     *,
+    blank: Any = None,
     each_step: Callable[[], None] = lambda: None,
 ) -> jax.Array:
     """Draws latents.
@@ -41,8 +42,10 @@ def sample(
         keys: `[B]`, one per image; see `image_keys`.
         text: conditioning on the prompts. `[B, T, D]` hidden states, or any pytree of `[B, ...]` arrays that predict
             takes, such as hidden states, `text_embeds` and `time_ids` of SDXL.
-        empty: the same of the empty prompt, with or without the leading axis.
+        empty: the same for the rows "empty", with or without the leading axis: the encoded empty text "", zeros (SDXL), or
+            negative prompts.
         shape: `(H, W, C)` of the latents of one image.
+        blank: the same of the encoded empty text "", which rows "proxy" are made of (CHATS); None: it is `empty`.
         each_step: called while JAX traces a step, e.g. to put a callback for a progress bar there.
 
     Returns:
@@ -55,7 +58,7 @@ def sample(
     def observe(*_):
         each_step()
 
-    return _walk(observe, predict, table, solver, keys, text, empty, shape)[1]
+    return _walk(observe, predict, table, solver, keys, text, empty, shape, blank=blank)[1]
 
 
 def sample_trajectory(
@@ -67,6 +70,7 @@ def sample_trajectory(
     empty: Any,
     shape: tuple[int, int, int],
     *,
+    blank: Any = None,
     start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the latents that `sample` draws, and returns all that lie on the way, with their log-probabilities.
@@ -92,7 +96,7 @@ def sample_trajectory(
     def observe(latents, noise_pred, row, next_latents):
         return next_latents, log_prob(next_latents, latents, noise_pred, row)
 
-    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape, start)
+    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape, blank=blank, start=start)
     return jnp.concatenate([start[None], visited]), log_probs
 
 
@@ -102,7 +106,8 @@ class State(NamedTuple):
     Attributes:
         latents: `[B, H, W, C]`.
         history: of the solver.
-        contrast: the last prediction of the rule's contrast, and the one before it; empty where none is used again.
+        contrast: the last prediction of the rule's contrast `[K, B, H, W, C]`, and the one before it; empty where none
+            is used again.
     """
 
     latents: jax.Array
@@ -119,6 +124,8 @@ def _walk(
     text: Any,
     empty: Any,
     shape: tuple[int, int, int],
+    *,
+    blank: Any = None,
     start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The scan of `sample`: the first latents, the last ones, and stacked over the steps what observe returns.
@@ -131,7 +138,7 @@ def _walk(
             f"sample: a table of {table.w.shape[0]} steps and {table.w.shape[1]} images, but the solver has "
             f"{num_steps} steps and there are {num_images} keys"
         )
-    prompts = _prompts(table, text, empty, num_images)
+    prompts = _prompts(table, text, empty, empty if blank is None else blank, num_images)
     conditioning = {
         plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(prompts[table.rows[r][1]] for r in plan.rows))
         for plan in set(table.plans)
@@ -146,29 +153,34 @@ def _walk(
         timesteps = jnp.full(num_images, row.timesteps)
         arguments = networks, model_input, timesteps, conditioning[plan.rows]
 
-        # The sums of predictions that the step needs: for the solver, the contrast if it is kept, the text prediction.
+        # A contrast that later steps use again is a sum of its own.
         kept = plan.contrast == "new" and reuses
-        sums = [steady + w * contrast if plan.contrast == "new" and not kept else steady]
         if kept:
-            sums.append(contrast)
-        if table.rescale is not None:
-            sums.append(jnp.zeros_like(steady).at[table.text_row].set(1))
-        noise_pred, *others = combine(predict, jnp.stack(sums)[:, chosen], *arguments)
+            sums = jnp.concatenate([steady, contrast])
+        else:
+            sums = steady + w * contrast if plan.contrast == "new" else steady
+        predictions = combine(predict, sums[:, chosen], *arguments)
 
-        held = (others[0], state.contrast[0]) if kept else state.contrast
+        held = state.contrast
+        if kept:
+            predictions, newest = jnp.split(predictions, 2)
+            held = newest, state.contrast[0]
         if reuses and plan.contrast != "none":
             last, before = held
-            noise_pred += w[:, None, None, None] * (last + extrapolation * (last - before))
-        if table.rescale is not None:
-            noise_pred = _rescale(noise_pred, others[-1], table.rescale)
+            predictions += w[:, None, None, None] * (last + extrapolation * (last - before))
+        noise_pred = predictions[0] if table.rescale is None else _rescale(*predictions, table.rescale)
         noise = draw_normal(keys, i, shape) if solver.stochastic else None
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
         return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
 
     if start is None:
         start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
-    state = State(start, no_history(solver, start), (jnp.zeros_like(start),) * (2 if reuses else 0))
-    strengths = (table.steady, table.contrast, table.w, table.extrapolation)
+    # K sums of predictions: the guided one and, where it is rescaled, the text prediction that it is made of.
+    sums = [(table.steady, table.contrast)] + ([] if table.text is None else [table.text])
+    steady, contrast = (jnp.stack(parts, axis=1) for parts in zip(*sums, strict=True))
+    unknown = jnp.zeros((len(sums), *start.shape), start.dtype)
+    state = State(start, no_history(solver, start), (unknown,) * (2 if reuses else 0))
+    strengths = (steady, contrast, table.w, table.extrapolation)
     state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)
     return start, state.latents, observed
 
@@ -259,7 +271,7 @@ def draw_normal(keys: jax.Array, i: jax.Array | int, shape: tuple[int, ...]) -> 
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(keys)
 
 
-def _prompts(table: Table, text: Any, empty: Any, num_images: int) -> dict[str, Any]:
+def _prompts(table: Table, text: Any, empty: Any, blank: Any, num_images: int) -> dict[str, Any]:
     """The conditioning that each kind of prompt stands for, `[B, ...]` each."""
     for shape in (x.shape for x in jax.tree.leaves(text)):
         if shape[0] != num_images:
@@ -268,5 +280,5 @@ def _prompts(table: Table, text: Any, empty: Any, num_images: int) -> dict[str, 
     prompts = {"text": text, "empty": empty}
     if any(prompt == "proxy" for _, prompt in table.rows):
         a = table.proxy
-        prompts["proxy"] = jax.tree.map(lambda text, empty: (1 + a) * empty - a * text, text, empty)
+        prompts["proxy"] = jax.tree.map(lambda text, blank: (1 + a) * blank - a * text, text, blank)
     return prompts

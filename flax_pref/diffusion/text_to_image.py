@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.checkpoints.weights import Network, replicated
-from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty, size_ids, warn_of_cuts
+from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, size_ids, warn_of_cuts
 from flax_pref.diffusion.guidance import Rule, Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -135,10 +135,11 @@ class TextToImage:
         vae = self.placed.vae
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         text, empty = self.conditioning(prompts, negative_prompts)
+        sizes = {"time_ids": empty["time_ids"]} if "time_ids" in empty else {}
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, self.solver, keys, text, empty, shape, bar)
+            latents = _sample(self.bank, table, self.solver, keys, text, empty, self.blank | sizes, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
     def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
@@ -188,8 +189,13 @@ class TextToImage:
 
     @cached_property
     def empty(self) -> dict[str, np.ndarray]:
-        """Conditioning of the empty prompt."""
+        """Conditioning of the rows "empty" without a negative prompt."""
         return encode_empty(self.pipeline)
+
+    @cached_property
+    def blank(self) -> dict[str, np.ndarray]:
+        """Conditioning on the empty text "", which the proxy prompt of CHATS is made of."""
+        return encode_blank(self.pipeline)
 
 
 _bars: dict[int, tqdm] = {}
@@ -214,13 +220,13 @@ def watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
 # At module level, so that what is compiled outlives a TextToImage: a checkpoint with other weights compiles nothing.
 
 
-@partial(jax.jit, static_argnums=6)
-def _sample(bank, table, solver, keys, text, empty, shape, bar):
+@partial(jax.jit, static_argnums=7)
+def _sample(bank, table, solver, keys, text, empty, blank, shape, bar):
     def update():
         if bar is not None:
             jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
 
-    return sample(bank, table, solver, keys, text, empty, shape, each_step=update)
+    return sample(bank, table, solver, keys, text, empty, shape, blank=blank, each_step=update)
 
 
 @jax.jit

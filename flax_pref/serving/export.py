@@ -90,15 +90,17 @@ def export_sampler(
 
 def _state(draw: TextToImage) -> dict[str, Any]:
     """All arrays that do not differ from call to call."""
-    empty = dict(draw.empty)
+    empty, blank = dict(draw.empty), dict(draw.blank)
     if draw.pipeline.unet.config.addition_embed_type == "text_time":
         empty["time_ids"] = size_ids(draw.original_size or draw.size, draw.crop_top_left, draw.size)
+        blank["time_ids"] = empty["time_ids"]
     return {
         "text_encoders": [encoder.params for encoder in draw.pipeline.text_encoders],
         "unet": draw.bank,
         "vae": draw.pipeline.vae.params,
         "solver": draw.solver,
         "empty": empty,
+        "blank": blank,
     }
 
 
@@ -130,7 +132,7 @@ def _export(
         empty = jax.tree.map(avoided, own["empty"], negative)
         keys = jax.random.wrap_key_data(inputs["keys"], impl="threefry2x32")
         rule = dataclasses.replace(table, **inputs["table"])
-        latents = sample(own["unet"], rule, own["solver"], keys, text, empty, shape)
+        latents = sample(own["unet"], rule, own["solver"], keys, text, empty, shape, blank=own["blank"])
         return to_bytes(decode_latents(pipeline.vae._replace(params=own["vae"]), latents))
 
     ids = [tokenizer([""] * batch) for tokenizer in pipeline.tokenizers]

@@ -25,7 +25,7 @@ from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION, WEIGHTS = "sampler.json", "weights.safetensors"
 # JAX's name of a platform and that of its programs.
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}

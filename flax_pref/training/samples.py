@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
+from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_prompts, size_ids
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -58,10 +58,12 @@ class Samples:
         divided, count = batch_sharding(mesh), len(config.prompts)
         # What cannot be divided is drawn on every device.
         sharding = self._whole if count % divided.num_devices else divided
-        text, empty = encode_prompts(pipeline, config.prompts), encode_empty(pipeline)
+        text = encode_prompts(pipeline, config.prompts)
+        empty, blank = encode_empty(pipeline), encode_blank(pipeline)
         if pipeline.unet.config.addition_embed_type == "text_time":
             sizes = size_ids(size, (0, 0), size)
-            text, empty = {**text, "time_ids": np.tile(sizes, (count, 1))}, {**empty, "time_ids": sizes}
+            text["time_ids"] = np.tile(sizes, (count, 1))
+            empty["time_ids"] = blank["time_ids"] = sizes
         solver = from_config(pipeline.scheduler_config, config.steps)
         table = tabulate(rule, len(solver.timesteps), count)
         keys = jax.random.key_data(image_keys(config.seed, range(count)))
@@ -69,7 +71,7 @@ class Samples:
             jax.device_put((table, solver), self._whole),
             jax.random.wrap_key_data(jax.device_put(np.asarray(keys), sharding), impl="threefry2x32"),
             jax.device_put(text, sharding),
-            jax.device_put(empty, self._whole),
+            *jax.device_put((empty, blank), self._whole),
         )
         factor, channels = pipeline.vae.config.downscale_factor, pipeline.vae.config.latent_channels
         self._shape = (size[0] // factor, size[1] // factor, channels)
@@ -81,7 +83,8 @@ class Samples:
 
 
 # At module level, so that what is compiled serves every drawing.
-@partial(jax.jit, static_argnums=(5, 6))
-def _draw(bank, strengths, keys, text, empty, shape, whole):
+@partial(jax.jit, static_argnums=(6, 7))
+def _draw(bank, strengths, keys, text, empty, blank, shape, whole):
     table, solver = strengths
-    return jax.lax.with_sharding_constraint(sample(bank, table, solver, keys, text, empty, shape), whole)
+    latents = sample(bank, table, solver, keys, text, empty, shape, blank=blank)
+    return jax.lax.with_sharding_constraint(latents, whole)

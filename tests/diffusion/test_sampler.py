@@ -133,14 +133,77 @@ def test_a_contrast_is_reused_between_its_predictions(every, between):
     check(draw(cpgd(Schedule((1, 2), "linear"), S, every=every, between=between), steps), guide, steps)
 
 
-@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
-def test_rescale_brings_the_deviation_back_to_that_of_the_prompt(phi):
-    def guide(i, eps):
-        noise_pred = RULES["cpgd"][1](eps, W, S)
-        factor = eps("base", "text").std((1, 2, 3)) / noise_pred.std((1, 2, 3))
-        return phi * factor[:, None, None, None] * noise_pred + (1 - phi) * noise_pred
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance rescale (arXiv:2305.08891, equations 15 and 16)
 
-    check(draw(cpgd(W, S, rescale=phi)), guide, SOLVER)
+
+def rescaled(noise_pred, text_pred, phi):
+    factor = text_pred.std((1, 2, 3)) / noise_pred.std((1, 2, 3))
+    return phi * factor[:, None, None, None] * noise_pred + (1 - phi) * noise_pred
+
+
+# The text prediction that a rule's guided prediction is made of.
+TEXT_OF = {
+    "cfg": lambda eps, w: eps("base", "text"),
+    "fine-tuned": lambda eps, w: eps("dpo", "text"),
+    "pgd": lambda eps, w: eps("base", "text") + w * (eps("dpo", "text") - eps("base", "text")),
+    "pgd of another base": lambda eps, w: eps("base", "text") + w * (eps("dpo", "text") - eps("neg", "text")),
+    "cpgd": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("neg", "text")),
+    "cpgd conditional": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("neg", "text")),
+    "positive only": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("base", "text")),
+    "negative only": lambda eps, w: eps("base", "text") + w * (eps("base", "text") - eps("neg", "text")),
+    "npo": lambda eps, w: eps("pos", "text"),
+    "chats": lambda eps, w: eps("pos", "text"),
+    "autoguidance": lambda eps, w: eps("neg", "text") + w * (eps("base", "text") - eps("neg", "text")),
+}
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("name", RULES)
+def test_rescale_brings_the_deviation_back_to_that_of_the_text_prediction_with_its_contrast(name, phi):
+    rule, formula = RULES[name]
+    got = draw(rule(W, S, rescale=phi))
+    check(got, lambda i, eps: rescaled(formula(eps, W, S), TEXT_OF[name](eps, W), phi), SOLVER)
+
+
+@pytest.mark.parametrize("w", [Schedule((W,), start=1 / 6, stop=4 / 6), Schedule((0.5, W), "linear"), [0.5, 1.0, W]])
+def test_rescale_goes_by_the_strength_of_each_step_and_image(w):
+    strength = np.array(w)[:, None, None, None] if isinstance(w, list) else w.at(6, 0.0)[:, 0]
+
+    def guide(i, eps):
+        now = strength if isinstance(w, list) else strength[i]
+        return rescaled(RULES["cpgd"][1](eps, now, S), TEXT_OF["cpgd"](eps, now), 0.7)
+
+    check(draw(cpgd(w, S, rescale=0.7)), guide, SOLVER)
+
+
+@pytest.mark.parametrize("between", ["hold", "extrapolate"])
+@pytest.mark.parametrize("name", ["pgd", "cpgd", "cpgd conditional", "positive only", "negative only"])
+def test_rescale_goes_by_the_contrast_that_is_held_or_extrapolated(name, between):
+    steps, (rule, formula), known = ddim(SCHEDULE, 7), RULES[name], []
+
+    def guide(i, eps):
+        if i % 3 == 0:
+            pair = formula(eps, 1.0, S) - formula(eps, 0.0, S), TEXT_OF[name](eps, 1.0) - TEXT_OF[name](eps, 0.0)
+            known.append(np.array(pair))
+        contrast = known[-1]
+        if between == "extrapolate" and len(known) > 1:
+            contrast = contrast + (i % 3) / 3 * (known[-1] - known[-2])
+        guided, text = (formula(eps, 0.0, S), TEXT_OF[name](eps, 0.0)) + W * contrast
+        return rescaled(guided, text, 0.7)
+
+    check(draw(rule(W, S, rescale=0.7, every=3, between=between), steps), guide, steps)
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 3, "between": "extrapolate"}])
+def test_rescaled_guidance_by_a_module_at_w_1_is_rescaled_guidance_of_the_module(options):
+    """PGD at w = 1 is the fine-tuned network, however it is rescaled; so are the one-sided rules of one module."""
+    kinds = {"rescale": 0.7, **options}
+    # A contrast that is held is exact only where it does not change: here networks do not depend on x or t.
+    networks = predict if not options else lambda names, x, t, text: predict(names, jnp.ones_like(x), 0 * t, text)
+    for module, rule in (("dpo", pgd(1.0, S, **kinds)), ("pos", cpgd(1.0, S, negative="base", **kinds))):
+        expected = draw(cfg(S, module, rescale=0.7), predict=networks)
+        np.testing.assert_allclose(draw(rule, predict=networks), expected, rtol=1e-5, atol=1e-5)
 
 
 def counted(rule, solver):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from peft import LoraConfig
 from torch_reference import SD15_UNET, nchw, nhwc, randomised, relative_error
 
@@ -37,12 +38,22 @@ NAMES = ("base", "pos", "neg")
 # The rule, its formula with (network, prompt) -> prediction, and the predictions of one step.
 RULES = {
     "pgd": (pgd(W, S, "pos"), lambda eps: (1 - W) * guided(eps, "base") + W * guided(eps, "pos"), 4),
-    "cpgd": (cpgd(W, S), lambda eps: guided(eps, "base") + W * (guided(eps, "pos") - guided(eps, "neg")), 6),
+    "cpgd": (cpgd(W, S), lambda eps: cpgd_of(eps, S), 6),
+    # By diffusers' own function, which takes the guided prediction and the text prediction that it is made of.
+    "cpgd, rescaled": (
+        cpgd(W, S, rescale=0.7),
+        lambda eps: rescale_noise_cfg(cpgd_of(eps, S), cpgd_of(eps, 1), guidance_rescale=0.7),
+        6,
+    ),
 }
 
 
-def guided(eps, network):
-    return (1 - S) * eps(network, "empty") + S * eps(network, "text")
+def guided(eps, network, s=S):
+    return (1 - s) * eps(network, "empty") + s * eps(network, "text")
+
+
+def cpgd_of(eps, s):
+    return guided(eps, "base", s) + W * (guided(eps, "pos", s) - guided(eps, "neg", s))
 
 
 def full_networks(folder) -> tuple[dict, Bank]:

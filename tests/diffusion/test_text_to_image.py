@@ -1,0 +1,56 @@
+"""From prompts to images, on the smallest SDXL checkpoint, whose empty prompt is zeros."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from training.tiny import tiny_checkpoint
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.lora import lora_network
+from flax_pref.diffusion.guidance import chats, npo
+from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.models.lora import join_lora, split_lora
+from flax_pref.serving.export import export_sampler
+from flax_pref.serving.sampler import load_sampler
+
+PROMPTS, S = ["a cat", "a dog"], 3.0
+TERMS = {"name": "chats", "guidance_scale": S, "proxy": 0.5}
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory):
+    """A positive and a negative module of random weights."""
+    pipeline = load_pipeline(tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sdxl", "sdxl"))
+    assert pipeline.force_zeros_for_empty_prompt
+    unet = lora_network(pipeline.unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
+    base, lora = split_lora(unet.params)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: leaf + 0.5 * rng.standard_normal(leaf.shape, np.float32), lora)
+    unet = unet._replace(params=join_lora(base, lora))
+    pipeline = dataclasses.replace(pipeline, unet=unet)
+    return TextToImage(pipeline, from_config(pipeline.scheduler_config, 3), (16, 16), len(PROMPTS))
+
+
+def images(draw, rule, **options):
+    return draw(PROMPTS, range(len(PROMPTS)), rule, seed=0, **options)
+
+
+def test_the_proxy_of_chats_is_made_of_the_encoded_empty_text_though_the_empty_prompt_is_zeros(draw):
+    # With a = 0 the proxy is the empty text itself, which is also what the negative prompt "" encodes.
+    expected = images(draw, npo(S), negative_prompts=[""] * len(PROMPTS))
+    assert np.abs(expected - images(draw, npo(S))).max() > 1e-3
+    np.testing.assert_allclose(images(draw, chats(S, proxy=0.0)), expected, atol=1e-5)
+
+
+def test_the_proxy_of_chats_is_not_made_of_a_negative_prompt(draw):
+    plain = images(draw, chats(S))
+    np.testing.assert_array_equal(images(draw, chats(S), negative_prompts=["the sea"] * len(PROMPTS)), plain)
+
+
+def test_an_exported_sampler_of_chats_makes_the_same_proxy(draw, tmp_path):
+    export_sampler(draw, TERMS, tmp_path / "chats", platforms=["cpu"], about={})
+    exported = load_sampler(tmp_path / "chats")(PROMPTS, range(len(PROMPTS)), seed=0)
+    np.testing.assert_array_equal(exported, np.round(255 * images(draw, chats(S))).astype(np.uint8))
