@@ -23,7 +23,7 @@ from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import Records, Shapes
 from flax_pref.data.selection import Selection
-from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_empty
+from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -46,6 +46,10 @@ class Encoding:
     """Images that are smaller in pixels count as damaged."""
     batch_size: int = 2
     """Pairs that a device encodes at the same time."""
+    dropped_caption: Literal["sampler", "encoded"] = "sampler"
+    """What training sees of a dropped caption. sampler: what samplers of this checkpoint see without a prompt, which is
+    zeros where model_index.json sets force_zeros_for_empty_prompt (SDXL); encoded: the encoded empty text, as in
+    published SDXL trainers. They differ for SDXL only."""
 
     def __post_init__(self):
         if min(self.size) < 1 or self.batch_size < 1:
@@ -81,7 +85,8 @@ class PairEncoder:
             vae=replicated(pipeline.vae, mesh),
             text_encoders=tuple(replicated(encoder, mesh) for encoder in pipeline.text_encoders),
         )
-        self._empty = {name: np.asarray(array, jnp.bfloat16) for name, array in encode_empty(pipeline).items()}
+        encode_dropped = encode_empty if encoding.dropped_caption == "sampler" else encode_blank
+        self._empty = {name: np.asarray(array, jnp.bfloat16) for name, array in encode_dropped(pipeline).items()}
         devices = 1 if mesh is None else mesh.size
         self._pairs, self._captions = encoding.batch_size * devices, CAPTIONS_AT_ONCE * devices
         height, width = (side // factor for side in encoding.size)

@@ -96,7 +96,9 @@ def sample_trajectory(
     def observe(latents, noise_pred, row, next_latents):
         return next_latents, log_prob(next_latents, latents, noise_pred, row)
 
-    start, _, (visited, log_probs) = _walk(observe, predict, table, solver, keys, text, empty, shape, blank=blank, start=start)
+    start, _, (visited, log_probs) = _walk(
+        observe, predict, table, solver, keys, text, empty, shape, blank=blank, start=start
+    )
     return jnp.concatenate([start[None], visited]), log_probs
 
 

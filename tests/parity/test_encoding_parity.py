@@ -75,6 +75,20 @@ def test_embeddings_are_those_of_diffusers_and_no_caption_is_what_guidance_means
     assert ("text_embeds" in records.shapes.conditioning) == bool(pooled)
 
 
+@torch.no_grad()
+def test_a_dropped_caption_can_be_the_encoded_empty_text_as_in_published_trainers(encoded, tmp_path):
+    _, _, theirs = encoded
+    states, _, *pooled = theirs.encode_prompt(
+        "", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    theirs.save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path, with_unet=False)
+    (dropped,) = PairEncoder(pipeline, Encoding(size=SIZE, dropped_caption="encoded")).captions([None])
+    close(dropped["encoder_hidden_states"], states[0])
+    if pooled:
+        close(dropped["text_embeds"], pooled[0][0])
+
+
 def test_a_batch_tells_sdxl_the_sizes_of_both_images(encoded):
     records, *_ = encoded
     with PairBatches(records, InputConfig(batch_size=4), seed=0) as batches:
