@@ -5,8 +5,8 @@
 Reads runs/pick_a_pic_sdxl, which `python -m train.encode configs/sdxl/encode_pick_a_pic.py` writes.
 
 Settings: DPO-DPO-NPO/run_sdxl.sh of the authors' code (G-U-N/Diffusion-NPO; arXiv:2505.11245), where beta is 2000
-with the factor 1/2, as here: only the trainer for SD1.5 lacks it. Its batch of 60 is that of one GPU, and how many there were is not said; ours of 64 can be
-divided over 16 devices. It trains on Pick-a-Pic v1.
+with the factor 1/2, as here: only the trainer for SD1.5 lacks it. Its batch of 60 is that of one GPU, and how many
+there were is not said; ours of 64 can be divided over 16 devices. It trains on Pick-a-Pic v1.
 
 Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 5.1 GB for the frozen weights, and about 2.6 GB for
 the activations of a pair, by the ratio of adapters to full weights that was counted for Stable Diffusion 1.5. No

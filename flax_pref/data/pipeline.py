@@ -27,7 +27,7 @@ class InputConfig:
     batch_size: int
     """Pairs in a batch, those of all hosts together."""
     caption_dropout: float = 0.0
-    """Share of pairs that lose their caption, drawn anew at every step; `Encoding.dropped_caption` says what is left."""
+    """Share of pairs that lose their caption, drawn at every step; `Encoding.dropped_caption` says what is left."""
     flip: bool = False
     """Mirror both images of every second pair, drawn anew at every step; needs a set encoded with mirror images."""
     threads: int = 2

@@ -2,8 +2,8 @@
 
 A prepared set is a folder with two data sets of tensorflow-datasets in ArrayRecord files. In `pairs` each record is one
 pair, with the number of its caption; in `captions` each is one distinct caption with its conditioning, and record 0 is
-that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16, which tensorflow-datasets does not know:
-they are stored as the bytes of uint16.
+that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16, which tensorflow-datasets does not
+know: they are stored as the bytes of uint16.
 """
 
 import hashlib

@@ -235,6 +235,8 @@ class Demo:
                 optimizer=training.optimizer(),
                 steps=training.steps,
                 seed=seed,
+                independent="stacked",
+                modules=MODULES,
                 label=label,
             )
         unet = unet._replace(params=join_lora(backbone, state.params))

@@ -252,8 +252,8 @@ def chats(
 ) -> Rule:
     """CHATS, `s eps_positive(x, text) - (s - 1) eps_negative(x, proxy)` (arXiv:2502.12579).
 
-    The proxy prompt is `(1 + a) blank - a text` in embeddings, with a = `proxy` and blank the encoded empty text "", also
-    where "empty" is zeros (SDXL) or a negative prompt. The paper's scale is s - 1.
+    The proxy prompt is `(1 + a) blank - a text` in embeddings, with a = `proxy` and blank the encoded empty text "",
+    also where "empty" is zeros (SDXL) or a negative prompt. The paper's scale is s - 1.
     """
     return Rule(
         formula=lambda s: (s * eps(positive, "text") - (s - 1) * eps(negative, "proxy"), NOTHING),

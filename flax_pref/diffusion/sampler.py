@@ -42,8 +42,8 @@ def sample(
         keys: `[B]`, one per image; see `image_keys`.
         text: conditioning on the prompts. `[B, T, D]` hidden states, or any pytree of `[B, ...]` arrays that predict
             takes, such as hidden states, `text_embeds` and `time_ids` of SDXL.
-        empty: the same for the rows "empty", with or without the leading axis: the encoded empty text "", zeros (SDXL), or
-            negative prompts.
+        empty: the same for the rows "empty", with or without the leading axis: the encoded empty text "", zeros (SDXL),
+            or negative prompts.
         shape: `(H, W, C)` of the latents of one image.
         blank: the same of the encoded empty text "", which rows "proxy" are made of (CHATS); None: it is `empty`.
         each_step: called while JAX traces a step, e.g. to put a callback for a progress bar there.

@@ -1,6 +1,6 @@
 """A plain training loop: in memory, from beginning to end, for what takes minutes. For runs see `training.trainer`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from flax_pref.training.step import TrainState, make_step, new_state
+from flax_pref.training.step import Independent, TrainState, make_step, new_state
 
 
 def fit(
@@ -21,6 +21,8 @@ def fit(
     steps: int,
     seed: int,
     average_decay: float = 0.0,
+    independent: Independent | None = None,
+    modules: Sequence[str] = (),
     label: str = "training",
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Minimises an objective.
@@ -33,6 +35,8 @@ def fit(
       steps: number of updates.
       seed: of the keys that the objective gets, one per step.
       average_decay: of the moving average; 0 makes it the last parameters.
+      independent: see `step.make_step`, as for modules.
+      modules: their names.
       label: of the progress bar.
 
     Returns:
@@ -46,9 +50,11 @@ def fit(
     def on_its_own(params, frozen, batch, key):
         return objective(params, batch, key)
 
-    step = jax.jit(make_step(on_its_own, optimizer, average_decay=average_decay), donate_argnums=0)
+    kinds = {"average_decay": average_decay, "independent": independent, "modules": modules}
+    step = jax.jit(make_step(on_its_own, optimizer, **kinds), donate_argnums=0)
     # Donation destroys what it is given; the caller keeps its own copy.
-    state = new_state(jax.tree.map(jnp.array, params), optimizer, jax.random.key(seed), averaged=True)
+    params, key = jax.tree.map(jnp.array, params), jax.random.key(seed)
+    state = new_state(params, optimizer, key, averaged=True, independent=independent)
     # Where the first step leaves it: otherwise JAX would compile the second step anew.
     state = jax.device_put(state, jax.local_devices()[0])
     history = []

@@ -47,6 +47,8 @@ class PositiveNegative:
     """Both in one batched pass, or one alone."""
 
     reference: ClassVar[bool] = False
+    independent: ClassVar[bool] = True
+    """Whether the gradient of a module depends on no other: each is then clipped, and skips steps, by itself."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -110,8 +112,8 @@ class NPO:
     """NPO (arXiv:2505.11245): Diffusion-DPO with swapped labels, a negative module."""
 
     beta: float = 1000.0
-    """As that of DiffusionDPO, with the factor 1/2. The authors' trainer for SDXL has it too (2000 there and here), that
-    for SD1.5 lacks it (500 there is 1000 here)."""
+    """As that of DiffusionDPO, with the factor 1/2. The authors' trainer for SDXL has it too (2000 there and here),
+    that for SD1.5 lacks it (500 there is 1000 here)."""
 
     modules: ClassVar[tuple[str, ...]] = ("neg",)
     reference: ClassVar[bool] = True
@@ -137,6 +139,7 @@ class PositiveNegativeDPO:
 
     modules: ClassVar[tuple[str, ...]] = PAIR_OF_MODULES
     reference: ClassVar[bool] = True
+    independent: ClassVar[bool] = True
 
     def __post_init__(self):
         check_positive(self, "beta")
@@ -161,6 +164,7 @@ class CHATS:
 
     modules: ClassVar[tuple[str, ...]] = PAIR_OF_MODULES
     reference: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         check_positive(self, "beta")

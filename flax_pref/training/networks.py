@@ -12,6 +12,7 @@ from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import Network
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
+from flax_pref.training.step import Independent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class Trained:
     modules: tuple[str, ...]
     graphdef: nnx.GraphDef
     weights: Weights
+
+    @property
+    def independent(self) -> Independent:
+        """How their parameters hold modules that are trained independently."""
+        return "stacked" if self.weights == "lora" else "named"
 
     def predict(self, params: Any, frozen: Any) -> Bank:
         """The base and the modules as a `Predict`; see `diffusion.sampler`.

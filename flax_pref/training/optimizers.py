@@ -27,7 +27,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Times the learning rate, what parameters lose in each step."""
     clip_norm: float | None = 1.0
-    """Gradients with a larger norm, over all parameters together, are scaled down to it; None: none are."""
+    """Gradients with a larger norm are scaled down to it: the norm over all parameters, or over those of each module
+    where a method trains several independently; None: none are."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """adamw: what the first moments are kept in."""
 

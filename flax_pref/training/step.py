@@ -1,7 +1,11 @@
-"""One step of training: gradients, over parts of a batch if asked for, and an update that is taken only if finite."""
+"""One step of training: gradients, over parts of a batch if asked for, and an update that is taken only if finite.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+Modules that an objective trains independently of each other are updated one by one: each is clipped by its own norm
+and skips its own steps, as if it were trained alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +17,12 @@ class TrainState(NamedTuple):
 
     Attributes:
         params: pytree that is trained, float32.
-        optimizer: state of the optimizer.
+        optimizer: state of the optimizer; of independent modules, that of each, held as `params` are.
         average: exponential moving average of params; None where there is none.
         key: of the run; that of a step is a function of it and of the step's number.
         step: int32, steps made.
-        skipped: int32, those of them that were skipped.
-        skipped_in_a_row: int32, the latest ones.
+        skipped: int32, those of them that were skipped; likewise.
+        skipped_in_a_row: int32, the latest ones; likewise.
     """
 
     params: Any
@@ -30,11 +34,42 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, averaged: bool) -> TrainState:
+Independent = Literal["stacked", "named"]
+"""How params hold modules that are trained independently: along the first axis of every leaf, or in a dict by name."""
+
+
+def for_each_module(independent: Independent | None, function: Callable[..., tuple]) -> Callable[..., tuple]:
+    """`function`, from pytrees to a tuple of them, as one of pytrees that hold several modules; None: as it is."""
+    if independent is None:
+        return function
+    if independent == "stacked":
+        return jax.vmap(function)
+
+    def by_name(*trees):
+        names = trees[0].keys()
+        results = [function(*(None if tree is None else tree[name] for tree in trees)) for name in names]
+        columns = zip(*results, strict=True)
+        return tuple(None if column[0] is None else dict(zip(names, column, strict=True)) for column in columns)
+
+    return by_name
+
+
+def new_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    averaged: bool,
+    independent: Independent | None = None,
+) -> TrainState:
     """The state before the first step."""
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # arrays of their own, for they are donated
+
+    def begin(params):
+        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
+    optimizer_state, *skipped = for_each_module(independent, begin)(params)
     average = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(params, optimizer.init(params), average, key, *counters)
+    return TrainState(params, optimizer_state, average, key, jnp.zeros((), jnp.int32), *skipped)
 
 
 def make_step(
@@ -45,10 +80,13 @@ def make_step(
     accumulation: int = 1,
     average_decay: float = 0.0,
     shardings: Any = None,
+    independent: Independent | None = None,
+    modules: Sequence[str] = (),
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A step as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted with state donated.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite changes nothing but the counters. Of independent modules, one whose own
+    gradient is not finite stays as it is, and the others are trained.
 
     Args:
         objective: `(params, frozen, batch, key) -> (loss, metrics)`; metrics are scalars.
@@ -57,10 +95,13 @@ def make_step(
         accumulation: number of equal parts of the batch whose gradients are computed one after another and averaged.
         average_decay: of the moving average, if the state has one.
         shardings: of the gradients, a pytree like params; None: left to the compiler.
+        independent: how params hold modules whose gradients depend on one module each; None: one update for all.
+        modules: their names.
 
     Returns:
         the function; its metrics are those of the objective, and `gradient_norm` (before clipping), `skipped`,
-        `skipped_in_a_row` and `learning_rate`.
+        `skipped_in_a_row` and `learning_rate`. With independent modules these are the norm of all gradients and the
+        largest of the others, and `NAME_gradient_norm` and `NAME_skipped` are those of each module.
     """
     gradient = jax.value_and_grad(objective, has_aux=True)
 
@@ -86,24 +127,47 @@ def make_step(
         gradients, metrics = gradients_of(state.params, frozen, batch, key)
         if shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, shardings)
-        with jax.named_scope("optimizer"):
+        # The loss of several independent modules says nothing of one of them: its own gradient does.
+        finite_loss = jnp.isfinite(metrics["loss"]) if independent is None else True
+
+        def update(gradients, params, optimizer_state, average, skipped, in_a_row):
             norm = optax.tree.norm(gradients)
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-            average = state.average
+            finite = finite_loss & jnp.isfinite(norm)
+            updates, new_optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            new_params = optax.apply_updates(params, updates)
+            new_average = average
             if average is not None:
-                average = optax.incremental_update(params, average, 1.0 - average_decay)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        params, optimizer_state, average = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, optimizer_state, average),
-            (state.params, state.optimizer, state.average),
-        )
-        skipped = state.skipped + ~finite
-        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        metrics |= {"gradient_norm": norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
-        if rate is not None:
-            metrics["learning_rate"] = rate(state.step - state.skipped)
-        return TrainState(params, optimizer_state, average, state.key, state.step + 1, skipped, in_a_row), metrics
+                new_average = optax.incremental_update(new_params, average, 1.0 - average_decay)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (new_params, new_optimizer_state, new_average),
+                (params, optimizer_state, average),
+            )
+            told = {} if rate is None else {"learning_rate": rate(state.step - skipped)}
+            skipped, in_a_row = skipped + ~finite, jnp.where(finite, 0, in_a_row + 1)
+            told |= {"gradient_norm": norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
+            return *kept, skipped, in_a_row, told
+
+        with jax.named_scope("optimizer"):
+            parts = state.params, state.optimizer, state.average, state.skipped, state.skipped_in_a_row
+            *parts, skipped, in_a_row, told = for_each_module(independent, update)(gradients, *parts)
+        if independent == "named":
+            told = jax.tree.map(lambda *each: jnp.stack(each), *(told[module] for module in modules))
+        metrics |= told if independent is None else metrics_of_modules(told, modules)
+        return TrainState(*parts, state.key, state.step + 1, skipped, in_a_row), metrics
 
     return step
+
+
+def metrics_of_modules(told: Mapping[str, Any], modules: Sequence[str]) -> dict[str, jax.Array]:
+    """Scalars of all modules together, and of each.
+
+    Args:
+        told: values by name, `[M]` each.
+        modules: names of the M modules.
+    """
+    metrics = {name: each.max() for name, each in told.items()}
+    metrics["gradient_norm"] = jnp.sqrt(jnp.square(told["gradient_norm"]).sum())
+    for i, module in enumerate(modules):
+        metrics |= {f"{module}_{name}": told[name][i] for name in ("gradient_norm", "skipped")}
+    return metrics

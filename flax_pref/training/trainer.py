@@ -228,6 +228,8 @@ class Program:
         frozen: shapes of what `frozen_of` keeps of the base.
         dtype: what networks compute in.
         param_dtype: what the base is kept in.
+        independent: how parameters hold modules that are trained independently, see `training.step`; None: there are
+            none.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, unet: UNetConfig):
@@ -254,8 +256,12 @@ class Program:
         self.optimizer = config.optimizer.build(config.steps)
         modules = config.method.modules
         self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
+        several = len(modules) > 1
+        self.independent = self.trained.independent if several and config.method.independent else None
         state = jax.eval_shape(self.new_state, self.base.params, jax.random.key(0))
-        self.shapes = jax.tree.map(_with_sharding, state, like_params(state, state.params, mesh, heads=self._heads))
+        # Networks are divided alike, wherever their names stand in the path of a leaf.
+        params = state.params if config.weights == "lora" else state.params[modules[0]]
+        self.shapes = jax.tree.map(_with_sharding, state, like_params(state, params, mesh, heads=self._heads))
         frozen = jax.eval_shape(self.frozen_of, self.base.params)
         self.frozen = jax.tree.map(_with_sharding, frozen, placed) if frozen else frozen
 
@@ -265,7 +271,13 @@ class Program:
 
     def new_state(self, params: dict, key: jax.Array) -> TrainState:
         """The state before the first step, from parameters of the base; to be jitted."""
-        return new_state(self._first_params(params, key), self.optimizer, key, averaged=self.config.average_decay > 0)
+        return new_state(
+            self._first_params(params, key),
+            self.optimizer,
+            key,
+            averaged=self.config.average_decay > 0,
+            independent=self.independent,
+        )
 
     def frozen_of(self, params: dict) -> Any:
         """What is kept of the base for modules to be compared with and images to be drawn with, as networks compute."""
@@ -314,6 +326,8 @@ class Program:
             accumulation=config.accumulation,
             average_decay=config.average_decay,
             shardings=self.shardings.params,
+            independent=self.independent,
+            modules=self.trained.modules,
         )
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole))

@@ -140,3 +140,95 @@ def test_a_gradient_that_is_not_finite_is_enough_though_the_loss_is():
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
     assert int(after.skipped) == 1
     same((after.params, after.optimizer), (state.params, state.optimizer))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Independent modules
+
+MODULES = ("pos", "neg")
+SCALES = {"pos": 1.0, "neg": 50.0}  # of the gradients: that of neg is clipped, that of pos is not
+CLIPPED = OptimizerConfig(learning_rate=0.1, clip_norm=5.0, epsilon=1.0, schedule="linear", weight_decay=0.01)
+
+
+def loss_of(params, name, batch, key):
+    """Regression with one module; `batch[name]` is added to what it sees, and may be not finite."""
+    noise = jax.random.normal(key, batch["x"].shape)
+    seen = batch["x"] + 0.1 * noise + batch[name]
+    return SCALES[name] * jnp.mean((seen @ params["w"] + params["b"]) ** 2)
+
+
+def module(params, name):
+    """The parameters of a module, however params hold several."""
+    return jax.tree.map(lambda leaf: leaf[MODULES.index(name)], params) if "w" in params else params[name]
+
+
+def together(params, frozen, batch, key):
+    loss = sum(loss_of(module(params, name), name, batch, key) for name in MODULES)
+    return loss, {"loss": loss}
+
+
+def alone(name):
+    def objective(params, frozen, batch, key):
+        loss = loss_of(params, name, batch, key)
+        return loss, {"loss": loss}
+
+    return objective
+
+
+def begin_modules(independent):
+    one = {"w": jnp.array([0.3, 0.1, -0.2]), "b": jnp.zeros(())}
+    if independent == "stacked":
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(MODULES)), one)
+    return {name: one for name in MODULES}
+
+
+def steps_of(objective, params, batches, optimizer=CLIPPED, **kinds):
+    """The last state and the metrics of each step."""
+    built, history = optimizer.build(STEPS), []
+    state = new_state(params, built, jax.random.key(3), averaged=True, **kinds)
+    modules = MODULES if kinds else ()
+    make = make_step(objective, built, optimizer.rate(STEPS), average_decay=0.9, modules=modules, **kinds)
+    take = jax.jit(make)
+    for batch in batches:
+        state, metrics = take(state, FROZEN, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def batches_with(bad=None):
+    """Four batches; in the second and third, what the module `bad` sees is not finite."""
+    values = [dict.fromkeys(MODULES, 0.0) for _ in range(4)]
+    if bad:
+        values[1][bad], values[2][bad] = np.inf, np.nan
+    return [batch_of(i) | {name: jnp.float32(value) for name, value in own.items()} for i, own in enumerate(values)]
+
+
+@pytest.mark.parametrize("optimizer", [CLIPPED, OptimizerConfig(name="adafactor", learning_rate=0.1)], ids=str)
+@pytest.mark.parametrize("bad", [None, "pos", "neg"])
+@pytest.mark.parametrize("independent", ["stacked", "named"])
+def test_independent_modules_are_trained_as_if_each_were_alone(independent, bad, optimizer):
+    kinds = {"independent": independent}
+    batches = batches_with(bad)
+    state, history = steps_of(together, begin_modules(independent), batches, optimizer, **kinds)
+    for name in MODULES:
+        own, own_history = steps_of(alone(name), module(begin_modules("named"), name), batches, optimizer)
+        close(module(state.params, name), own.params)
+        close(module(state.average, name), own.average)
+        for at, (metrics, expected) in enumerate(zip(history, own_history, strict=True)):
+            assert metrics[f"{name}_skipped"] == expected["skipped"], at
+            close(metrics[f"{name}_gradient_norm"], expected["gradient_norm"])
+        assert own_history[-1]["skipped"] == (2 if name == bad else 0)
+    assert history[2]["skipped"] == history[2]["skipped_in_a_row"] == (2 if bad else 0)
+    assert history[3]["skipped_in_a_row"] == 0
+    assert np.isclose(history[0]["gradient_norm"], np.hypot(*(history[0][f"{name}_gradient_norm"] for name in MODULES)))
+
+
+def test_a_large_gradient_of_one_module_does_not_hold_the_other_back():
+    joint, _ = steps_of(together, begin_modules("stacked"), batches_with())
+    apart, history = steps_of(together, begin_modules("stacked"), batches_with(), independent="stacked")
+    assert history[0]["neg_gradient_norm"] > 5 > history[0]["pos_gradient_norm"]
+    pos = [
+        jnp.abs(module(state.params, "pos")["w"] - module(begin_modules("named"), "pos")["w"])
+        for state in (joint, apart)
+    ]
+    assert (pos[1] > 2 * pos[0]).all()

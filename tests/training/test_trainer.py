@@ -172,6 +172,31 @@ def test_weights_of_sdxl_are_trained_with_adafactor_in_parts_and_their_average_i
     assert recorded(begun.output)[0]["step"] == 1
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_module_trained_beside_another_is_the_one_trained_alone(world, tmp_path, weights):
+    """Whatever the other's gradients are: here all are clipped."""
+    both, alone = (
+        tiny_run(
+            tmp_path / name,
+            world,
+            method=PositiveNegative(train=name),
+            weights=weights,
+            optimizer=OptimizerConfig(learning_rate=0.01, clip_norm=1e-3, epsilon=1e-3),
+            steps=2,
+        )
+        for name in ("both", "neg")
+    )
+    train(both)
+    train(alone)
+    file = "neg.safetensors" if weights == "lora" else "neg/diffusion_pytorch_model.safetensors"
+    here, there = (load_file(config.output / "modules" / file) for config in (both, alone))
+    for name, expected in there.items():
+        np.testing.assert_allclose(here[name], expected, rtol=1e-4, atol=1e-6)
+    line = recorded(both.output)[0]
+    assert line["gradient_norm"] > line["neg_gradient_norm"] > 1e-3
+    np.testing.assert_allclose(line["neg_gradient_norm"], recorded(alone.output)[0]["gradient_norm"], rtol=1e-4)
+
+
 def test_samples_are_of_the_same_noise_and_of_the_networks_as_they_are(run, monkeypatch):
     drawn = []
     images = Recorder.images

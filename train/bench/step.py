@@ -275,17 +275,23 @@ def prepare(bench: Step, name: str) -> Prepared:
         def loss(params, frozen, batch, key):
             return objective(trained.predict(params, frozen), batch, key)
 
-        step = make_step(loss, OPTIMIZER.build(1), OPTIMIZER.rate(1))
-        return jax.jit(step, donate_argnums=0), begin
+        independent = trained.independent if len(method.modules) > 1 else None
+        kinds = {"independent": independent, "modules": method.modules}
+        step = make_step(loss, OPTIMIZER.build(1), OPTIMIZER.rate(1), **kinds)
 
-    step, begin = program(bench.remat)
+        def first(params):
+            return new_state(params, OPTIMIZER.build(1), jax.random.key(0), averaged=False, independent=independent)
+
+        return jax.jit(step, donate_argnums=0), begin, first
+
+    step, begin, first = program(bench.remat)
     if bench.adapters == "lora":
         lora = split_lora(with_adapters(base, bench.rank).params)[1]
         params = select_lora(lora, 0) if len(method.modules) == 1 else lora
     else:
         params = jax.jit(begin)(base.params, key)
     frozen = base.params if bench.adapters == "lora" or method.reference else {}
-    state = [jax.jit(lambda params: new_state(params, OPTIMIZER.build(1), jax.random.key(0), averaged=False))(params)]
+    state = [jax.jit(first)(params)]
     del params
     peak, peak_is = peak_of(device, dtype)
     reached = Reached.measured(dtype)
