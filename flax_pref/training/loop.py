@@ -71,7 +71,9 @@ def fit(
                         f"{label}: the loss is {loss} at step {first}, the norm of its gradient {norm}; lower the "
                         "learning rate"
                     )
-                progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+                of_modules = tuple(f"{module}_" for module in modules)
+                short = {name: f"{value:.4g}" for name, value in shown.items() if not name.startswith(of_modules)}
+                progress.set_postfix(short, refresh=False)
             progress.update()
     if len(history) < steps:
         raise ValueError(f"{label}: the data ended after {len(history)} of {steps} steps")
