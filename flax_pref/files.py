@@ -1,13 +1,24 @@
-"""Files and folders that appear under their name only when they are complete, and JSON files that name themselves."""
+"""Files and folders that appear under their name only when they are complete, one writer per folder, and JSON files."""
 
 import contextlib
+import errno
 import json
 import os
+import shlex
 import shutil
+import socket
+import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import filelock
+
+from flax_pref.config import UserError
+
+LOCK, HOLDER = ".lock", ".lock.json"  # the second says who holds the first
 
 
 @contextlib.contextmanager
@@ -43,6 +54,70 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         yield unfinished
+
+
+@contextlib.contextmanager
+def one_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Lets one program at a time write into a folder.
+
+    The operating system drops the lock when the program ends, however it ends. The hidden file `.lock` stays. Where
+    the file system cannot lock, one line on stderr says so and the program proceeds. A folder in a bucket (gs://...)
+    is not locked.
+
+    Args:
+        folder: exists.
+
+    Raises:
+        UserError: another program writes into it; names its command, process, host and start.
+    """
+    if "://" in os.fspath(folder):
+        yield
+        return
+    folder = Path(folder)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another program writes into this folder{_holder(folder / HOLDER)}; wait for it, or end it"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"{folder}: cannot be locked ({reason}); start no other program that writes into it", file=sys.stderr)
+        yield
+        return
+    try:
+        (folder / HOLDER).unlink(missing_ok=True)  # of a program that was killed
+        holder = {
+            "command": shlex.join(sys.orig_argv)[:200],
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
+        with contextlib.suppress(OSError), replacing(folder / HOLDER) as unfinished:
+            write_json(unfinished, holder)
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    """Who holds a lock, in parentheses; nothing where the file does not tell yet."""
+    try:
+        holder = read_json(file, expected="the holder of a lock")
+        return " ({command}; process {process} on {host}, since {since})".format(**holder)
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a file that could not be written, as a clause of a message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make the folder writable"
+    return "remove the cause"
 
 
 def read_json(file: str | Path, *, expected: str) -> dict[str, Any]:

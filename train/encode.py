@@ -1,5 +1,6 @@
 """Encodes a preference set for training, once: `python -m train.encode configs/demo/encode.py`."""
 
+import contextlib
 import dataclasses
 import sys
 from functools import partial
@@ -21,6 +22,7 @@ from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
 from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
+from flax_pref.files import one_writer
 from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
@@ -37,14 +39,19 @@ def main(arguments: list[str]) -> None:
 def run(config: EncodeConfig, process: int, processes: int) -> None:
     """The part of one of several processes, or all of it."""
     reader = open_source(config.source)
-    selection = select(reader, config.choice)
-    if process == 0:
-        print(summary(selection, config))
     if config.inspect:
+        selection = _selection(reader, config, process)
         if process == 0:
             inspect(reader, selection, config)
         return
     check_output_folder(config.output)
+    with one_writer(config.output) if process == 0 else contextlib.nullcontext():
+        encode(reader, config, process, processes)
+
+
+def encode(reader: PairReader, config: EncodeConfig, process: int, processes: int) -> None:
+    """Writes the shards of one of several processes, and in process 0 what describes them."""
+    selection = _selection(reader, config, process)
     folder = find_checkpoint(config.model, variant=config.variant)
     preparation = Preparation(
         config.output,
@@ -75,6 +82,13 @@ def run(config: EncodeConfig, process: int, processes: int) -> None:
         )
         for reason, count in metadata["dropped"].items():
             print(f"  {count} dropped: {reason}")
+
+
+def _selection(reader: PairReader, config: EncodeConfig, process: int) -> Selection:
+    selection = select(reader, config.choice)
+    if process == 0:
+        print(summary(selection, config))
+    return selection
 
 
 def summary(selection: Selection, config: EncodeConfig) -> str:

@@ -36,7 +36,7 @@ from flax_pref.evaluation.image_files import (
     encode_image,
     tar_members,
 )
-from flax_pref.files import difference
+from flax_pref.files import difference, remedy
 
 Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
@@ -513,8 +513,8 @@ class ImageSet:
         except OSError as error:
             safe = f"; {self.done} of {self.total} images are safe" if self._begun else ""
             raise UserError(
-                f"{path}: {error.strerror or error}{safe}: free space or make the folder writable, then run the same "
-                "command again, which draws only what is missing"
+                f"{path}: {error.strerror or error}{safe}: {remedy(error)}, then run the same command again, which "
+                "draws only what is missing"
             ) from error
 
 

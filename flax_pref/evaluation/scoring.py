@@ -8,7 +8,6 @@ standing for what is not scored yet, so it is also what a program that was kille
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -29,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.config import UserError
 from flax_pref.evaluation.image_set import MANIFEST_SCHEMA
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, Run, read_image
-from flax_pref.files import replacing
+from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import Reward
 
@@ -137,8 +136,7 @@ class Scores:
                 _write(self.file, content)
             except OSError as error:
                 raise UserError(
-                    f"{self.file}: {error.strerror or error}; free space or make the folder writable, then run the "
-                    "same command again"
+                    f"{self.file}: {error.strerror or error}; {remedy(error)}, then run the same command again"
                 ) from error
             self._stored = content
         self._saved = time.monotonic()
@@ -201,23 +199,13 @@ def locked(folder: epath.Path) -> Iterator[None]:
     """Keeps other programs from scoring a local folder at the same time, of whose scores one's would be lost.
 
     Raises:
-        UserError: one is doing so.
+        UserError: another program writes into it.
     """
-    if _is_remote(folder):
+    with one_writer(folder):
+        if not _is_remote(folder):
+            for left in Path(folder).glob(f".{SCORES}.*"):  # by programs that were killed
+                left.unlink(missing_ok=True)
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every network file system can lock folders
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another sample.score is at work in this folder; wait for it") from None
-        for left in Path(folder).glob(f".{SCORES}.*"):  # by programs that were killed
-            left.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Prepared sets: what is in them, and that a kill, other hosts or damaged rows change nothing that they should not."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,16 +20,18 @@ import pytest
 from PIL import Image
 
 from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.config import UserError
+from flax_pref.config import UserError, load_config
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import decode_image, encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
-from flax_pref.data.preparation import Preparation
+from flax_pref.data.preparation import EncodeConfig, Preparation
 from flax_pref.data.prepared import CAPTIONS, EMPTY, PAIRS, PreparedSet
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.latents import encode_images, latent_modes
+from flax_pref.files import one_writer
+from train import encode as encode_program
 
 ROOT = Path(__file__).parents[2]
 BASE = str(resources.files("flax_pref.demo") / "base")
@@ -85,11 +88,11 @@ def prepare(folder, file, encoder, *, max_drop_share=0.2, settings=None, shard_s
 
 
 def contents(folder):
-    """SHA-256 of every file."""
+    """SHA-256 of every file except the lock."""
     found = {}
     for file in Path(folder).rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a program that still runs may have removed it
-            if file.is_file():
+            if file.is_file() and not file.name.startswith((".lock", "..lock")):
                 found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
@@ -405,6 +408,18 @@ def test_two_hosts_write_what_one_writes(tmp_path):
     finish(program(*flags, "--output", tmp_path / "one"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert "is complete; nothing to do" in finish(program(*flags, "--output", tmp_path / "one"))
+
+
+def test_a_second_encode_into_the_same_folder_is_refused_before_it_reads_the_set(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        load_config(["configs/demo/encode.py"], EncodeConfig),
+        output=tmp_path / "set",
+        source=Source(layout="pick_a_pic", path=str(write_set(tmp_path / "a.parquet", count=2))),
+    )
+    (tmp_path / "set").mkdir()
+    monkeypatch.setattr(encode_program, "select", None)
+    with one_writer(tmp_path / "set"), pytest.raises(UserError, match=rf"writes into.*; process {os.getpid()} on "):
+        encode_program.run(config, 0, 1)
 
 
 def kill_and_compare(tmp_path, kills):

@@ -620,7 +620,7 @@ def test_a_disk_that_is_full_at_any_file_is_one_line_and_the_set_can_be_continue
         assert not list(folder.glob(".parts/*.????????????????????????????????"))
         images.begin()
         if full_at == 0:
-            assert told.startswith(f"{folder}/settings.json: No space left on device: free space or make the folder")
+            assert told.startswith(f"{folder}/settings.json: No space left on device: free space, then run")
         else:
             count = int(re.search(r": No space left on device; (\d) of 6 images are safe: free space", told)[1])
             assert count == images.done
@@ -662,7 +662,7 @@ def test_a_full_disk_is_one_line_and_the_set_can_be_continued_when_there_is_room
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match=r"out: Not a directory: free space or make the folder writable"):
+    with pytest.raises(UserError, match=r"out: Not a directory: remove the cause, then run"):
         image_set(tmp_path / "out").begin()
 
 
