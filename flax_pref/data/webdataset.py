@@ -4,8 +4,8 @@ import itertools
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -13,7 +13,11 @@ from etils import epath
 from flax_pref.data import fields
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
+T = TypeVar("T")
+
 _BLOCK = 512  # bytes; headers of a tar file begin at multiples of it, and a block of zeros ends it
+# Bytes in a record, whose rest a tar file fills with zeros: the first by default, the others where tar was given -b.
+_RECORDS = (10_240, 20_480, *(_BLOCK << power for power in range(5, 12)))
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NAMED, _LABELLED = ("winner", "loser"), ("0", "1")
 _PARTS = (*_NAMED, *_LABELLED, "txt", "json")
@@ -197,20 +201,75 @@ def _members(file: epath.Path) -> Iterator[_Member]:
                 raise ValueError(f"{file}: compressed with {name}, but samples are read in any order; decompress it")
         opened.seek(0)
         try:
-            with tarfile.TarFile(fileobj=opened) as tar:
-                while (info := tar.next()) is not None:
-                    tar.members.clear()  # it would keep those of a million members
-                    if info.size < 0:
-                        raise tarfile.ReadError(f"{info.name!r} has a negative size")
-                    if not info.isdir() and not info.name.rpartition("/")[2].startswith("."):
-                        yield _member(info)
-                # tarfile takes a damaged header for the end.
-                opened.seek(tar.offset)
-                if opened.read(_BLOCK) != bytes(_BLOCK):
-                    raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
-        except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            for info in headers(opened):
+                if not info.isdir() and not info.name.rpartition("/")[2].startswith("."):
+                    yield _member(info)
+        except (tarfile.TarError, OSError) as error:
             reason = ascii(" ".join(str(error).split()))[1:-1]
             raise ValueError(f"{file}: truncated, damaged or no tar file ({reason}); download it again") from error
+
+
+def headers(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Reads the headers of a tar file to its end mark, and checks that nothing except padding follows the mark.
+
+    `tarfile` stops at the first block of zeros, as tar does. A block that a disk or a download has zeroed, the seam of
+    two joined tar files and the part of a file that a download has reserved and not yet filled look the same.
+
+    Args:
+        opened: the file at its beginning; can seek.
+
+    Raises:
+        tarfile.TarError: it is damaged; names the byte.
+    """
+    last = None
+    with _header(0, lambda: tarfile.TarFile(fileobj=opened)) as tar:
+        while (info := _header(tar.offset, tar.next)) is not None:
+            tar.members.clear()  # it would keep those of a million members
+            if info.size < 0:
+                raise tarfile.ReadError(f"{info.name!r} has a negative size, by its header at byte {info.offset}")
+            last = info
+            yield info
+        end = tar.offset
+    opened.seek(end)
+    rest = opened.read(max(_RECORDS) + 2 * _BLOCK)
+    # tarfile takes a damaged header for the end, too.
+    if rest[:_BLOCK] != bytes(_BLOCK):
+        raise tarfile.ReadError(f"no header and no end at byte {end}")
+    if rest.count(0) < len(rest):
+        follows = end + len(rest) - len(rest.lstrip(b"\0"))
+        raise tarfile.ReadError(
+            f"an end mark at byte {end}, but at byte {follows} more follows: a block of zeros by damage, or tar files "
+            "that were joined"
+        )
+    size = opened.seek(0, 2)
+    if not _is_padding(size - end, size, last is not None and _ends_in_zero(opened, last)):
+        raise tarfile.ReadError(
+            f"an end mark at byte {end} and {size - end} bytes of zeros, more than a tar file ends with: a download "
+            "that was not finished; if it was written with an unusual tar --blocking-factor, write it without"
+        )
+
+
+def _header(place: int, read: Callable[[], T]) -> T:
+    """What `read` returns; names the place of the header on all that goes wrong with it."""
+    try:
+        return read()
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        raise tarfile.ReadError(f"{error}, header at byte {place}") from error
+
+
+def _is_padding(zeros: int, size: int, after_zero: bool) -> bool:
+    """Whether a tar file of `size` bytes may end in so many zeros: two blocks, and what fills up the last record."""
+    if zeros < _RECORDS[0] + 2 * _BLOCK:
+        return True
+    return not after_zero and any(size % record == 0 and zeros < record + 2 * _BLOCK for record in _RECORDS)
+
+
+def _ends_in_zero(opened: BinaryIO, info: tarfile.TarInfo) -> bool:
+    """Whether the content of a member ends in a zero, which images and texts do not."""
+    if not info.size:
+        return False
+    opened.seek(info.offset_data + info.size - 1)
+    return opened.read(1) == b"\0"
 
 
 def _member(info: tarfile.TarInfo) -> _Member:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import TEXTS, Prompt
+from flax_pref.data.webdataset import headers
 from flax_pref.evaluation.image_files import read_metadata
 from flax_pref.evaluation.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET
 
@@ -224,14 +225,16 @@ def _find_in_tar(folder: epath.Path, file: str) -> list[_Found]:
     """The samples of a tar file: members that share a name up to its first dot."""
     samples = collections.defaultdict(dict)
     try:
-        with (folder / file).open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-            for member in tar:
+        with (folder / file).open("rb") as opened:
+            for member in headers(opened):
                 if member.isfile():
                     path = PurePosixPath(member.name)
                     key, _, suffix = path.name.partition(".")
                     samples[str(path.parent / key)][suffix.lower()] = (file, member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{folder / file}: damaged, compressed or no tar file ({error}); unpack it") from error
+        raise UserError(
+            f"{folder / file}: damaged, compressed or no tar file ({error}); unpack it, or download it again"
+        ) from error
     return [
         _Found(f"{key}.{suffix}", place, parts)
         for key, parts in samples.items()

@@ -117,10 +117,10 @@ def write_tars(folder: Path, rows: Sequence[Example], *, labelled: bool = True, 
     return folder
 
 
-def tar_of(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
+def tar_of(members: Sequence[tuple[str | tarfile.TarInfo, bytes]], tar_format: int = tarfile.DEFAULT_FORMAT) -> bytes:
     """A tar file of members, each a name or a whole header, and content."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
         for header, content in members:
             info = tarfile.TarInfo(header) if isinstance(header, str) else header
             info.size = len(content)

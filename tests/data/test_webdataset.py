@@ -1,5 +1,8 @@
 import gzip
+import io
 import json
+import re
+import subprocess
 import tarfile
 
 import pytest
@@ -210,3 +213,86 @@ def test_a_tar_that_was_cut_while_it_is_read_is_named(write):
     file.write_bytes(file.read_bytes()[:3500])
     with pytest.raises(ValueError, match=r"a\.tar: ends in sample b, but was longer before"):
         list(reader.images([0, 1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a tar file ends
+
+
+def many(count=200, tar_format=tarfile.GNU_FORMAT, folder=""):
+    return tar_of([member for i in range(count) for member in sample(f"{folder}{i:04d}")], tar_format)
+
+
+def used(data):
+    """Bytes before the end mark."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        *_, last = tar
+    return last.offset_data + -(-last.size // 512) * 512
+
+
+def refused(file, data, reason):
+    file.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=rf"^{file}: truncated, damaged or no tar file \({reason}.*\); download it again$"
+    ):
+        opened(file)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_block_of_zeros_anywhere_is_never_taken_for_the_end(tmp_path, tar_format):
+    folder = "deep/" * 25 + ("" if tar_format == tarfile.USTAR_FORMAT else "ä" * 120 + "/")
+    whole, file = many(4, tar_format, folder), tmp_path / "a.tar"
+    file.write_bytes(whole)
+    said, records = read_all(opened(file))
+    assert len(said) == 4 and not any(isinstance(what, Drop) for what in said)
+    stopped = 0
+    for place in range(0, used(whole), 512):
+        file.write_bytes(whole[:place] + bytes(512) + whole[place + 512 :])
+        try:
+            now, changed = read_all(opened(file))
+        except ValueError as error:
+            assert re.search(rf"{file}: truncated, .* at byte \d+", str(error))
+            stopped += 1
+        else:
+            known = {what.ids[0] for what in now if isinstance(what, Judgement)}
+            assert len(now) >= 4 and known <= {what.ids[0] for what in said}
+            assert any(isinstance(what, Drop) for what in now) or changed != records
+    assert stopped >= 12
+
+
+def test_half_a_set_behind_an_end_mark_is_not_lost(tmp_path):
+    whole, file = many(), tmp_path / "a.tar"
+    for row in (0, 50, 199):
+        place = row * 3 * 1024
+        reason = f"an end mark at byte {place}, but at byte {place + 512} more follows"
+        refused(file, whole[:place] + bytes(512) + whole[place + 512 :], reason)
+    end = used(whole)
+    refused(file, whole + whole, f"an end mark at byte {end}, but at byte {len(whole)} more follows")
+    refused(file, whole + b"x", f"an end mark at byte {end}, but at byte {len(whole)} more follows")
+    # A download that reserved its space and stopped: in a content, in a padding, before a header, in a header.
+    for place in (100 * 3072 + 515, 100 * 3072 + 600, 100 * 3072, 100 * 3072 + 1024):
+        refused(
+            file,
+            whole[:place].ljust(len(whole), b"\0"),
+            r"an end mark at byte \d+ and 3\d{5} bytes of zeros, more than",
+        )
+    refused(file, whole[: 100 * 3072 + 20].ljust(len(whole), b"\0"), "no header and no end at byte 307200")
+    refused(file, whole + bytes(20_480), rf"an end mark at byte {end} and {len(whole) + 20_480 - end} bytes of zeros")
+
+
+@pytest.mark.parametrize("factor", [1, 2, 7, 19, 20, 40, 64, 128, 512, 2048])
+def test_tars_of_any_blocking_factor_are_whole(tmp_path, factor):
+    """Written by tar itself; so are its counts of members."""
+    (tmp_path / "set").mkdir()
+    for name, content in [*sample("a"), *sample("b")]:
+        (tmp_path / "set" / name).write_bytes(content)
+    subprocess.run(["tar", "-b", str(factor), "--sort=name", "-cf", "../a.tar", "."], cwd=tmp_path / "set", check=True)
+    assert (tmp_path / "a.tar").stat().st_size % (factor * 512) == 0
+    assert len(read_all(opened(tmp_path / "a.tar"))[1]) == 2
+
+
+def test_a_tar_may_end_with_the_last_of_its_two_blocks_or_one(tmp_path):
+    whole = many(2)
+    for zeros in (512, 1024):
+        (tmp_path / "a.tar").write_bytes(whole[: used(whole) + zeros])
+        assert len(opened(tmp_path / "a.tar")) == 2

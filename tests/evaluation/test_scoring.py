@@ -278,6 +278,21 @@ def test_a_reward_that_fails_or_refuses_a_prompt_is_one_line_and_what_is_scored_
     assert score(tmp_path, scorer_of(Brightness(jnp.ones(3)))) == 4
 
 
+def test_a_block_of_zeros_does_not_end_the_images_of_a_foreign_tar(tmp_path):
+    draw_run(tmp_path, "webdataset", count=2)
+    for name in ("manifest.parquet", "settings.json"):
+        (tmp_path / name).unlink()
+    assert len(open_run(tmp_path).rows) == 4
+    tar = (tmp_path / "00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "00000.tar") as opened:
+        place = opened.getmembers()[2].offset
+    (tmp_path / "00000.tar").write_bytes(tar[:place] + bytes(512) + tar[place + 512 :])
+    with pytest.raises(
+        UserError, match=rf"00000\.tar: damaged.*end mark at byte {place}, but at byte {place + 512} more"
+    ):
+        open_run(tmp_path)
+
+
 class Bucket(MemoryFileSystem):
     """Files by their names in a bucket."""
 
