@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -250,7 +251,7 @@ class EncodedSet(Records):
         account(selection, len(self._pairs), self.drops)
         self._captions = list(encoder.captions([None, *selection.captions]))
         self.shapes, self.image_size = encoder.shapes, encoder.encoding.size
-        self.fingerprint = digest(selection)
+        self.fingerprint = hashlib.sha256(json.dumps(digests(selection)).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -272,12 +273,13 @@ def numbered(encoded: EncodedPair, caption: int) -> dict[str, np.ndarray]:
     return {"row": np.int64(encoded.pair.row), "caption": np.int64(caption), "winner_first": first} | arrays
 
 
-def digest(selection: Selection) -> str:
-    """SHA-256 of which rows are used and of their captions, as hexadecimal."""
-    described = hashlib.sha256(selection.rows.tobytes() + selection.caption_of.tobytes())
+def digests(selection: Selection) -> dict[str, str]:
+    """SHA-256, as hexadecimal, of which rows are used and of what they say: rows, captions, winners, ids, scores."""
+    captions = hashlib.sha256(selection.caption_of.tobytes())
     for caption in selection.captions:
-        described.update(caption.encode() + b"\0")
-    return described.hexdigest()
+        captions.update(caption.encode() + b"\0")
+    rows = hashlib.sha256(selection.rows.tobytes())
+    return {"rows": rows.hexdigest(), "captions": captions.hexdigest(), **selection.said}
 
 
 def account(selection: Selection, count: int, drops: Mapping[int, Drop]) -> None:

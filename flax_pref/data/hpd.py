@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from flax_pref.data import fields
-from flax_pref.data.json_rows import JsonRows, check_columns, field, list_elements, read_images
+from flax_pref.data.json_rows import JsonRows, check_columns, field, list_elements, named_files, read_images
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
 COMPARED = ("prompt", "file_path", "human_preference")  # columns of train.json of HPDv2
@@ -69,6 +69,11 @@ class HPDv2:
         for compared in self._compared(rows):
             yield compared if isinstance(compared, Drop) else read_images(self._folder, compared.names)
 
+    def image_files(self, rows: Sequence[int]) -> list[epath.Path]:
+        """See `PairReader`."""
+        all_compared = self._compared(rows)
+        return named_files(self._folder, (what if isinstance(what, Drop) else what.names for what in all_compared))
+
     def _record(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, "right")) - 1
 
@@ -119,9 +124,15 @@ class HPDv3:
 
     def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
         """See `PairReader`."""
+        return (names if isinstance(names, Drop) else read_images(self._folder, names) for names in self._names(rows))
+
+    def image_files(self, rows: Sequence[int]) -> list[epath.Path]:
+        """See `PairReader`."""
+        return named_files(self._folder, self._names(rows))
+
+    def _names(self, rows: Sequence[int]) -> Iterator[tuple[str, str] | Drop]:
         for record in self._records.objects(rows):
-            names = record if isinstance(record, Drop) else fields.accepted(_paths, record)
-            yield names if isinstance(names, Drop) else read_images(self._folder, names)
+            yield record if isinstance(record, Drop) else fields.accepted(_paths, record)
 
 
 class _Compared(NamedTuple):

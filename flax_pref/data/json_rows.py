@@ -1,5 +1,6 @@
 """Rows of JSON in a file, of which only the places are kept in memory; and the images that they name."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,6 +104,12 @@ def read_images(folder: epath.Path, names: tuple[str, str]) -> tuple[bytes, byte
         except OSError as error:
             return Drop("image cannot be read", f"{name}: {error.strerror or error}")
     return found[0], found[1]
+
+
+def named_files(folder: epath.Path, names: Iterable[tuple[str, str] | Drop]) -> list[epath.Path]:
+    """Files of a folder by the names of rows, each once."""
+    there = (pair for pair in names if not isinstance(pair, Drop))
+    return [folder / name for name in dict.fromkeys(itertools.chain.from_iterable(there))]
 
 
 def check_columns(row: Any, needed: Sequence[str], where: str, layout: str) -> None:

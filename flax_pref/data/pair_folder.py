@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from flax_pref.data import fields
-from flax_pref.data.json_rows import JsonRows, check_columns, field, json_lines, read_images
+from flax_pref.data.json_rows import JsonRows, check_columns, field, json_lines, named_files, read_images
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
 NAME = "pairs.jsonl"
@@ -54,9 +54,15 @@ class PairFolder:
 
     def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
         """See `PairReader`."""
+        return (names if isinstance(names, Drop) else read_images(self._folder, names) for names in self._names(rows))
+
+    def image_files(self, rows: Sequence[int]) -> list[epath.Path]:
+        """See `PairReader`."""
+        return named_files(self._folder, self._names(rows))
+
+    def _names(self, rows: Sequence[int]) -> Iterator[tuple[str, str] | Drop]:
         for record in self._rows.objects(rows):
-            names = record if isinstance(record, Drop) else fields.accepted(_paths, record)
-            yield names if isinstance(names, Drop) else read_images(self._folder, names)
+            yield record if isinstance(record, Drop) else fields.accepted(_paths, record)
 
     def _check_first_object(self) -> None:
         for row, record in enumerate(self._rows.objects(range(len(self)))):

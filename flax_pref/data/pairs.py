@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Judgement(NamedTuple):
@@ -93,6 +93,9 @@ class PairReader(Protocol):
 
     def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
         """The encoded images of rows, in the order of the row; `rows` ascend and none of them is a tie or damaged."""
+
+    def image_files(self, rows: Sequence[int]) -> list[Any]:
+        """The files that `images` reads, each once, as paths: `str` of one is its name."""
 
 
 def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | Drop]:

@@ -94,6 +94,10 @@ class PickAPic:
             missing = [name for name in IMAGES if row[name] is None]
             yield Drop("image is missing", missing[0]) if missing else (row["jpg_0"], row["jpg_1"])
 
+    def image_files(self, rows: Sequence[int]) -> list[OpenableFile]:
+        """See `PairReader`."""
+        return [self.files[i] for i in dict.fromkeys(map(self._file, rows))]
+
     def _records(self, rows: Sequence[int], columns: Sequence[str], at_once: int) -> Iterator[dict[str, Any]]:
         """Those of the columns that there are, of ascending rows; `at_once` of them are in memory, and a page."""
         for file, rows_of_file in itertools.groupby(rows, self._file):

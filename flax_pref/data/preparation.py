@@ -3,6 +3,11 @@
 Every shard is made of rows of its own, so neither the number of processes nor what a kill left behind changes a byte of
 it. `.parts` holds a record of each finished shard, written after the shard itself; at the end the records become
 dropped.jsonl and the descriptions of the two data sets, of which that of the pairs appears last.
+
+All shards are made of one source. What the rows say is read at every start and compared by SHA-256 with what it was.
+Images are a thousand times larger: a shard's record has the SHA-256 of each pair that it was made of, and marks of the
+files (`sources.mark`: size, times, inode; ETag). At a start, local files with other marks are read again and compared;
+remote ones count as changed.
 """
 
 import collections
@@ -11,7 +16,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_pref.config import UserError
-from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digest, numbered
-from flax_pref.data.pairs import Drop, PairReader, pairs
+from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, numbered
+from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import (
     CAPTIONS,
     PAIRS,
@@ -33,7 +39,7 @@ from flax_pref.data.prepared import (
     write_shard,
 )
 from flax_pref.data.selection import Choice, Selection
-from flax_pref.data.sources import Source
+from flax_pref.data.sources import Source, is_remote, mark
 from flax_pref.files import difference, read_json, replacing, write_json
 from flax_pref.parallel.hosts import wait_for_others
 
@@ -83,7 +89,11 @@ class _Shard(NamedTuple):
 
 
 class Preparation:
-    """One prepared set that is being written, by this process and perhaps by others."""
+    """One prepared set that is being written, by this process and perhaps by others.
+
+    Attributes:
+        finished: whether `begin` found the set complete, each shard as long as it was written.
+    """
 
     def __init__(
         self,
@@ -111,47 +121,83 @@ class Preparation:
             process_count: how many processes write.
         """
         self.folder, self.reader, self.selection = folder, reader, selection
-        self.settings = json.loads(json.dumps({**settings, "shard_size": shard_size, "selection": digest(selection)}))
+        described = {**settings, "shard_size": shard_size, "source_sha256": digests(selection)}
+        self.settings = json.loads(json.dumps(described))
         self.counts = {
             PAIRS: math.ceil(selection.total / shard_size),
             CAPTIONS: math.ceil((1 + len(selection.captions)) / shard_size),
         }
         self._shard_size, self._max_drop_share = shard_size, max_drop_share
         self._process, self._processes = process_index, process_count
+        self.finished = False
         self._noted: dict[_Shard, dict[str, Any]] = {}  # of finished shards, as far as this process has looked
-
-    @property
-    def finished(self) -> bool:
-        """Whether the set is complete."""
-        return (self.folder / PAIRS / "dataset_info.json").is_file()
 
     def begin(self) -> None:
         """Creates the folder, or continues it.
 
         Raises:
-            UserError: it was begun with other settings, or holds something else.
+            UserError: it was begun with other settings or another source, or holds something else.
         """
         if self._process == 0:
             file = self.folder / SETTINGS
             if file.is_file():
                 begun = read_json(file, expected="the settings of a prepared set")
-                if begun != self.settings:
-                    raise UserError(
-                        f"{self.folder}: was begun with {difference(begun, self.settings)}: choose another --output, "
-                        "or repeat the settings"
-                    )
+                self._check_settings(begun)
             elif any(file.name not in (INSPECTION, DROPPED) for file in self.folder.glob("[!.]*")):
                 raise UserError(f"{self.folder}: is not empty and holds no prepared set; choose another --output")
             else:
                 with replacing(file) as unfinished:
                     write_json(unfinished, self.settings)
             self._remove_leftovers()
+        self._check_source()
         self._check_damage(self._own())
+        described = (self.folder / PAIRS / "dataset_info.json").is_file()
+        kept = (self.folder / PARTS).is_dir()  # perhaps not where the set was copied to
+        self.finished = described and not (kept and None in map(self._part, self._all()))
         wait_for_others("the folder is there")
+
+    def _check_settings(self, begun: dict[str, Any]) -> None:
+        if different := difference(*({**all_, "source_sha256": None} for all_ in (begun, self.settings))):
+            raise UserError(
+                f"{self.folder}: was begun with {different}: choose another --output, or repeat the settings"
+            )
+        was, now = (all_.get("source_sha256", {}) for all_ in (begun, self.settings))
+        if changed := [name for name in now if now[name] != was.get(name)]:
+            raise UserError(
+                f"{self.folder}: was begun when the source had other {', '.join(changed)}: choose another --output, or "
+                "restore the source"
+            )
+
+    def _check_source(self) -> None:
+        """Compares the source with what the finished shards of this process were made of."""
+        for shard in self._own():
+            noted = self._part(shard) if shard.name == PAIRS else None
+            if noted is None:
+                continue
+            rows = self.selection.rows[self._used(shard)].tolist()
+            files = self.reader.image_files(rows)
+            marks = _marks(files)
+            changed = [file for file, now, was in zip(files, marks, noted["marks"], strict=True) if now != was]
+            if not changed:
+                continue
+            if is_remote(changed[0]):
+                raise self._changed(str(changed[0]), "its size or modification mark is another one")
+            read = tqdm(pairs(self.reader, rows), f"shard {shard.number}: images changed? reading", len(rows))
+            for row, pair, was in zip(rows, read, noted["images"], strict=True):
+                if _sha256(pair) != was:
+                    file, number = self.reader.where(row)
+                    raise self._changed(f"{file}, row {number}", "its images are other ones")
+            self._note(shard, {**noted, "marks": marks})
+
+    def _changed(self, what: str, how: str) -> UserError:
+        return UserError(
+            f"{self.folder}: the source has changed since it was begun ({what}: {how}): choose another --output, or "
+            "restore the source"
+        )
 
     def _remove_leftovers(self) -> None:
         """Removes what a kill has left behind, of files that were being written or removed."""
-        patterns = (f".{SETTINGS}.*", f".{DROPPED}.*", "*/.*", *([PARTS] if self.finished else []))
+        patterns = (f".{SETTINGS}.*", f".{DROPPED}.*", "*/.*")
         for leftover in [path for pattern in patterns for path in self.folder.glob(pattern)]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -198,16 +244,22 @@ class Preparation:
             for text, arrays in zip(texts, encoder.captions(texts), strict=True)
         )
         count = write_shard(self._file(shard), caption_features(encoder.shapes), records)
-        self._record(shard, count, {})
+        self._record(shard, count)
 
     def _write_pairs(self, shard: _Shard, encoder: PairEncoder, progress: tqdm) -> None:
         used = self._used(shard)
         rows = self.selection.rows[used].tolist()
         caption_of = dict(zip(rows, (1 + self.selection.caption_of[used]).tolist(), strict=True))
-        drops = {}
+        drops, images = {}, []
+        marks = _marks(self.reader.image_files(rows))  # before the files are read
+
+        def read():
+            for row, pair in zip(rows, pairs(self.reader, rows), strict=True):
+                images.append(_sha256(pair))
+                yield row, pair
 
         def records():
-            for row, result in encoder.pairs(zip(rows, pairs(self.reader, rows), strict=True)):
+            for row, result in encoder.pairs(read()):
                 progress.update()
                 if isinstance(result, Drop):
                     drops[row] = result
@@ -218,16 +270,18 @@ class Preparation:
                 yield record | {name: math.nan if value is None else value for name, value in known.items()} | moments
 
         count = write_shard(self._file(shard), pair_features(encoder.shapes), records())
-        self._record(shard, count, drops)
+        self._record(shard, count, drops=sorted(drops.items()), images=images, marks=marks)
         if drops:
             self._check_damage(self._own())
 
-    def _record(self, shard: _Shard, count: int, drops: dict[int, Drop]) -> None:
+    def _record(self, shard: _Shard, count: int, **of_pairs: Any) -> None:
         """Notes that a shard is finished: from now on it is not written again."""
         file = self._file(shard)
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        noted = {"records": count, "bytes": file.stat().st_size, "sha256": sha256, "drops": sorted(drops.items())}
+        self._note(shard, {"records": count, "bytes": file.stat().st_size, "sha256": sha256, **of_pairs})
+
+    def _note(self, shard: _Shard, noted: dict[str, Any]) -> None:
         with replacing(self._part_file(shard)) as unfinished:
             write_json(unfinished, noted)
 
@@ -260,12 +314,14 @@ class Preparation:
         return (_Shard(name, i) for i in range(self.counts[name]))
 
     def _own(self) -> list[_Shard]:
-        shards = [*self._shards(CAPTIONS), *self._shards(PAIRS)]
-        return shards[self._process :: self._processes]
+        return self._all()[self._process :: self._processes]
+
+    def _all(self) -> list[_Shard]:
+        return [*self._shards(CAPTIONS), *self._shards(PAIRS)]
 
     def _drops(self, shards: Iterable[_Shard]) -> dict[int, Drop]:
         """Rows dropped by the selection and in those of the shards that are finished, in ascending order."""
-        parts = filter(None, map(self._part, shards))
+        parts = filter(None, (self._part(shard) for shard in shards if shard.name == PAIRS))
         found = {row: Drop(*drop) for part in parts for row, drop in part["drops"]}
         return dict(sorted((self.selection.drops | found).items()))
 
@@ -304,6 +360,9 @@ class Preparation:
             },
             "dropped": dict(collections.Counter(drop.reason for drop in drops.values()).most_common()),
             "dropped_rows": f"../{DROPPED}",
+            "images_sha256": hashlib.sha256(
+                "".join(image for part in parts[PAIRS] for image in part["images"]).encode()
+            ).hexdigest(),
             "sha256": {
                 self._file(shard).name: part["sha256"]
                 for name, noted in parts.items()
@@ -312,5 +371,18 @@ class Preparation:
         }
         describe(self.folder / CAPTIONS, caption_features(shapes), lengths[CAPTIONS], metadata)
         describe(self.folder / PAIRS, pair_features(shapes), lengths[PAIRS], metadata)
-        shutil.rmtree(self.folder / PARTS)
         return metadata
+
+
+def _marks(files: Sequence[Any]) -> list[str]:
+    """SHA-256 of the marks of files, the first 16 digits."""
+    with ThreadPoolExecutor(16) as pool:
+        return [hashlib.sha256(found.encode()).hexdigest()[:16] for found in pool.map(mark, files)]
+
+
+def _sha256(pair: PreferencePair | Drop) -> str:
+    """Of both images, the first 16 digits, or why there are none."""
+    if isinstance(pair, Drop):
+        return pair.reason
+    winner = hashlib.sha256(pair.winner).digest()
+    return hashlib.sha256(winner + pair.loser).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ class Selection(NamedTuple):
         ties: number of rows whose images were judged equal.
         drops: of all other rows, by row in ascending order.
         total: N.
+        said: SHA-256, as hexadecimal, of what the rows say that `choice` and `unique_roles` decide on: "winners", "ids"
+            and "scores" (confidence and margin).
     """
 
     rows: np.ndarray
@@ -41,6 +44,7 @@ class Selection(NamedTuple):
     ties: int
     drops: dict[int, Drop]
     total: int
+    said: dict[str, str]
 
     @property
     def cost_of_unique_roles(self) -> int:
@@ -55,11 +59,15 @@ def select(reader: PairReader, choice: Choice) -> Selection:
         ValueError: a file is damaged or has another schema; names it.
     """
     total, ties, drops = len(reader), 0, {}
+    said_of = {name: hashlib.sha256() for name in ("winners", "ids", "scores")}
     rows, captions, images, place = [], [], [], {}
     for row, said in enumerate(tqdm(reader.judgements(range(total)), "reading judgements", total, unit="row")):
         if isinstance(said, Judgement):
             drop = _filtered(said, choice)
             if drop is None:
+                said_of["winners"].update(b"%d" % said.winner)
+                said_of["ids"].update(json.dumps(said.ids).encode())
+                said_of["scores"].update(json.dumps((said.confidence, said.margin)).encode())
                 rows.append(row)
                 captions.append(place.setdefault(said.caption, len(place)))
                 images.append([_number(said.ids[said.winner]), _number(said.ids[1 - said.winner])])
@@ -77,7 +85,8 @@ def select(reader: PairReader, choice: Choice) -> Selection:
     used, caption_of = np.unique(captions, return_inverse=True)  # ascending, which is the order of appearance
     texts = list(place)
     return Selection(
-        rows, tuple(texts[i] for i in used), caption_of.astype(np.int32), ties, dict(sorted(drops.items())), total
+        *(rows, tuple(texts[i] for i in used), caption_of.astype(np.int32), ties, dict(sorted(drops.items())), total),
+        {name: digest.hexdigest() for name, digest in said_of.items()},
     )
 
 

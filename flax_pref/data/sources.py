@@ -1,12 +1,15 @@
 """Where a preference set lies, and the reader that its layout needs."""
 
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 from etils import epath
+from fsspec.core import url_to_fs
 from huggingface_hub import HfFileSystem, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -57,6 +60,43 @@ class HubFile(NamedTuple):
 
 
 File = TypeVar("File", epath.Path, Path, HubFile)
+
+# What file systems of fsspec say of a file that is another one after it was written again.
+_MARKS = (
+    "size",
+    "etag",
+    "ETag",
+    "generation",
+    "updated",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+    "blob_id",
+    "lfs",
+)
+
+
+def is_remote(file: object) -> bool:
+    """Whether a file lies in a bucket or on the Hub."""
+    return "://" in str(file)
+
+
+def mark(file: epath.Path | Path | HubFile) -> str:
+    """Tells a file from what was or will be in its place, without reading it.
+
+    Locally these are size, times of the last change of content and of entry, and inode; elsewhere size and ETag or
+    whatever else the store changes when the file is written again. "missing" if there is no such file.
+    """
+    try:
+        if not is_remote(file):
+            found = os.stat(file)
+            return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        filesystem, path = file[:2] if isinstance(file, HubFile) else url_to_fs(os.fspath(file))
+        told = filesystem.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    return json.dumps({name: str(told[name]) for name in _MARKS if told.get(name) is not None})
 
 
 def open_source(source: Source) -> PairReader:

@@ -134,6 +134,10 @@ class Tars:
                 first, second = map(sample.content, sample.images)
                 yield first, second
 
+    def image_files(self, rows: Sequence[int]) -> list[epath.Path]:
+        """See `PairReader`."""
+        return [self.files[i] for i in dict.fromkeys(map(self._tar, rows))]
+
     def _tar(self, row: int) -> int:
         return int(np.searchsorted(self._file_starts, row, "right")) - 1
 

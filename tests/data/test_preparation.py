@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +15,17 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import preference_sets
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from PIL import Image
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.config import UserError, load_config
+from flax_pref.data import pair_folder
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import decode_image, encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
@@ -276,7 +281,7 @@ def test_other_settings_are_refused_with_the_difference_named(tmp_path, encoder)
     before = contents(tmp_path / "set")
     with pytest.raises(UserError, match="was begun with no crop, now crop=random: choose another"):
         prepare(tmp_path / "set", file, encoder, settings={"crop": "random"})
-    with pytest.raises(UserError, match="selection="):
+    with pytest.raises(UserError, match="when the source had other rows, captions, winners, ids, scores: choose"):
         prepare(tmp_path / "set", write_set(tmp_path / "b.parquet", count=5), encoder)
     assert contents(tmp_path / "set") == before
     (tmp_path / "other").mkdir()
@@ -297,6 +302,126 @@ def test_a_shard_that_is_missing_or_cut_is_noticed_when_the_set_is_opened(tmp_pa
         PreparedSet(tmp_path / "set")
     with pytest.raises(FileNotFoundError, match="to be a prepared set, finished"):
         PreparedSet(tmp_path / "nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources that change
+
+
+LAYOUTS = {
+    "pick_a_pic": preference_sets.write_pick_a_pic,
+    "hpdv2": preference_sets.write_hpdv2,
+    "hpdv3": preference_sets.write_hpdv3,
+    "folder": preference_sets.write_pair_folder,
+    "webdataset": preference_sets.write_tars,
+}
+
+
+def half_prepared(folder, source, encoder, **how):
+    """The records of a set as of a run that was killed after its first shards of pairs, four rows."""
+    begun = Preparation(
+        folder, *opened(source, **how), {"size": [64, 64]}, shard_size=2, max_drop_share=0.2, process_count=1
+    )
+    begun.begin()
+    shards = begun.pending
+    begun.pending = lambda: [shard for shard in shards() if shard.name == CAPTIONS or shard.number < 2]
+    begun.encode(encoder)
+    return contents(folder)
+
+
+def write_swapped(source, layout, rows, **changes):
+    """The set once more, at the same place, with other fields in its second row."""
+    shutil.rmtree(source)
+    changed = [row._replace(**changes) if i == 1 else row for i, row in enumerate(rows)]
+    LAYOUTS[layout](source, changed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_source_with_other_images_or_labels_is_not_mixed_with_what_it_was(tmp_path, encoder, layout):
+    rows, source = preference_sets.examples(8, size=(64, 64)), tmp_path / "source"
+    LAYOUTS[layout](source, rows)
+    before = half_prepared(tmp_path / "set", source, encoder, layout=layout)
+    write_swapped(source, layout, rows, winner=rows[1].loser, loser=rows[1].winner)
+    with pytest.raises(UserError, match=r"the source has changed since it was begun \(.*, row [12]: its images are"):
+        prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
+    write_swapped(source, layout, rows, caption="another")
+    with pytest.raises(UserError, match="was begun when the source had other captions: choose another --output, or re"):
+        prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
+    if layout in ("pick_a_pic", "hpdv2", "webdataset"):
+        write_swapped(source, layout, rows, winner_first=True)
+        with pytest.raises(UserError, match="was begun when the source had other winners: choose another --output"):
+            prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
+    assert contents(tmp_path / "set") == before
+    write_swapped(source, layout, rows)  # the same again, but in files that were written later
+    prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
+    prepare(tmp_path / "calm", source, encoder, layout=layout, shard_size=2)
+    assert contents(tmp_path / "set") == contents(tmp_path / "calm")
+
+
+def test_images_of_a_source_that_nobody_touched_are_not_read_again(tmp_path, encoder, monkeypatch):
+    rows, source = preference_sets.examples(6, size=(64, 64)), tmp_path / "source"
+    preference_sets.write_pair_folder(source, rows)
+    half_prepared(tmp_path / "set", source, encoder, layout="folder")
+    read, real = [], pair_folder.read_images
+    monkeypatch.setattr(pair_folder, "read_images", lambda folder, names: read.append(names) or real(folder, names))
+    prepare(tmp_path / "set", source, encoder, layout="folder", shard_size=2)
+    assert read == [(f"images/{i}-winner.jpg", f"images/{i}-loser.jpg") for i in (4, 5)]
+    (source / "images/2-loser.jpg").rename(source / "x")  # swapped with their times
+    (source / "images/2-winner.jpg").rename(source / "images/2-loser.jpg")
+    (source / "x").rename(source / "images/2-winner.jpg")
+    with pytest.raises(UserError, match=r"pairs\.jsonl, row 3: its images are other ones"):
+        prepare(tmp_path / "set", source, encoder, layout="folder", shard_size=2)
+
+
+def test_ids_scores_and_repaired_images_are_changes_too(tmp_path, encoder):
+    source = preference_sets.write_pair_folder(tmp_path / "source", preference_sets.examples(3, size=(64, 64)))
+    lines = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    half_prepared(tmp_path / "set", source, encoder, layout="folder")
+    for change, named in (({"winner_id": "w"}, "ids"), ({"margin": 1}, "scores"), ({"tie": True}, "rows, captions")):
+        now = [lines[0], lines[1] | change, lines[2]]
+        (source / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in now))
+        with pytest.raises(UserError, match=f"when the source had other {named}"):
+            prepare(tmp_path / "set", source, encoder, layout="folder", shard_size=2)
+
+
+class Bucket(MemoryFileSystem):
+    """Files in a bucket."""
+
+    protocol, store, pseudo_dirs = ("gs", "gcs"), {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_in_a_bucket_that_was_written_again_is_named(tmp_path, encoder, layout, monkeypatch):
+    for name in ("gs", "gcs"):
+        monkeypatch.setitem(_registry, name, Bucket)
+    bucket = fsspec.filesystem("gs")
+    Bucket.store.clear()
+    LAYOUTS[layout](tmp_path / "source", preference_sets.examples(6, size=(64, 64)))
+    source = f"gs://bucket/{layout}"
+    bucket.put(str(tmp_path / "source"), source, recursive=True)
+    half_prepared(tmp_path / "set", source, encoder, layout=layout)
+    file = opened(source, layout=layout)[0].image_files([0])[0]
+    bucket.pipe(str(file), bucket.cat(str(file)))
+    with pytest.raises(UserError, match=rf"has changed since it was begun \({file}: its size or modification mark is"):
+        prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
+
+
+def test_a_finished_set_that_lost_a_shard_gets_it_back(tmp_path, encoder):
+    file = write_set(tmp_path / "a.parquet", count=9)
+    prepare(tmp_path / "set", file, encoder)
+    before = contents(tmp_path / "set")
+    sorted((tmp_path / "set" / PAIRS).glob("*array_record*"))[1].unlink()
+    begun = Preparation(tmp_path / "set", *opened(file), {"size": [64, 64]}, shard_size=8, max_drop_share=0.2)
+    begun.begin()
+    assert not begun.finished
+    prepare(tmp_path / "set", file, encoder)
+    assert contents(tmp_path / "set") == before
+    begun.begin()
+    assert begun.finished
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,8 +471,7 @@ def test_what_kills_leave_behind_does_not_stay(tmp_path, encoder):
     prepare(tmp_path / "set", file, encoder)
     expected = contents(tmp_path / "set")
     assert not any(Path(name).name.startswith(".") for name in expected)
-    (tmp_path / "set" / ".parts").mkdir()
-    (tmp_path / "set" / ".parts" / "pairs-00000.json").write_text("{}")
+    (tmp_path / "set" / ".parts" / ".pairs-00000.json.5f").write_text("{}")
     (tmp_path / "set" / PAIRS / ".pairs-train.5f").write_bytes(b"half")
     again = Preparation(tmp_path / "set", *opened(file), {"size": [64, 64]}, shard_size=8, max_drop_share=0.2)
     again.begin()
