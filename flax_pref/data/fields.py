@@ -75,6 +75,18 @@ def number(value: Any, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def truth(value: Any, name: str) -> bool | None:
+    """A truth value: true or false, 1 or 0, or one of these as a text; None if there is none."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    said = value.strip().lower() if isinstance(value, str) else None
+    if said not in ("true", "false", "1", "0"):
+        raise Rejected("labels mean nothing", f"{name}: {quote(value)}; expected true or false")
+    return said in ("true", "1")
+
+
 def two_models(first: Any, second: Any) -> tuple[str, str] | None:
     """Names of the models that drew the images; None unless both are known."""
     if first is None or second is None:

@@ -74,10 +74,7 @@ class PairFolder:
 
 
 def _judgement(record: dict[str, Any]) -> Judgement | Tie:
-    tie = record.get("tie")
-    if tie not in (None, True, False):
-        raise fields.Rejected("labels mean nothing", f"tie: {fields.quote(tie)}; expected true or false")
-    if tie:
+    if fields.truth(record.get("tie"), "tie"):
         return Tie()
     paths = _paths(record)
     return Judgement(

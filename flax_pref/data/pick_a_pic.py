@@ -43,6 +43,18 @@ IMAGES = ("jpg_0", "jpg_1")
 READ = ("caption", *IMAGES, "label_0", "label_1", "are_different", "has_label", "image_0_uid", "image_1_uid")
 SAID = (*(name for name in READ if name not in IMAGES), "model_0", "model_1")
 
+# Of each column: what it should hold, and the types that are read. Truth values come as numbers and texts, too.
+_BINARY = ("binary, the bytes of a JPEG", (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+_TEXT = ("texts", (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+_NUMBER = ("numbers", (pa.types.is_integer, pa.types.is_floating))
+_TYPES = {
+    **dict.fromkeys(IMAGES, _BINARY),
+    **dict.fromkeys(("label_0", "label_1"), _NUMBER),
+    **dict.fromkeys(("has_label", "are_different"), ("truth values", (pa.types.is_boolean, *_NUMBER[1], *_TEXT[1]))),
+    **dict.fromkeys(("image_0_uid", "image_1_uid"), ("texts or numbers", (*_TEXT[1], pa.types.is_integer))),
+    **dict.fromkeys(("caption", "model_0", "model_1"), _TEXT),
+}
+
 _FOOTERS_AT_ONCE = 16  # of files that may lie across a network
 _JUDGEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 1024, 4
 _ROWS_PER_PAGE = 8  # written at least; a page can only be read as a whole
@@ -116,9 +128,9 @@ class PickAPic:
 
 
 def _judgement(row: dict[str, Any]) -> Judgement | Tie:
-    if row["has_label"] is False:
+    if fields.truth(row["has_label"], "has_label") is False:
         raise fields.Rejected("no label", damaged=False)
-    if row["are_different"] is False:
+    if fields.truth(row["are_different"], "are_different") is False:
         raise fields.Rejected("both images are the same", damaged=False)
     winner = fields.preferred((row["label_0"], row["label_1"]))
     if isinstance(winner, Tie):
@@ -141,7 +153,7 @@ def _opened(file: OpenableFile) -> Iterator[pq.ParquetFile]:
         with (
             file.open("rb") as opened,
             # Anything else reads whole row groups.
-            pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as parquet,
+            pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True) as parquet,
         ):
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -161,10 +173,11 @@ def _sizes_of_groups(file: OpenableFile) -> list[int]:
             )
         if missing:
             raise ValueError(f"{file}: no column {missing[0]!r}; Pick-a-Pic has {', '.join(READ)}")
-        for name in IMAGES:
-            kind = schema.field(name).type
-            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                raise ValueError(f"{file}: column {name!r} is of type {kind}; expected binary, the bytes of a JPEG")
+        for name, (expected, allowed) in _TYPES.items():
+            kind = schema.field(name).type if name in schema.names else pa.null()
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not any(is_kind(kind) for is_kind in (*allowed, pa.types.is_null)):
+                raise ValueError(f"{file}: column {name!r} is of type {kind}; expected {expected}")
         return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
@@ -205,7 +218,8 @@ def write_pairs(file: str | Path, pairs: Iterable[LabelledPair], *, rows_per_gro
         ValueError: a label is none of 0, 0.5 and 1.
     """
     rows = []
-    with replacing(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, write_batch_size=_ROWS_PER_PAGE) as writer:
+    how = {"write_batch_size": _ROWS_PER_PAGE, "write_page_checksum": True}
+    with replacing(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, **how) as writer:
         for index, pair in enumerate(pairs):
             rows.append(_row(index, pair))
             if len(rows) == rows_per_group:

@@ -172,7 +172,7 @@ def _read_parquet(path: epath.Path) -> _Rows:
     number = 0
     with path.open("rb") as opened:
         try:
-            parquet = pq.ParquetFile(opened)
+            parquet = pq.ParquetFile(opened, page_checksum_verification=True)
             columns = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
             for rows in parquet.iter_batches(columns=columns):
                 for row in rows.to_pylist():

@@ -169,7 +169,7 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         there = "has not been scored" if epath.Path(folder).is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {there}; run python -m sample.score {folder} --rewards ... first")
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()))
+        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
         weights = described.get("embedding_of") or {}
         embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None

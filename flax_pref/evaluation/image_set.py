@@ -343,11 +343,13 @@ class ImageSet:
         file = f"{self.folder / MANIFEST}"
         try:
             columns = list(_Row._fields[1:])
-            table = pq.read_table(pa.BufferReader(self._read(MANIFEST)), columns=columns)
+            table = pq.read_table(
+                pa.BufferReader(self._read(MANIFEST)), columns=columns, page_checksum_verification=True
+            )
             rows = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
         except FileNotFoundError:
             return []
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, OSError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{file}: damaged ({reason}): restore it, or remove it to draw its images again") from error
         if len(rows) != len(self._items):
@@ -436,7 +438,7 @@ class ImageSet:
             **{name: [getattr(row, name) for row in rows] for name in _Row._fields[1:]},
         }
         file = io.BytesIO()
-        pq.write_table(pa.table(columns, MANIFEST_SCHEMA), file)
+        pq.write_table(pa.table(columns, MANIFEST_SCHEMA), file, write_page_checksum=True)
         return file.getvalue()
 
     def _put_tar(self, file: str, indices: Iterable[int], images: Iterator[bytes]) -> dict[int, int]:

@@ -155,11 +155,11 @@ def _bytes(folder: epath.Path, place: _Place) -> bytes:
 
 def _read_manifest(file: epath.Path) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()))
+        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
         if "record" not in table.column_names:  # of versions that did not have it
             table = table.append_column("record", pa.array(["{}"] * len(table)))
         table = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: damaged ({reason}): restore it, or have sample.images write it again") from error
     if not len(table):

@@ -129,7 +129,7 @@ class Scores:
         """
         begun = time.monotonic()
         file = io.BytesIO()
-        pq.write_table(self._table(), file)
+        pq.write_table(self._table(), file, write_page_checksum=True)
         content = file.getvalue()
         if content != self._stored:
             try:
@@ -168,7 +168,7 @@ class Scores:
     def _recall(self) -> None:
         """Takes over from the file what is known of images that are the same."""
         try:
-            table = pq.read_table(pa.BufferReader(self._stored))
+            table = pq.read_table(pa.BufferReader(self._stored), page_checksum_verification=True)
             described = json.loads((table.schema.metadata or {})[b"flax_pref"])
             stored = {key: i for i, key in enumerate(_keys(table))}
             where = np.array([stored.get(key, -1) for key in _keys(self._rows)], np.int64)
@@ -187,7 +187,7 @@ class Scores:
                 taken = np.zeros((len(where), *values.shape[1:]), values.dtype)
                 taken[known] = values[places[where[known]]]
                 self._columns[name] = _Column(of, known, taken)
-        except (pa.ArrowException, KeyError, ValueError, TypeError, IndexError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.file}: damaged, or not written by sample.score ({reason}): remove it to score all images anew"

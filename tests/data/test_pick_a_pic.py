@@ -118,6 +118,61 @@ def test_a_damaged_row_is_left_out_with_the_reason_and_the_others_stay(file, col
     assert list(records) == [0]
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1, 0, None], ["label", "no label", "label"]),
+        ([1.0, 0.0, 2.0], ["label", "no label", "labels mean nothing"]),
+        (["true", "False", "yes"], ["label", "no label", "labels mean nothing"]),
+        (["1", "0", ""], ["label", "no label", "labels mean nothing"]),
+    ],
+)
+def test_truth_values_in_numbers_and_texts_are_read_as_what_they_say(file, values, said):
+    for name, reason in (("has_label", "no label"), ("are_different", "both images are the same")):
+        write_pairs(file, [labelled(0, 1.0), labelled(1, 0.0), labelled(2, 1.0)])
+        rewrite(file, **{name: values})
+        found, _ = read_all(opened(file))
+        assert [what.reason if isinstance(what, Drop) else "label" for what in found] == [
+            reason if what == "no label" else what for what in said
+        ]
+        assert all(what.detail == "" or name in what.detail for what in found if isinstance(what, Drop))
+
+
+def test_columns_of_other_types_are_named(file):
+    table = pq.read_table(file)
+    others = {"label_0": ["1", "0", "1"], "caption": [1, 2, 3], "has_label": [[True]] * 3, "image_0_uid": [0.5] * 3}
+    others |= {"model_0": [b"base"] * 3, "are_different": [b"true"] * 3, "label_1": [True, False, True]}
+    for name, values in others.items():
+        pq.write_table(table.set_column(table.column_names.index(name), name, [values]), file)
+        with pytest.raises(
+            ValueError, match=rf"a\.parquet: column '{name}' is of type .*; expected (truth|texts|numbers)"
+        ):
+            opened(file)
+    category = pa.array(["a", "b", "a"]).dictionary_encode()
+    pq.write_table(table.set_column(table.column_names.index("caption"), "caption", category), file)
+    assert read_all(opened(file))[0][0].caption == "a"
+
+
+def test_pages_are_written_with_checksums_and_a_changed_byte_in_any_page_is_found(tmp_path):
+    """Uncompressed and without checksums, such bytes would be other captions, ids, labels and images."""
+    rows = examples(4)
+    file = next((write_pick_a_pic(tmp_path, rows, files=1) / "data").iterdir())
+    pq.write_table(
+        pq.read_table(file), tmp_path / "a.parquet", compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    for whole, path in ((file.read_bytes(), file), ((tmp_path / "a.parquet").read_bytes(), tmp_path / "a.parquet")):
+        footer = pq.read_metadata(pa.BufferReader(whole))
+        for name in (*READ, "model_0"):
+            column = footer.row_group(0).column(footer.schema.to_arrow_schema().names.index(name))
+            data = bytearray(whole)
+            start = column.dictionary_page_offset or column.data_page_offset
+            data[start + column.total_compressed_size - 1] ^= 1
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=rf"{path.name}: cannot be read as parquet .*(CRC|crc|checksum)"):
+                read_all(opened(path))
+        path.write_bytes(whole)
+
+
 def test_an_image_that_is_null_is_left_out_with_its_column(file):
     rewrite(file, jpg_1=pa.array([b"one", None, b"one"], pa.binary()))
     said, records = read_all(opened(file))

@@ -111,6 +111,18 @@ def test_pick_a_pic_draws_a_caption_once_over_all_files_of_a_folder(tmp_path):
     json.dumps([prompt.record for prompt in prompts])
 
 
+def test_a_parquet_file_with_checksums_has_no_other_prompts_by_damage(tmp_path):
+    file = tmp_path / "a.parquet"
+    how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"prompt": ["a cat"]}), file, **how)
+    data, column = bytearray(file.read_bytes()), pq.read_metadata(file).row_group(0).column(0)
+    place = data.rindex(b"a cat", 0, column.data_page_offset + column.total_compressed_size)
+    data[place : place + 5] = b"a bat"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged, or not a parquet file .*; download it again"):
+        read_prompts(file)
+
+
 def test_images_of_a_parquet_file_are_never_read(tmp_path):
     file = tmp_path / "a.parquet"
     write_pairs(file, pairs("a cat"))

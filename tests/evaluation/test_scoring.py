@@ -254,6 +254,21 @@ def test_a_second_program_does_not_score_the_same_folder_at_the_same_time(tmp_pa
         pass
 
 
+@pytest.mark.parametrize("name", ["manifest.parquet", "scores.parquet"])
+def test_a_changed_byte_in_any_column_of_a_table_is_found(name, scorer, tmp_path):
+    draw_run(tmp_path)
+    score(tmp_path, scorer)
+    file = tmp_path / name
+    footer, whole = pq.read_metadata(file), file.read_bytes()
+    for i in range(footer.num_columns):
+        column, data = footer.row_group(0).column(i), bytearray(whole)
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start + column.total_compressed_size - 1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=rf"^{file}: damaged"):
+            Scores(open_run(tmp_path))
+
+
 def open_run_of_one_image(folder):
     save(folder / "0.png", noise(0))
     (folder / "0.txt").write_text("a")
