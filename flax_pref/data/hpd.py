@@ -1,6 +1,6 @@
 """The Human Preference Datasets, HPDv2 (`ymhao/HPDv2`) and HPDv3 (`MizzenAI/HPDv3`): JSON lists and image files."""
 
-import itertools
+import bisect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -161,12 +161,22 @@ def _two_of_ranked(record: dict[str, Any], number: int) -> _Compared:
     prompt, paths, ranks = (field(record, name) for name in RANKED)
     if not _are_ranked(record):
         raise fields.Rejected("ranks mean nothing", f"{fields.quote(ranks)} of {fields.quote(paths)}")
-    i, j = next(itertools.islice(itertools.combinations(range(len(ranks)), 2), number, None))
+    i, j = _combination(len(ranks), number)
     names = fields.two_paths(paths[i], paths[j], (f"image_path[{i}]", f"image_path[{j}]"))
     if None in (ranks[i], ranks[j]):
         raise fields.Rejected("ranks mean nothing", fields.quote(ranks))
     margin = abs(fields.number(ranks[i], "rank") - fields.number(ranks[j], "rank"))
     return _Compared(prompt, names, Tie() if not margin else int(ranks[j] < ranks[i]), margin)
+
+
+def _combination(n: int, number: int) -> tuple[int, int]:
+    """Element `number` of `itertools.combinations(range(n), 2)`, without those before it."""
+
+    def before(i: int) -> int:
+        return i * (2 * n - i - 1) // 2
+
+    i = bisect.bisect_right(range(n - 1), number, key=before) - 1
+    return i, i + 1 + number - before(i)
 
 
 def _are_ranked(record: Any) -> bool:

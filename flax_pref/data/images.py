@@ -11,6 +11,7 @@ from flax_pref.data.pairs import Drop
 
 SMALLEST_SIDE = 32
 MOST_PIXELS = 64_000_000
+MOST_BYTES = 3 * MOST_PIXELS  # of a file: what so many pixels take uncompressed
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"

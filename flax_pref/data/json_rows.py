@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
 from flax_pref.data.fields import Rejected, accepted, json_object
+from flax_pref.data.images import MOST_BYTES
 from flax_pref.data.pairs import Drop
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -34,19 +37,25 @@ class JsonRows:
         return len(self._places)
 
     def objects(self, rows: Iterable[int]) -> Iterator[dict[str, Any] | Drop]:
-        """The objects that the rows are.
+        """The objects that the rows are; of the same row again the same object.
 
         Raises:
             ValueError: the file has become shorter.
         """
         with self.file.open("rb") as opened:
+            last = found = None
             for row in rows:
-                start, end = map(int, self._places[row])
-                opened.seek(start)
-                data = opened.read(end - start)
-                if len(data) < end - start:
-                    raise ValueError(f"{self.file}: ends in row {row}, but was longer before; leave it as it is")
-                yield accepted(json_object, data)
+                if row != last:
+                    last, found = row, self._object(opened, row)
+                yield found
+
+    def _object(self, opened: BinaryIO, row: int) -> dict[str, Any] | Drop:
+        start, end = map(int, self._places[row])
+        opened.seek(start)
+        data = opened.read(end - start)
+        if len(data) < end - start:
+            raise ValueError(f"{self.file}: ends in row {row}, but was longer before; leave it as it is")
+        return accepted(json_object, data)
 
 
 def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
@@ -94,16 +103,46 @@ def json_lines(file: epath.Path) -> Iterator[tuple[int, int, int]]:
 
 
 def read_images(folder: epath.Path, names: tuple[str, str]) -> tuple[bytes, bytes] | Drop:
-    """Two files of a folder."""
+    """Two files of a folder.
+
+    Only regular files within the folder are opened, however links lead there: a FIFO would block for ever, a device may
+    never end.
+    """
     found = []
     for name in names:
-        try:
-            found.append((folder / name).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return Drop("image is missing", name)
-        except OSError as error:
-            return Drop("image cannot be read", f"{name}: {error.strerror or error}")
+        data = accepted(_read_image, folder, name)
+        if isinstance(data, Drop):
+            return data
+        found.append(data)
     return found[0], found[1]
+
+
+def _read_image(folder: epath.Path, name: str) -> bytes:
+    try:
+        if "://" not in os.fspath(folder):
+            _check_regular(folder, name)
+        with (folder / name).open("rb") as opened:
+            data = opened.read(MOST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Rejected("image is missing", name) from error
+    except IsADirectoryError as error:
+        raise Rejected("image is no regular file", f"{name}: a folder") from error
+    except OSError as error:
+        raise Rejected("image cannot be read", f"{name}: {error.strerror or error}") from error
+    if len(data) > MOST_BYTES:
+        raise Rejected("image is too large", f"{name}: more than {MOST_BYTES} bytes")
+    return data
+
+
+def _check_regular(folder: epath.Path, name: str) -> None:
+    """Rejects what is no regular file within the folder, before it is opened."""
+    root, path = os.path.realpath(folder), os.path.realpath(folder / name)
+    if os.path.commonpath([root, path]) != root:
+        raise Rejected("path leaves the folder of the set", f"{name}: a link to {path}")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise Rejected("image is no regular file", f"{name}: {kinds.get(stat.S_IFMT(mode), 'a device')}")
 
 
 def named_files(folder: epath.Path, names: Iterable[tuple[str, str] | Drop]) -> list[epath.Path]:

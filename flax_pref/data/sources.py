@@ -86,15 +86,19 @@ def mark(file: epath.Path | Path | HubFile) -> str:
     """Tells a file from what was or will be in its place, without reading it.
 
     Locally these are size, times of the last change of content and of entry, and inode; elsewhere size and ETag or
-    whatever else the store changes when the file is written again. "missing" if there is no such file.
+    whatever else the store changes when the file is written again. "missing" if there is no such file, or it cannot be
+    looked at.
     """
     try:
         if not is_remote(file):
             found = os.stat(file)
             return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+    except OSError:
+        return "missing"
+    try:
         filesystem, path = file[:2] if isinstance(file, HubFile) else url_to_fs(os.fspath(file))
         told = filesystem.info(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return "missing"
     return json.dumps({name: str(told[name]) for name in _MARKS if told.get(name) is not None})
 
@@ -115,9 +119,9 @@ def _open_pick_a_pic(source: Source) -> PickAPic:
         files = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"{path}: no *.parquet in it or in its folder data; expected those of Pick-a-Pic")
-        return PickAPic(_of_split(files, source.split, path))
+        return PickAPic(_regular(_of_split(files, source.split, path)))
     if path.exists():
-        return PickAPic([path])
+        return PickAPic(_regular([path]))
     if not HUB_ID.fullmatch(source.path):
         raise FileNotFoundError(
             f"{path}: no such file or folder, and not the id of a dataset of the Hub (owner/name); expected *.parquet"
@@ -182,12 +186,14 @@ def _json_list(source: Source) -> epath.Path:
         raise FileNotFoundError(
             f"{file}: no such file; expected the JSON list of a split, and there are {', '.join(there) or 'none'}"
         )
-    return file
+    return _regular([file])[0]
 
 
 def _open_folder(source: Source) -> PairFolder:
     path = epath.Path(source.path).expanduser()
-    return PairFolder(path.parent if path.name == NAME else path)
+    folder = path.parent if path.name == NAME else path
+    _regular([folder / NAME])
+    return PairFolder(folder)
 
 
 def _open_webdataset(source: Source) -> Tars:
@@ -196,7 +202,21 @@ def _open_webdataset(source: Source) -> Tars:
     files = sorted(path.glob("*.tar")) or sorted(path.glob("*.tar.*")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise FileNotFoundError(f"{path}: no such file, or no *.tar in this folder; expected a WebDataset")
-    return Tars(files)
+    return Tars(_regular(files))
+
+
+def _regular(files: list[File]) -> list[File]:
+    """The files, none of which is a FIFO, device or folder.
+
+    Raises:
+        ValueError: one is.
+    """
+    for file in files:
+        if not is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError(
+                f"{file}: is no regular file but a folder, FIFO or device; remove it, or copy the file here"
+            )
+    return files
 
 
 _OPENERS: dict[str, Callable[[Source], PairReader]] = {

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from flax_pref.data import fields
+from flax_pref.data.images import MOST_BYTES
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
 T = TypeVar("T")
@@ -288,6 +289,8 @@ def _member(info: tarfile.TarInfo) -> _Member:
         fault = ("path of an entry leaves the archive", ascii(info.name))
     elif not info.isreg() or info.issparse():
         fault = ("entry is no plain file", ascii(info.name))
+    elif part and info.size > MOST_BYTES:
+        fault = ("entry is too large", f"{info.name!a}: {info.size} bytes; at most {MOST_BYTES}")
     return _Member("/".join([*folders, stem]), part, (info.offset_data, info.size), fault)
 
 

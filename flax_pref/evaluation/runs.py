@@ -128,7 +128,7 @@ def read_image(folder: epath.Path, image: ImageFile) -> np.ndarray | str:
     """
     try:
         content = _bytes(folder, (image.file, image.offset, image.size))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return "missing"
     if hashlib.sha256(content).hexdigest() != image.sha256:
         return "changed"

@@ -1,10 +1,13 @@
+import itertools
 import json
+import time
 
 import pytest
 from etils import epath
 from preference_sets import encoded_image, examples, read_all, write_hpdv2, write_hpdv3
 
-from flax_pref.data.hpd import HPDv2, HPDv3
+from flax_pref.data import json_rows
+from flax_pref.data.hpd import HPDv2, HPDv3, _combination
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
 
@@ -77,6 +80,26 @@ def test_each_two_images_that_hpdv2_ranks_are_a_row_and_the_lower_rank_wins(rank
     assert records[2].winner_id == "2.jpg" and records[2].margin == 1.5 and not records[2].winner_first
     assert list(reader.judgements(range(2, 4))) == said[2:]
     assert list(reader.images([3])) == [(encoded_image(3), encoded_image(4))]
+
+
+def test_rankings_of_any_number_of_images_give_each_two_of_them_once_in_order():
+    for n in range(2, 40):
+        assert [_combination(n, i) for i in range(n * (n - 1) // 2)] == list(itertools.combinations(range(n), 2))
+    n = 10**6
+    assert _combination(n, n * (n - 1) // 2 - 1) == (n - 2, n - 1) and _combination(n, n - 1) == (1, 2)
+
+
+def test_a_ranking_of_many_images_is_read_once_not_for_each_two_of_them(ranked, monkeypatch):
+    n = 200
+    record = {"prompt": "a", "image_path": [f"{i}.jpg" for i in range(n)], "rank": list(range(n, 0, -1))}
+    ranked.write_text(json.dumps([record]))
+    reader, parsed, real = opened(HPDv2, ranked), [], json_rows.json_object
+    monkeypatch.setattr(json_rows, "json_object", lambda data: parsed.append(1) or real(data))
+    begun = time.process_time()
+    said = list(reader.judgements(range(len(reader))))
+    assert time.process_time() - begun < 10  # a minute when each row parsed the record and counted up to its two images
+    assert len(said) == n * (n - 1) // 2 and len(parsed) == 1
+    assert said[n] == Judgement("a", 1, ("1.jpg", "3.jpg"), margin=2.0)
 
 
 def test_ranks_that_mean_nothing_are_left_out_and_the_next_prompt_stays(ranked):
@@ -169,7 +192,7 @@ def test_an_image_that_is_not_there_is_left_out_with_its_path(v3):
     (v3.parent / "images" / "2-winner.jpg").mkdir()
     _, records = read_all(opened(HPDv3, change(v3, 3, path2="images/" + "x" * 300)))
     assert records[1] == Drop("image is missing", "images/1-loser.jpg")
-    assert records[2] == Drop("image is missing", "images/2-winner.jpg")
+    assert records[2] == Drop("image is no regular file", "images/2-winner.jpg: a folder")
     assert records[3].reason == "image cannot be read" and records[3].detail.endswith("File name too long")
 
 

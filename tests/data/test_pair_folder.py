@@ -1,16 +1,20 @@
+import contextlib
 import json
+import os
+import socket
 
 import pytest
 from etils import epath
 from preference_sets import examples, read_all, write_pair_folder
 
+from flax_pref.data import json_rows
 from flax_pref.data.pair_folder import PairFolder
 from flax_pref.data.pairs import Drop, Judgement, Tie
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_pair_folder(tmp_path, examples(4, ties=[2]))
+    return write_pair_folder(tmp_path / "set", examples(4, ties=[2]))
 
 
 def opened(folder):
@@ -116,6 +120,46 @@ def test_an_image_that_is_not_there_is_left_out_with_its_path(folder):
     (folder / "images" / "1-winner.jpg").unlink()
     _, records = read_all(opened(folder))
     assert records[1] == Drop("image is missing", "images/1-winner.jpg") and records[3].winner == examples(4)[3].winner
+
+
+def test_only_regular_files_within_the_folder_are_opened_and_all_else_is_a_drop(folder, monkeypatch):
+    image, outside = folder / "images" / "1-winner.jpg", folder.parent / "outside.jpg"
+    image.rename(outside)
+
+    def drop():
+        records = read_all(opened(folder))[1]
+        assert list(records) == [0, 1, 3] and not isinstance(records[0], Drop) and not isinstance(records[3], Drop)
+        return records[1]
+
+    image.mkdir()
+    assert drop() == Drop("image is no regular file", "images/1-winner.jpg: a folder")
+    image.rmdir()
+    os.mkfifo(image)
+    assert drop() == Drop("image is no regular file", "images/1-winner.jpg: a FIFO")
+    image.unlink()
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(image.parent):
+        bound.bind(image.name)
+    assert drop() == Drop("image is no regular file", "images/1-winner.jpg: a socket")
+    image.unlink()
+    for target in (outside, "/dev/zero", "../../outside.jpg", "/proc/self/environ"):
+        image.symlink_to(target)
+        assert drop().reason == "path leaves the folder of the set"
+        assert drop().detail == f"images/1-winner.jpg: a link to {os.path.realpath(image)}"
+        image.unlink()
+    image.symlink_to(image.name)
+    assert drop().reason == "image cannot be read"
+    image.unlink()
+    image.symlink_to("0-winner.jpg")
+    assert drop().winner == (folder / "images" / "0-winner.jpg").read_bytes()
+    monkeypatch.setattr(json_rows, "MOST_BYTES", 5000)
+    image.unlink()
+    image.write_bytes(bytes(5001))
+    assert drop() == Drop("image is too large", "images/1-winner.jpg: more than 5000 bytes")
+
+
+def test_the_folder_itself_may_be_a_link(folder):
+    (folder.parent / "link").symlink_to(folder)
+    assert read_all(opened(folder.parent / "link"))[1][3].winner == examples(4)[3].winner
 
 
 def test_a_folder_without_pairs_and_other_fields_are_named(folder):

@@ -147,6 +147,24 @@ def test_a_folder_without_the_set_and_a_path_that_is_not_there_are_named(tmp_pat
         open_source(Source(layout=layout, path=str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("pick_a_pic", "a.parquet"),
+        ("hpdv2", "train.json"),
+        ("hpdv3", "train.json"),
+        ("folder", "pairs.jsonl"),
+        ("webdataset", "a.tar"),
+    ],
+)
+def test_a_fifo_or_a_folder_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path, layout, name):
+    for make in (os.mkfifo, os.mkdir):
+        (tmp_path / make.__name__).mkdir()
+        make(tmp_path / make.__name__ / name)
+        with pytest.raises(ValueError, match=rf"{name}: is no regular file but a folder, FIFO or device; remove it"):
+            open_source(Source(layout=layout, path=str(tmp_path / make.__name__)))
+
+
 def test_compressed_tars_of_a_folder_are_told_from_none(tmp_path, no_hub):
     (tmp_path / "a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + tar_of([]))
     with pytest.raises(ValueError, match=r"a\.tar\.zst: compressed with zstd"):

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from preference_sets import encoded_image, examples, read_all, tar_of, write_tars
 
+from flax_pref.data import webdataset
 from flax_pref.data.pairs import Drop, Judgement, Tie
 from flax_pref.data.webdataset import Tars
 
@@ -107,6 +108,18 @@ def test_an_entry_that_would_leave_the_archive_drops_its_sample_and_names_it(wri
     assert [record.winner for record in records.values()] == [b"winner of a", b"winner of c"]
     if name in ("../b.loser.png", "/b.loser.png"):
         assert len(said) == 3
+
+
+def test_a_folder_in_the_place_of_an_image_and_a_huge_entry_drop_one_sample(write, monkeypatch):
+    folder = tarfile.TarInfo("b.winner.jpg")
+    folder.type = tarfile.DIRTYPE
+    drop = only_middle_is_dropped(write(*sample("a"), (folder, b""), *sample("b")[1:], *sample("c")))
+    assert drop == Drop("a part is missing", "b: loser, txt; expected winner and loser, or 0 and 1")
+    monkeypatch.setattr(webdataset, "MOST_BYTES", 4000)
+    for member in (("b.winner.jpg", bytes(4001)), ("b.txt", b"x" * 4001)):
+        others = [other for other in sample("b") if other[0] != member[0]]
+        drop = only_middle_is_dropped(write(*sample("a"), *others, member, *sample("c")))
+        assert drop == Drop("entry is too large", f"'{member[0]}': 4001 bytes; at most 4000")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

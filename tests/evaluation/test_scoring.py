@@ -293,6 +293,15 @@ def test_a_reward_that_fails_or_refuses_a_prompt_is_one_line_and_what_is_scored_
     assert score(tmp_path, scorer_of(Brightness(jnp.ones(3)))) == 4
 
 
+def test_a_folder_in_the_place_of_an_image_costs_that_image_only(scorer, tmp_path):
+    draw_run(tmp_path)
+    file = tmp_path / pq.read_table(tmp_path / "manifest.parquet")["file"][1].as_py()
+    file.unlink()
+    file.mkdir()
+    score(tmp_path, scorer)
+    assert table(tmp_path)["problem"].to_pylist() == ["", "missing", "", "", "", ""]
+
+
 def test_a_block_of_zeros_does_not_end_the_images_of_a_foreign_tar(tmp_path):
     draw_run(tmp_path, "webdataset", count=2)
     for name in ("manifest.parquet", "settings.json"):
