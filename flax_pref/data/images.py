@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from flax_pref.data.image_bodies import what_jpeg_lacks, what_png_lacks
 from flax_pref.data.pairs import Drop
 
 SMALLEST_SIDE = 32
@@ -72,6 +73,8 @@ def decode_image(
         if drop := _size_drop(image.size, smallest_side, most_pixels):
             return drop
         image.load()
+        if lacks := _lacks(data, image):
+            return Drop("image is truncated or damaged", f"{len(data)} bytes: its data ends early, it lacks {lacks}")
         image = _rgb(image)
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
@@ -179,6 +182,15 @@ def _opened(data: bytes) -> tuple[Image.Image, bytes]:
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data)), b""
     image = JpegImagePlugin.JpegImageFile(io.BytesIO(data.replace(_EXIF, b"skip\0\0")))
     return image, data[place : place + 2**16]
+
+
+def _lacks(data: bytes, image: Image.Image) -> str:
+    """What an image lacks that was decoded without an error."""
+    if data.startswith(_PNG):
+        return what_png_lacks(data, image)
+    if data.startswith(b"RIFF"):  # its decoder tells
+        return ""
+    return what_jpeg_lacks(data, image, lambda longer: _opened(longer)[0])
 
 
 def _still(data: bytes) -> bytes:

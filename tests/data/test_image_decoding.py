@@ -1,5 +1,6 @@
 import io
 import random
+import re
 import struct
 import warnings
 import zlib
@@ -126,6 +127,91 @@ def test_truncated_images_are_never_taken_for_whole_ones(image_format):
         drop = decode_image(data[: max(20, int(len(data) * share))])
         assert isinstance(drop, Drop) and drop.reason == "image is truncated or damaged", (share, drop)
         assert "\n" not in drop.detail
+
+
+JPEGS = {
+    "plain": {},
+    "444": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "progressive grey": {"progressive": True, "mode": "L"},
+    "optimized": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "grey": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+}
+
+
+def lacking(data):
+    drop = decode_image(data)
+    return (
+        isinstance(drop, Drop) and drop.reason == "image is truncated or damaged" and "data ends early" in drop.detail
+    )
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_whose_data_ends_early_is_not_filled_with_grey(kind):
+    """In good order, with its end mark; or whole, but with a header that claims more rows."""
+    options = dict(JPEGS[kind])
+    data = encoded(smooth(200, 312, options.pop("mode", "RGB")), "JPEG", quality=90, **options)
+    whole = decode_image(data)
+    assert isinstance(whole, Image.Image)
+    scan = data.index(b"\xff\xda") + 20
+    for share in (0.0, 0.02, 0.3, 0.6, 0.9):
+        short = data[: scan + int(share * (len(data) - scan))].rstrip(b"\xff") + b"\xff\xd9"
+        assert np.array(Image.open(io.BytesIO(short))).shape[:2] == (200, 312), "Pillow takes it"
+        assert lacking(short), (share, decode_image(short))
+        assert lacking(short + data), "another image behind its end is not its own"
+    frame = re.search(rb"\xff[\xc0\xc2]..\x08", data, re.DOTALL).end()
+    assert data[frame : frame + 2] == struct.pack(">H", 200)
+    assert lacking(data[:frame] + struct.pack(">H", 2000) + data[frame + 2 :])
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("grey", [127, 128, 129])
+def test_a_whole_jpeg_that_ends_in_grey_is_kept(kind, grey):
+    options = dict(JPEGS[kind])
+    mode = options.pop("mode", "RGB")
+    image = smooth(40, 60)
+    image.paste((grey,) * 3, (0, 20, 60, 40))
+    thumbnail = encoded(smooth(40, 40), "JPEG")
+    data = encoded(image.convert(mode), "JPEG", **options, exif=b"Exif\0\0" + thumbnail)
+    for whole in (data, data + data, data[:-2] + b"left over" + data[-2:]):
+        expected = Image.open(io.BytesIO(whole.replace(b"Exif", b"skip"))).convert("RGB")
+        assert np.array_equal(pixels(decode_image(whole)), np.asarray(expected))
+
+
+def png(image, rows, interlaced=False):
+    """A PNG of an image `[H, W, 3]` with data of its first rows only, in good order."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = [
+        b"\0" + line.tobytes()
+        for left, top, across, down in (passes if interlaced else [(0, 0, 1, 1)])
+        for line in image[top::down, left::across]
+        if line.size
+    ]
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, interlaced)
+    data = chunk(b"IDAT", zlib.compress(b"".join(lines[:rows])))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_whose_data_ends_early_is_not_filled_with_black(interlaced):
+    image = np.asarray(smooth(41, 53)).copy()
+    image[-3:] = 0
+    whole = png(image, None, interlaced)
+    assert np.array_equal(pixels(decode_image(whole)), image)
+    for missing in (1, 2, 20):
+        assert np.array(Image.open(io.BytesIO(png(image, -missing, interlaced)))).shape == image.shape, (
+            "Pillow takes it"
+        )
+        assert lacking(png(image, -missing, interlaced))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_whole_png_that_ends_in_zeros_is_kept(mode):
+    for width in (33, 40):
+        data = encoded(Image.new(mode, (width, 35)), "PNG")
+        assert isinstance(decode_image(data), Image.Image)
 
 
 def test_images_too_small_for_the_network_are_refused():
