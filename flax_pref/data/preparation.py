@@ -11,6 +11,7 @@ remote ones count as changed.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,7 +41,7 @@ from flax_pref.data.prepared import (
 )
 from flax_pref.data.selection import Choice, Selection
 from flax_pref.data.sources import Source, is_remote, mark
-from flax_pref.files import difference, read_json, replacing, write_json
+from flax_pref.files import difference, read_json, remedy, replacing, write_json
 from flax_pref.parallel.hosts import wait_for_others
 
 SETTINGS, DROPPED, INSPECTION, PARTS = "settings.json", "dropped.jsonl", "inspection.html", ".parts"
@@ -136,8 +137,14 @@ class Preparation:
         """Creates the folder, or continues it.
 
         Raises:
-            UserError: it was begun with other settings or another source, or holds something else.
+            UserError: it was begun with other settings or another source, or holds something else, or it cannot be
+                written.
         """
+        with self._told():
+            self._begin()
+        wait_for_others("the folder is there")
+
+    def _begin(self) -> None:
         if self._process == 0:
             file = self.folder / SETTINGS
             if file.is_file():
@@ -154,7 +161,6 @@ class Preparation:
         described = (self.folder / PAIRS / "dataset_info.json").is_file()
         kept = (self.folder / PARTS).is_dir()  # perhaps not where the set was copied to
         self.finished = described and not (kept and None in map(self._part, self._all()))
-        wait_for_others("the folder is there")
 
     def _check_settings(self, begun: dict[str, Any]) -> None:
         if different := difference(*({**all_, "source_sha256": None} for all_ in (begun, self.settings))):
@@ -209,11 +215,11 @@ class Preparation:
         """Writes the shards of this process that are missing.
 
         Raises:
-            UserError: too many rows are damaged.
+            UserError: too many rows are damaged, or the folder cannot be written.
         """
         pending = self.pending()
         count = sum(len(self.selection.rows[self._used(shard)]) for shard in pending if shard.name == PAIRS)
-        with tqdm(total=count, desc="encoding", unit="pair") as progress:
+        with self._told(), tqdm(total=count, desc="encoding", unit="pair") as progress:
             for shard in pending:
                 if shard.name == CAPTIONS:
                     self._write_captions(shard, encoder)
@@ -227,10 +233,11 @@ class Preparation:
             shapes: of the encoder.
 
         Raises:
-            UserError: too many rows are damaged, or no pair is left.
+            UserError: too many rows are damaged, no pair is left, or the folder cannot be written.
         """
         wait_for_others("all shards are written")
-        metadata = self._describe(shapes) if self._process == 0 else {}
+        with self._told():
+            metadata = self._describe(shapes) if self._process == 0 else {}
         wait_for_others("the set is described")
         return metadata
 
@@ -309,6 +316,19 @@ class Preparation:
         return slice(*np.searchsorted(self.selection.rows, (span.start, span.stop)).tolist())
 
     # The whole
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Makes an error of the file system a line for the user."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise UserError(
+                f"{error.filename or self.folder}: {error.strerror}: {remedy(error)}, then run the same command again, "
+                "which writes only what is missing"
+            ) from error
 
     def _shards(self, name: str) -> Iterator[_Shard]:
         return (_Shard(name, i) for i in range(self.counts[name]))

@@ -6,6 +6,7 @@ that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16,
 know: they are stored as the bytes of uint16.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -121,7 +122,11 @@ def shard_name(name: str, shard: int, count: int) -> str:
 
 
 def write_shard(file: Path, features: tfds.features.FeaturesDict, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes records into an ArrayRecord file, which appears when it is complete; how many there were."""
+    """Writes records into an ArrayRecord file, which appears when it is complete; how many there were.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     count, serializer = 0, tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def serialized():
@@ -134,7 +139,13 @@ def write_shard(file: Path, features: tfds.features.FeaturesDict, records: Itera
 
     adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[tfds.core.FileFormat.ARRAY_RECORD]
     with replacing(file) as unfinished:
-        adapter.write_examples(unfinished, serialized())
+        try:
+            adapter.write_examples(unfinished, serialized())
+        except RuntimeError as error:  # ArrayRecord's own, with the system's error as text
+            number = next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
+            if number is None or str(unfinished) not in str(error):
+                raise
+            raise OSError(number, os.strerror(number), str(file)) from error
     return count
 
 

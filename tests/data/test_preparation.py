@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -462,6 +464,52 @@ def test_killed_before_any_file_appears_and_begun_again_a_run_gives_the_same_fil
         assert contents(folder) == expected
     assert survived == 1 + 2 * (3 + 3) + 1 + 2 * 3, "settings, shards with their records, drops, two descriptions"
     assert contents(folder) == expected
+
+
+def test_a_disk_that_fills_up_before_any_file_is_one_line_and_leaves_no_half_file(tmp_path, encoder, monkeypatch):
+    file = write_set(tmp_path / "a.parquet", count=5, damaged=(3,))
+    prepare(tmp_path / "calm", file, encoder, shard_size=4, max_drop_share=0.5)
+    expected, real, left = contents(tmp_path / "calm"), os.replace, 0
+
+    def replace(source, target):
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for steps in range(100):
+        folder, left = tmp_path / f"{steps}", steps
+        try:
+            prepare(folder, file, encoder, shard_size=4, max_drop_share=0.5)
+            break
+        except UserError as error:
+            told = rf"^{folder}.*: No space left on device: free space, then run the same command again, which"
+            assert re.search(told, str(error)) and "\n" not in str(error)
+        assert not [path for path in folder.rglob(".*") if path.name != ".parts"], "half-written"
+        prepare(folder, file, encoder, shard_size=4, max_drop_share=0.5)
+        assert contents(folder) == expected
+    assert steps > 12
+
+
+def test_a_full_disk_is_one_line_and_with_more_space_the_set_is_finished(tmp_path, encoder):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, timeout=10).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        file = write_set(tmp_path / "a.parquet", count=60)
+        with pytest.raises(UserError, match=r"No space left on device: free space, then run the same command again"):
+            prepare(small / "set", file, encoder, shard_size=30)
+        assert not [path for path in (small / "set").rglob(".*") if path.name != ".parts"]
+        subprocess.run([*mount[:4], "remount,size=8m", *mount[5:]], check=True, timeout=10)
+        prepare(small / "set", file, encoder, shard_size=30)
+        prepare(tmp_path / "calm", file, encoder, shard_size=30)
+        assert contents(small / "set") == contents(tmp_path / "calm")
+    finally:
+        subprocess.run(["umount", str(small)], check=True, timeout=10)
 
 
 def test_what_kills_leave_behind_does_not_stay(tmp_path, encoder):
