@@ -6,8 +6,10 @@ that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16,
 know: they are stored as the bytes of uint16.
 """
 
+import bisect
 import errno
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -195,7 +197,10 @@ class PreparedSet(Records):
         expected = f"{folder} to be a prepared set, finished by python -m train.encode"
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         self._pairs, self._captions = (_open(folder / name) for name in (PAIRS, CAPTIONS))
-        self.image_size = tuple(self.metadata["settings"]["size"])
+        try:
+            self.image_size = tuple(self.metadata["settings"]["size"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / PAIRS / 'metadata.json'}: no settings with a size; copy it again") from error
         self.fingerprint = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()
         arrays = self.conditioning(EMPTY)
         self.shapes = Shapes(self.pair(0)["winner"].shape, {name: array.shape for name, array in arrays.items()})
@@ -220,10 +225,47 @@ class PreparedSet(Records):
         return self._captions[caption]["caption"].decode()
 
 
-def _open(folder: Path) -> Sequence[dict[str, Any]]:
-    """The records of one of the two data sets; every file is there and as long as it was written."""
-    builder = tfds.builder_from_directory(folder)
-    split = builder.info.splits[SPLIT]
+class _DataSet(Sequence):
+    """The records of one of the two data sets."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder):
+        split = builder.info.splits[SPLIT]
+        self._files, self._ends = list(map(str, split.filepaths)), list(itertools.accumulate(split.shard_lengths))
+        self._records = builder.as_data_source(split=SPLIT)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Record 0 .. N-1.
+
+        Raises:
+            ValueError: the file is damaged; names it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        try:
+            return self._records[index]
+        except OSError:  # names the file
+            raise
+        except Exception as error:  # ArrayRecord's, and of what decodes the records
+            file = self._files[bisect.bisect_right(self._ends, index)]
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: damaged ({reason}); copy it again, or encode the set again") from error
+
+
+def _open(folder: Path) -> _DataSet:
+    """One of the two data sets; every file is there and as long as it was written."""
+    try:
+        builder = tfds.builder_from_directory(folder)
+        split = builder.info.splits[SPLIT]
+    except OSError:
+        raise
+    except Exception as error:  # of what parses dataset_info.json and features.json
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder}: dataset_info.json or features.json is damaged ({reason}); copy them again"
+        ) from error
     for file in split.filepaths:
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file, but the prepared set has it; copy the whole folder again")
@@ -231,4 +273,4 @@ def _open(folder: Path) -> Sequence[dict[str, Any]]:
     if size != split.num_bytes:
         written = int(split.num_bytes)
         raise ValueError(f"{folder}: its shards have {size} bytes, but {written} were written; copy the folder again")
-    return builder.as_data_source(split=SPLIT)
+    return _DataSet(builder)

@@ -306,6 +306,48 @@ def test_a_shard_that_is_missing_or_cut_is_noticed_when_the_set_is_opened(tmp_pa
         PreparedSet(tmp_path / "nothing")
 
 
+def everything(folder):
+    """All records of a prepared set."""
+    records = PreparedSet(folder)
+    pairs = [records.pair(i) for i in range(len(records))]
+    captions = sorted({EMPTY, *(int(pair["caption"]) for pair in pairs)})
+    arrays = [*pairs, *map(records.conditioning, captions)]
+    return [records.text(i) for i in captions], [array.tobytes() for pair in arrays for array in pair.values()]
+
+
+def test_a_changed_byte_in_a_shard_is_one_line_that_names_it_or_changes_no_record(tmp_path, encoder):
+    prepare(tmp_path / "set", write_set(tmp_path / "a.parquet", count=9), encoder, shard_size=4)
+    expected, rng = everything(tmp_path / "set"), random.Random(0)
+    for name in (PAIRS, CAPTIONS):
+        shard = sorted((tmp_path / "set" / name).glob("*array_record*"))[1]
+        whole, named = shard.read_bytes(), 0
+        used = [place for place, byte in enumerate(whole) if byte]
+        for place in [*used[:40:8], *rng.sample(used, 10), *used[-20::7]]:
+            shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+            try:
+                assert everything(tmp_path / "set") == expected
+            except ValueError as error:
+                assert type(error) is ValueError and "\n" not in str(error)
+                assert str(error).startswith(f"{shard}: damaged (") and "copy it again" in str(error)
+                named += 1
+        assert named > 8
+        shard.write_bytes(whole)
+
+
+def test_descriptions_that_are_damaged_are_named(tmp_path, encoder):
+    prepare(tmp_path / "set", write_set(tmp_path / "a.parquet", count=4), encoder)
+    for name in (PAIRS, CAPTIONS):
+        for file in ("dataset_info.json", "features.json", "metadata.json"):
+            whole = (tmp_path / "set" / name / file).read_bytes()
+            for damage in (b"", whole[: len(whole) // 2], b"{}", b"[]", b"\xff" + whole[1:]):
+                (tmp_path / "set" / name / file).write_bytes(damage)
+                try:
+                    assert everything(tmp_path / "set")
+                except (ValueError, FileNotFoundError) as error:
+                    assert str(tmp_path / "set" / name) in str(error)
+            (tmp_path / "set" / name / file).write_bytes(whole)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources that change
 
