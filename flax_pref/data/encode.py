@@ -241,7 +241,14 @@ class EncodedSet(Records):
         self.drops = dict(selection.drops)
         self._pairs: list[dict[str, np.ndarray]] = []
         caption_of = dict(zip(selection.rows.tolist(), selection.caption_of.tolist(), strict=True))
-        encoded = encoder.pairs(zip(selection.rows.tolist(), pairs(reader, selection.rows), strict=True))
+        images = hashlib.sha256()
+
+        def read():
+            for row, pair in zip(selection.rows.tolist(), pairs(reader, selection.rows), strict=True):
+                images.update(image_digest(pair).encode())
+                yield row, pair
+
+        encoded = encoder.pairs(read())
         for row, result in tqdm(encoded, "encoding pairs", len(selection.rows), unit="pair"):
             if isinstance(result, Drop):
                 self.drops[row] = result
@@ -251,7 +258,8 @@ class EncodedSet(Records):
         account(selection, len(self._pairs), self.drops)
         self._captions = list(encoder.captions([None, *selection.captions]))
         self.shapes, self.image_size = encoder.shapes, encoder.encoding.size
-        self.fingerprint = hashlib.sha256(json.dumps(digests(selection)).encode()).hexdigest()
+        known = {**digests(selection), "images": images.hexdigest()}
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -280,6 +288,14 @@ def digests(selection: Selection) -> dict[str, str]:
         captions.update(caption.encode() + b"\0")
     rows = hashlib.sha256(selection.rows.tobytes())
     return {"rows": rows.hexdigest(), "captions": captions.hexdigest(), **selection.said}
+
+
+def image_digest(pair: PreferencePair | Drop) -> str:
+    """SHA-256 of both images, the first 16 hexadecimal digits, or why there are none."""
+    if isinstance(pair, Drop):
+        return pair.reason
+    winner = hashlib.sha256(pair.winner).digest()
+    return hashlib.sha256(winner + pair.loser).hexdigest()[:16]
 
 
 def account(selection: Selection, count: int, drops: Mapping[int, Drop]) -> None:

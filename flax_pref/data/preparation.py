@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_pref.config import UserError
-from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, numbered
-from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
+from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, image_digest, numbered
+from flax_pref.data.pairs import Drop, PairReader, pairs
 from flax_pref.data.prepared import (
     CAPTIONS,
     PAIRS,
@@ -190,7 +190,7 @@ class Preparation:
                 raise self._changed(str(changed[0]), "its size or modification mark is another one")
             read = tqdm(pairs(self.reader, rows), f"shard {shard.number}: images changed? reading", len(rows))
             for row, pair, was in zip(rows, read, noted["images"], strict=True):
-                if _sha256(pair) != was:
+                if image_digest(pair) != was:
                     file, number = self.reader.where(row)
                     raise self._changed(f"{file}, row {number}", "its images are other ones")
             self._note(shard, {**noted, "marks": marks})
@@ -262,7 +262,7 @@ class Preparation:
 
         def read():
             for row, pair in zip(rows, pairs(self.reader, rows), strict=True):
-                images.append(_sha256(pair))
+                images.append(image_digest(pair))
                 yield row, pair
 
         def records():
@@ -295,9 +295,11 @@ class Preparation:
     def _part(self, shard: _Shard) -> dict[str, Any] | None:
         """What was noted of a finished shard; None: it is not finished."""
         if shard not in self._noted and self._part_file(shard).is_file():
-            noted = read_json(self._part_file(shard), expected="the record of a shard")
+            noted = {}
+            with contextlib.suppress(ValueError):  # a damaged record is written again, with its shard
+                noted = read_json(self._part_file(shard), expected="the record of a shard")
             file = self._file(shard)
-            if file.is_file() and file.stat().st_size == noted["bytes"]:
+            if file.is_file() and file.stat().st_size == noted.get("bytes"):
                 self._noted[shard] = noted
         return self._noted.get(shard)
 
@@ -398,11 +400,3 @@ def _marks(files: Sequence[Any]) -> list[str]:
     """SHA-256 of the marks of files, the first 16 digits."""
     with ThreadPoolExecutor(16) as pool:
         return [hashlib.sha256(found.encode()).hexdigest()[:16] for found in pool.map(mark, files)]
-
-
-def _sha256(pair: PreferencePair | Drop) -> str:
-    """Of both images, the first 16 digits, or why there are none."""
-    if isinstance(pair, Drop):
-        return pair.reason
-    winner = hashlib.sha256(pair.winner).digest()
-    return hashlib.sha256(winner + pair.loser).hexdigest()[:16]

@@ -402,6 +402,32 @@ def test_a_source_with_other_images_or_labels_is_not_mixed_with_what_it_was(tmp_
     assert contents(tmp_path / "set") == contents(tmp_path / "calm")
 
 
+def test_sets_of_other_images_or_labels_have_other_fingerprints_in_memory_and_on_disk(tmp_path, encoder):
+    rows = preference_sets.examples(3, size=(64, 64))
+    others = (
+        rows[1]._replace(winner=rows[1].loser, loser=rows[1].winner),
+        rows[1]._replace(winner_first=True),
+        rows[1]._replace(caption="another"),
+    )
+    found = set()
+    for i, row in enumerate((rows[1], *others)):
+        source = preference_sets.write_pick_a_pic(tmp_path / f"source {i}", [rows[0], row, rows[2]])
+        prepare(tmp_path / f"{i}", source, encoder)
+        found |= {EncodedSet(encoder, *opened(source)).fingerprint, PreparedSet(tmp_path / f"{i}").fingerprint}
+    assert len(found) == 8
+    assert EncodedSet(encoder, *opened(tmp_path / "source 0")).fingerprint in found
+
+
+def test_a_damaged_record_of_a_shard_costs_that_shard_only(tmp_path, encoder):
+    file = write_set(tmp_path / "a.parquet", count=9)
+    prepare(tmp_path / "set", file, encoder)
+    before = contents(tmp_path / "set")
+    for damage in (b"", b"{}", b"[]", b"\xff"):
+        (tmp_path / "set/.parts/pairs-00001.json").write_bytes(damage)
+        prepare(tmp_path / "set", file, encoder)
+        assert contents(tmp_path / "set") == before
+
+
 def test_images_of_a_source_that_nobody_touched_are_not_read_again(tmp_path, encoder, monkeypatch):
     rows, source = preference_sets.examples(6, size=(64, 64)), tmp_path / "source"
     preference_sets.write_pair_folder(source, rows)
