@@ -38,7 +38,7 @@ def load_config(arguments: Sequence[str], kind: type[C]) -> C:
     Raises:
         SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
     """
-    program = f"python -m {_program()}"
+    program = f"python -m {program_name()}"
     if not arguments or arguments[0].startswith("-"):
         _refuse(
             f"no config file; usage: {program} CONFIG.py [--FIELD VALUE ...], e.g. CONFIG.py from the folder configs/"
@@ -60,7 +60,7 @@ def parse_flags(arguments: Sequence[str], kind: Any) -> Any:
     Raises:
         SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
     """
-    return _parse(kind, arguments, f"python -m {_program()}")
+    return _parse(kind, arguments, f"python -m {program_name()}")
 
 
 def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
@@ -74,7 +74,8 @@ def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
         raise
 
 
-def _program() -> str:
+def program_name() -> str:
+    """The program as `python -m` takes it, such as train.modules."""
     spec = sys.modules["__main__"].__spec__ if "__main__" in sys.modules else None
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 

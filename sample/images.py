@@ -9,6 +9,8 @@ the small one of this package. Killed and started again with the same flags, the
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 import signal
 import sys
@@ -34,6 +36,7 @@ from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
+from flax_pref.parallel.agreement import Content, agree, code, flat
 from flax_pref.parallel.hosts import join, wait_for_others, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import StopTogether, anywhere, stopped_by
@@ -90,6 +93,10 @@ class Config(Drawing):
             raise UserError(f"--seed {self.seed} and --seeds {self.seeds}: expected one of them")
 
 
+# What may differ between hosts: how each works, and where inputs lie, of which the content is compared.
+FREE_OF_HOSTS = ("hosts", "model", "module", "module_base", "prompts", "batch_size", "mesh", "attention")
+
+
 def main(arguments: list[str]) -> None:
     """Draws and writes the images."""
     config = with_preset(parse_flags(arguments, Config))
@@ -100,16 +107,19 @@ def main(arguments: list[str]) -> None:
 
 def run(config: Config, process: int, processes: int) -> None:
     """Draws and writes the images of one of several processes, or of a single one."""
+    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
     check_file_systems(config.out, config.prompts)
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)
     prompts = prompts_of(config)
     items = [Item(prompt, seed) for prompt in prompts for seed in seeds_of(config)]
     folder = find_checkpoint(config.model, variant=config.variant)
+    settings = settings_of(config, folder, sources)
+    agree(lambda: flat({**settings, **prompts_as_content(config, prompts)}, free=("model", "module_base")))
     images = ImageSet(
         config.out,
         items,
-        settings_of(config, folder, sources),
+        settings,
         layout=config.layout or ("flat" if config.prompts is None else "webdataset"),
         image_format=config.format,
         shard_size=config.shard_size,
@@ -221,6 +231,12 @@ def prompts_of(config: Config) -> list[Prompt]:
     if config.prompts is not None:
         return read_prompts(config.prompts, column=config.column)
     return [Prompt(i, text, "", {"prompt": text}) for i, text in enumerate(config.prompt)]
+
+
+def prompts_as_content(config: Config, prompts: Sequence[Prompt]) -> dict[str, Content]:
+    """What hosts compare of the prompts."""
+    texts = json.dumps([(prompt.id, prompt.text, prompt.group) for prompt in prompts])
+    return {"prompts": Content(config.prompts or "--prompt", hashlib.sha256(texts.encode()).hexdigest())}
 
 
 def seeds_of(config: Config) -> list[int]:

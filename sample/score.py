@@ -12,6 +12,8 @@ add. Killed and started again with the same flags, the program goes on where it 
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import re
 import signal
 import sys
@@ -29,10 +31,12 @@ from tqdm import tqdm
 from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.config import UserError, check_file_systems, parse_flags, run_main
-from flax_pref.data.prompts import read_prompts
+from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
+from flax_pref.parallel.agreement import Content, Fact, agree, code, flat
+from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.rewards.remote import is_remote
@@ -65,6 +69,9 @@ class Config:
     """How to use the devices: all of them share out the images."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the networks compute in. In float32 TPUs and GPUs multiply in full precision, not in what is fastest."""
+    hosts: str | None = None
+    """Other processes that share out the folders; None: those of a TPU pod, Slurm or Open MPI, where there are any; or
+    auto, none, or ADDRESS:PORT,PROCESSES,NUMBER."""
 
     def __post_init__(self):
         if not self.runs:
@@ -94,12 +101,24 @@ class Wanted(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Scores what is not scored yet, and tells the means."""
     config = parse_flags(arguments, Config)
+    process, processes = join(config.hosts)
+    with watched():
+        run(config, process, processes)
+
+
+def run(config: Config, process: int, processes: int) -> None:
+    """Scores every `processes`-th folder: the part of one of several processes, or all of it."""
     check_file_systems(*config.runs, config.prompts)
     wanted = wanted_of(config)
     prompts = None if config.prompts is None else read_prompts(config.prompts, column=config.column)
+    agree(lambda: compared(config, wanted, prompts))
+    folders = list(dict.fromkeys(str(epath.Path(run)) for run in config.runs))[process::processes]
+    if not folders:
+        print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
+        return
     with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
         tables = []
-        for folder in dict.fromkeys(str(epath.Path(run)) for run in config.runs):
+        for folder in folders:
             run = open_run(folder, prompts)
             if run.told:
                 print(f"{folder}: no manifest; {len(run.rows)} images, {run.told}")
@@ -205,6 +224,21 @@ def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:
             else {"clip": config.clip}
         )
     return of
+
+
+# What may differ between hosts: where inputs lie, of which the content is compared.
+FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
+
+
+def compared(config: Config, wanted: Sequence[Wanted], prompts: Sequence[Prompt] | None) -> dict[str, Fact]:
+    """What all hosts must have alike."""
+    columns = {label(one): one.of for one in wanted}
+    texts = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in prompts or ()]).encode()).hexdigest()
+    return (
+        flat(config, free=FREE_OF_HOSTS)
+        | flat({"rewards": ", ".join(columns), "prompts": Content(config.prompts or "none", texts), **columns})
+        | code()
+    )
 
 
 def tokenizer_of(config: Config, name: str) -> str | None:

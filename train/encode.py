@@ -24,8 +24,12 @@ from flax_pref.data.sources import open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
 from flax_pref.files import one_writer
 from flax_pref.models.platform import default_dtype
+from flax_pref.parallel.agreement import Content, agree, code, flat
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
+
+# What may differ between hosts. Of the inputs, which may lie elsewhere, the content is compared when it is known.
+FREE_OF_HOSTS = ("hosts", "model", "source.path", "mesh", "encoding.batch_size")
 
 
 def main(arguments: list[str]) -> None:
@@ -38,6 +42,7 @@ def main(arguments: list[str]) -> None:
 
 def run(config: EncodeConfig, process: int, processes: int) -> None:
     """The part of one of several processes, or all of it."""
+    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
     reader = open_source(config.source)
     if config.inspect:
         selection = _selection(reader, config, process)
@@ -63,6 +68,7 @@ def encode(reader: PairReader, config: EncodeConfig, process: int, processes: in
         process_index=process,
         process_count=processes,
     )
+    agree(lambda: flat(contents_of(preparation, config), free=("model", "source.path")))
     preparation.begin()
     if preparation.finished:
         print(f"{config.output}: is complete; nothing to do")
@@ -116,6 +122,13 @@ def inspect(reader: PairReader, selection: Selection, config: EncodeConfig) -> N
         decode=partial(decode_image, smallest_side=config.encoding.smallest_side),
     )
     print(f"wrote {file}")
+
+
+def contents_of(preparation: Preparation, config: EncodeConfig) -> dict[str, Any]:
+    """The settings that the set is begun with, in which hashes tell what the inputs hold, wherever they lie."""
+    settings = preparation.settings
+    hashes = {f"model.{part}": Content(config.model, sha256) for part, sha256 in settings["model_sha256"].items()}
+    return {**settings, "selection": Content(config.source.path, settings["selection"]), "model_sha256": hashes}
 
 
 def settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:

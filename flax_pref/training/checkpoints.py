@@ -212,11 +212,17 @@ class RunCheckpoints:
         return self.folder / str(step)
 
     def _check_settings(self, now: dict[str, Any]) -> None:
-        """Settings of a run that has saved nothing yet may change: it has only failed to begin."""
+        """Settings of a run that has saved nothing yet may change: it has only failed to begin.
+
+        The first process checks for all: the hosts have agreed, and paths of inputs may be others on each.
+        """
+        self._unwritten = None
+        if jax.process_index() != 0:
+            return
         file = self.folder / SETTINGS
         steps = _steps(self.folder)
         begun = _read_settings(file) if file.exists() else None
-        if begun is None and steps and jax.process_index() == 0:
+        if begun is None and steps:
             raise UserError(f"{file}: missing beside checkpoints; restore it, or choose another --output")
         if begun is not None and begun != now and any((self._path(step) / MANIFEST).exists() for step in steps):
             raise UserError(

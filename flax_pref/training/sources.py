@@ -1,13 +1,14 @@
 """Where the batches of a run come from: a prepared set of pairs, or images that the run itself draws."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.data.pipeline import PairBatches
-from flax_pref.data.prompts import read_prompts
+from flax_pref.data.prompts import Prompt
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.rollouts import Prompts, RolloutConfig
@@ -67,15 +68,17 @@ class OnlineConfig:
     """Height and width of the images in pixels."""
 
 
-def read_online_prompts(config: OnlineConfig, pipeline: Pipeline, *, sizes: bool) -> Prompts:
+def encode_online_prompts(
+    prompts: Sequence[Prompt], config: OnlineConfig, pipeline: Pipeline, *, sizes: bool
+) -> Prompts:
     """The prompts of an online run, encoded.
 
     Args:
-        config: names the file.
+        prompts: from the config's file.
+        config: of the images.
         pipeline: encodes.
         sizes: whether the UNet is told the size of images, as that of SDXL is.
     """
-    prompts = read_prompts(config.prompts, column=config.column)
     captions = [prompt.text for prompt in prompts]
     text, empty = encode_prompts(pipeline, captions), encode_empty(pipeline)
     if sizes:

@@ -8,9 +8,11 @@ runs/dpo/modules/          what it has trained
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import (
     COMPONENTS,
     LAYOUT,
@@ -33,6 +36,7 @@ from flax_pref.checkpoints.weights import (
 from flax_pref.config import UserError, check_output_folder, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
+from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
@@ -41,6 +45,7 @@ from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
+from flax_pref.parallel.agreement import Content, agree, code, flat
 from flax_pref.parallel.memory import budget, memory_limit
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import compile_and_count, peak_of
@@ -57,7 +62,7 @@ from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder
 from flax_pref.training.rollouts import Rollouts
 from flax_pref.training.samples import SampleConfig, Samples
-from flax_pref.training.sources import OnlineConfig, Pairs, Source, read_online_prompts
+from flax_pref.training.sources import OnlineConfig, Pairs, Source, encode_online_prompts
 from flax_pref.training.step import TrainState, make_step, new_state
 
 PATIENCE = 10  # steps in a row that are not finite, which end a run
@@ -170,6 +175,11 @@ FREE = (
     *("export_only", "record_every", "profile"),
 )
 FREE_OF_INPUT = ("threads", "prefetch", "workers")
+# What may differ between hosts. Inputs may lie elsewhere on each: `contents_of` has what must be alike of them.
+FREE_OF_HOSTS = (
+    *("hosts", "host_timeout", "data", "model", "init_from", "online.prompts"),
+    *(f"input.{name}" for name in FREE_OF_INPUT),
+)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -181,6 +191,35 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     if config.optimizer.schedule == "constant":
         del settings["steps"]  # such a run can be made longer
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def contents_of(
+    config: TrainConfig, folder: Path, records: PreparedSet | None, prompts: Sequence[Prompt]
+) -> dict[str, Content]:
+    """What the files hold that a run reads, by the names of the settings; see `FREE_OF_HOSTS`.
+
+    Args:
+        config: of the run.
+        folder: of the base.
+        records: the prepared set, if there is one.
+        prompts: of an online run.
+    """
+    names = ["unet", "vae", "scheduler"]
+    if config.online or config.samples.every:  # images are drawn
+        names += ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+    parts = {f"model.{name}": folder / name for name in names if (folder / name).is_dir()}
+    contents = {name: Content(part, fingerprint(part)) for name, part in parts.items()}
+    if records is not None:
+        contents["data"] = Content(config.data, records.fingerprint)
+    if config.init_from is not None:
+        contents["init_from"] = Content(config.init_from, fingerprint(config.init_from))
+    if config.online is not None:
+        texts = json.dumps([(prompt.id, prompt.text) for prompt in prompts])
+        contents["online.prompts"] = Content(config.online.prompts, hashlib.sha256(texts.encode()).hexdigest())
+        for reward in config.online.rewards:
+            if reward.path is not None and (path := Path(reward.path).expanduser()).exists():
+                contents[f"online.rewards.{reward.name}"] = Content(path, fingerprint(path, SAFE + PICKLED))
+    return contents
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,6 +234,7 @@ def train(config: TrainConfig) -> None:
         FloatingPointError: too many steps in a row were not finite.
         SystemExit: with `PREEMPTED`, after SIGTERM; what has been trained is saved.
     """
+    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
     if jax.process_index() == 0:
         check_output_folder(config.output)
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
@@ -358,6 +398,8 @@ class Run:
         self.records = None if config.data is None else PreparedSet(config.data)
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
+        self.prompts = [] if config.online is None else read_prompts(config.online.prompts, column=config.online.column)
+        agree(lambda: flat(contents_of(config, self.folder, self.records, self.prompts)))
         scheduler_file = self.folder / "scheduler" / "scheduler_config.json"
         self.schedule = NoiseSchedule.from_dict(read_json(scheduler_file, expected=LAYOUT))
         self.base = self._load_base()
@@ -420,7 +462,7 @@ class Run:
                 self.program.trained.predict,
                 self.frozen,
                 self.encoders.vae,
-                read_online_prompts(config.online, self.encoders, sizes=sizes),
+                encode_online_prompts(self.prompts, config.online, self.encoders, sizes=sizes),
                 make_reward(config.online.rewards),
                 self.encoders.scheduler_config,
                 config.online.rollouts,

@@ -154,7 +154,7 @@ def tiny_set(
         arrays = {name: bits(array.astype(jnp.bfloat16)) for name, array in drawn.items()}
         return {"caption": ("", *TEXTS)[i], **arrays}
 
-    metadata = {"settings": {"size": list(size)}, "family": family, "mirrored": mirrored}
+    metadata = {"settings": {"size": list(size)}, "counts": {"pairs": pairs}, "family": family, "mirrored": mirrored}
     for name, features, record, count in (
         (CAPTIONS, caption_features(shapes), caption, 1 + len(TEXTS)),
         (PAIRS, pair_features(shapes), pair, pairs),
