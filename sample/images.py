@@ -36,7 +36,7 @@ from flax_pref.evaluation.image_files import ImageFormat
 from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
-from flax_pref.parallel.agreement import Content, agree, code, flat
+from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, wait_for_others, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import StopTogether, anywhere, stopped_by
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
 def run(config: Config, process: int, processes: int) -> None:
     """Draws and writes the images of one of several processes, or of a single one."""
-    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
+    begin_together(config, FREE_OF_HOSTS)
     check_file_systems(config.out, config.prompts)
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)

@@ -35,7 +35,7 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
-from flax_pref.parallel.agreement import Content, Fact, agree, code, flat
+from flax_pref.parallel.agreement import Content, Fact, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
@@ -108,10 +108,11 @@ def main(arguments: list[str]) -> None:
 
 def run(config: Config, process: int, processes: int) -> None:
     """Scores every `processes`-th folder: the part of one of several processes, or all of it."""
+    begin_together(config, FREE_OF_HOSTS)
     check_file_systems(*config.runs, config.prompts)
     wanted = wanted_of(config)
     prompts = None if config.prompts is None else read_prompts(config.prompts, column=config.column)
-    agree(lambda: compared(config, wanted, prompts))
+    agree(lambda: contents_of(config, wanted, prompts))
     folders = list(dict.fromkeys(str(epath.Path(run)) for run in config.runs))[process::processes]
     if not folders:
         print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
@@ -230,15 +231,11 @@ def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:
 FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
 
 
-def compared(config: Config, wanted: Sequence[Wanted], prompts: Sequence[Prompt] | None) -> dict[str, Fact]:
-    """What all hosts must have alike."""
+def contents_of(config: Config, wanted: Sequence[Wanted], prompts: Sequence[Prompt] | None) -> dict[str, Fact]:
+    """What the inputs hold, wherever they lie."""
     columns = {label(one): one.of for one in wanted}
     texts = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in prompts or ()]).encode()).hexdigest()
-    return (
-        flat(config, free=FREE_OF_HOSTS)
-        | flat({"rewards": ", ".join(columns), "prompts": Content(config.prompts or "none", texts), **columns})
-        | code()
-    )
+    return flat({"rewards": ", ".join(columns), "prompts": Content(config.prompts or "none", texts), **columns})
 
 
 def tokenizer_of(config: Config, name: str) -> str | None:

@@ -24,7 +24,7 @@ from flax_pref.data.sources import open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
 from flax_pref.files import one_writer
 from flax_pref.models.platform import default_dtype
-from flax_pref.parallel.agreement import Content, agree, code, flat
+from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 
 def run(config: EncodeConfig, process: int, processes: int) -> None:
     """The part of one of several processes, or all of it."""
-    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
+    begin_together(config, FREE_OF_HOSTS)
     reader = open_source(config.source)
     if config.inspect:
         selection = _selection(reader, config, process)

@@ -1,6 +1,6 @@
 """Proof that all hosts of a program do the same work: the same settings, the same code, the same inputs.
 
-    agree(lambda: {**flat(config, free=("hosts",)), **code()})
+    begin_together(config, free=("hosts",))
     agree(lambda: flat({"data": Content(config.data, records.fingerprint)}))
 
 Without it, hosts that were started with different flags would train together and end without an error: each computes
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # Orbax uses the service in the same way; JAX has no public name for it
 
 import flax_pref
 from flax_pref.config import UserError, program_name
+from flax_pref.parallel.hosts import wait_for_others
 
 PACKAGES = (
     *("flax-pref", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "grain"),
@@ -37,6 +37,7 @@ OPTIONS = (
 )
 """Of JAX, which users set by the environment, and on which results depend."""
 
+TIMEOUT = 50  # seconds until a host that says nothing is given up
 PAUSE = 1.0  # seconds
 LISTED = 5  # differences that a message has
 LONGEST = 80  # characters of a value in a message
@@ -66,36 +67,69 @@ class Fact(NamedTuple):
     text: str = ""
 
 
-def agree(facts: Callable[[], Mapping[str, Fact]]) -> None:
-    """Returns if all hosts have the same facts; all processes call it at the same place, after `join`.
+def begin_together(config: Any, free: Collection[str] = ()) -> None:
+    """Returns if all hosts have the same settings and the same code; to be called right after `join`.
 
-    A hash of the facts is compared first, so hosts that agree exchange 32 bytes. With one process this does nothing.
+    With one process this does nothing.
 
     Args:
-        facts: called if there are several processes; facts by name, as `flat` and `code` make them.
+        config: dataclass of the settings.
+        free: names of settings that may differ.
 
     Raises:
         UserError: on every host, with what differs and the value of every host.
     """
-    if jax.process_count() == 1:
-        return
-    devices = [sum(device.process_index == host for device in jax.devices()) for host in range(jax.process_count())]
-    if len(set(devices)) > 1:  # known without asking the others, who could not answer: JAX needs equal numbers for that
-        _refuse({"devices": [str(count) for count in devices]})
-    own = facts()
+    if jax.process_count() > 1:
+        _compare(flat(config, free=free) | code())
+
+
+def agree(facts: Callable[[], Mapping[str, Fact]]) -> None:
+    """Returns if all hosts have the same facts; all processes call it at the same place, after `begin_together`.
+
+    With one process this does nothing.
+
+    Args:
+        facts: called if there are several processes; facts by name, as `flat` makes them.
+
+    Raises:
+        UserError: on every host, with what differs and the value of every host.
+    """
+    if jax.process_count() > 1:
+        own = facts()
+        wait_for_others("agree")  # which notices at once if one of them has ended
+        _compare(own)
+
+
+_NUMBER = itertools.count()  # of comparisons, the same on all hosts
+
+
+def _compare(own: Mapping[str, Fact]) -> None:
+    """Raises the error of `agree`.
+
+    Hosts exchange a hash first. They do so by the service that they have joined, not by their devices: between hosts
+    with other versions or options of JAX a computation may abort or hang.
+    """
+    client, host, hosts = distributed.global_state.client, jax.process_index(), range(jax.process_count())
+    place = f"flax_pref/agreement/{next(_NUMBER)}"
     values = json.dumps({name: fact.value for name, fact in own.items()}, sort_keys=True)
-    digest = hashlib.sha256(values.encode()).digest()
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    if (digests == digests[0]).all():
+    digest = hashlib.sha256(values.encode()).hexdigest()
+    client.key_value_set(f"{place}/facts/{host}", json.dumps(own))
+    client.key_value_set(f"{place}/digest/{host}", digest)
+
+    def read(what: str, of: int) -> str:
+        try:
+            return client.blocking_key_value_get(f"{place}/{what}/{of}", 1000 * TIMEOUT)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"host {of} does not say in {TIMEOUT} s how it was started; start the same command with the same code "
+                "on every host"
+            ) from error
+
+    if all(read("digest", of) == digest for of in hosts):
         return
-    told = json.dumps(own).encode()
-    sizes = multihost_utils.process_allgather(np.array(len(told)))
-    texts = multihost_utils.process_allgather(np.frombuffer(told.ljust(sizes.max()), np.uint8))
-    _refuse(differing([json.loads(text.tobytes()) for text in texts]))
-
-
-def _refuse(differences: Mapping[str, Sequence[str]]) -> None:
-    if jax.process_index() == 0:
+    differences = differing([json.loads(read("facts", of)) for of in hosts])
+    client.wait_at_barrier(f"{place}/read", 1000 * TIMEOUT)
+    if host == 0:
         time.sleep(PAUSE)  # where the first process ends, JAX ends the others at once: they first say why themselves
     raise UserError(
         f"the hosts differ in {described(differences)}; start the same command with the same code and inputs on every "
@@ -165,8 +199,8 @@ def flat(value: Any, name: str = "", free: Collection[str] = ()) -> dict[str, Fa
 
 @functools.cache
 def code() -> dict[str, Fact]:
-    """What computes: the program, versions of packages, options of JAX, and a digest of every source file."""
-    facts = {"program": program_name()}
+    """What computes: program, number of devices, versions of packages, options of JAX, digest of every source file."""
+    facts = {"program": program_name(), "devices": str(jax.local_device_count())}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[f"version of {package}"] = metadata.version(package)

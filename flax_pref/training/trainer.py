@@ -45,7 +45,7 @@ from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
-from flax_pref.parallel.agreement import Content, agree, code, flat
+from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.memory import budget, memory_limit
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import compile_and_count, peak_of
@@ -234,7 +234,7 @@ def train(config: TrainConfig) -> None:
         FloatingPointError: too many steps in a row were not finite.
         SystemExit: with `PREEMPTED`, after SIGTERM; what has been trained is saved.
     """
-    agree(lambda: flat(config, free=FREE_OF_HOSTS) | code())
+    begin_together(config, FREE_OF_HOSTS)
     if jax.process_index() == 0:
         check_output_folder(config.output)
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,11 +16,10 @@ import pytest
 from PIL import Image
 
 import flax_pref
-from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
 from flax_pref.evaluation.image_set import ImageSet, Item
 from flax_pref.parallel import agreement
-from flax_pref.parallel.agreement import LISTED, Content, Fact, agree, code, described, differing, flat
+from flax_pref.parallel.agreement import LISTED, Content, Fact, agree, begin_together, code, described, differing, flat
 from flax_pref.training.methods import NPO, DiffusionDPO
 from flax_pref.training.trainer import FREE_OF_HOSTS
 from tests.training.tiny import tiny_run, tiny_set, tiny_world
@@ -102,15 +100,8 @@ def test_versions_and_every_source_file_are_compared(tmp_path, monkeypatch):
 
 
 def test_alone_nothing_is_computed_or_compared():
+    begin_together(None)
     agree(lambda: pytest.fail("asked"))
-
-
-def test_hosts_with_different_numbers_of_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(agreement, "PAUSE", 0.0)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=host) for host in (0, 0, 1)])
-    with pytest.raises(UserError, match=r"^the hosts differ in devices: 2 on host 0, 1 on host 1; start the same"):
-        agree(dict)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
