@@ -5,6 +5,7 @@ fields: `python -m train.base configs/demo/base.py --diffusion.steps 100`. Every
 stderr and a non-zero exit.
 """
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -16,12 +17,14 @@ import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import tyro
 from etils import epath
 
 C = TypeVar("C")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class UserError(Exception):
@@ -36,18 +39,47 @@ def load_config(arguments: Sequence[str], kind: type[C]) -> C:
         kind: dataclass that the file's `config` must be an instance of.
 
     Raises:
-        SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
+        SystemExit: after one line on stderr, with status 2; with status 0 after `--help`, which without a config file
+            shows how to call the program and which configs there are.
     """
     program = f"python -m {program_name()}"
     if not arguments or arguments[0].startswith("-"):
-        _refuse(
-            f"no config file; usage: {program} CONFIG.py [--FIELD VALUE ...], e.g. CONFIG.py from the folder configs/"
-        )
+        usage = f"usage: {program} CONFIG.py [--FIELD VALUE ...]"
+        if {"--help", "-h"} & set(arguments):
+            print(_overview(usage, program, kind))
+            raise SystemExit(0)
+        _refuse(f"no config file; {usage}; {program} --help lists the configs")
     file, *flags = arguments
     config = _execute(Path(file))
     if not isinstance(config, kind):
         _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {getattr(kind, '__name__', kind)}")
     return _parse(kind, flags, f"{program} {file}", default=config, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _overview(usage: str, program: str, kind: Any) -> str:
+    """How to call a program, and the configs of this project that it reads."""
+    lines = [usage] if get_args(kind) else [usage, "", kind.__doc__.strip().splitlines()[0]]
+    titles = {file: title for file in sorted(CONFIGS.glob("*/*.py")) if (title := _title(file, kind)) is not None}
+    here = Path.cwd()
+    shown = {
+        str(file.relative_to(here) if file.is_relative_to(here) else file): title for file, title in titles.items()
+    }
+    width = max(map(len, shown), default=0)
+    lines += [
+        "",
+        "configs:" if shown else f"There are no configs of this program in {CONFIGS}; see those of its repository.",
+    ]
+    lines += [f"  {file:{width}}  {title}" for file, title in shown.items()]
+    lines += ["", f"{program} CONFIG.py --help lists every field, what it does and its value in that config."]
+    return "\n".join(lines)
+
+
+def _title(file: Path, kind: Any) -> str | None:
+    """The first line of a config's docstring; None: it is of another kind."""
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        if isinstance(_execute(file), kind):
+            return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return None
 
 
 def parse_flags(arguments: Sequence[str], kind: Any) -> Any:

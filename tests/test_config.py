@@ -1,10 +1,11 @@
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
-from flax_pref.config import UserError, check_output_folder, dump_config, load_config, run_main
+from flax_pref.config import CONFIGS, UserError, check_output_folder, dump_config, load_config, run_main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,50 @@ def test_help_describes_the_fields(file, capsys):
         load_config([str(file), "--help"], Config)
     assert exit.value.code == 0
     assert "--training.steps INT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_without_a_config_shows_how_to_call_the_program_and_its_configs(file, flag, tmp_path, capsys, monkeypatch):
+    for name, content in {
+        "mine": f'"""Small steps.\n\nMore."""\nfrom {__name__} import Config\nconfig = Config()\n',
+        "other": '"""Of another program."""\nconfig = 3\n',
+        "broken": "config = (",
+    }.items():
+        (tmp_path / "configs" / "demo").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "configs" / "demo" / f"{name}.py").write_text(content)
+    monkeypatch.setattr("flax_pref.config.CONFIGS", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        load_config([flag], Config)
+    printed = capsys.readouterr()
+    assert exit.value.code == 0 and printed.err == ""
+    assert "CONFIG.py [--FIELD VALUE ...]" in printed.out and "  configs/demo/mine.py  Small steps.\n" in printed.out
+    assert "other.py" not in printed.out and "broken.py" not in printed.out
+    monkeypatch.setattr("flax_pref.config.CONFIGS", tmp_path / "none")
+    with pytest.raises(SystemExit):
+        load_config([flag], Config)
+    assert f"no configs of this program in {tmp_path / 'none'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", ["modules", "encode", "base", "demo", "plan"])
+def test_help_of_every_program_with_configs_lists_them(program, capsys, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    module = importlib.import_module(f"train.{program}")
+    with pytest.raises(SystemExit) as exit:
+        module.main(["--help"])
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    listed = {line.split()[0] for line in printed.splitlines() if line.startswith("  configs/")}
+    expected = {
+        "modules": {f"configs/sd15/{name}.py" for name in ("dpo", "modules", "tailorpo")}
+        | {"configs/demo/tailorpo.py"},
+        "encode": {"configs/demo/encode.py", *(f"configs/{name}/encode_pick_a_pic.py" for name in ("sd15", "sdxl"))},
+        "base": {"configs/demo/base.py"},
+        "demo": {"configs/demo/demo.py"},
+        "plan": {"configs/sdxl/dpo.py", "configs/demo/encode.py"},
+    }[program]
+    assert expected <= listed if program in ("modules", "plan") else expected == listed
+    assert program != "plan" or "--topology" in printed
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class ModuleTraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What `train.demo` runs."""
+    """Runs the whole path on the demo world: samples pairs, labels them, trains modules, compares methods."""
 
     output: Path = Path("runs/demo")
     base: Path | None = None

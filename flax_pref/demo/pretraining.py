@@ -68,7 +68,10 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """What `train.base` trains; vocabulary and end tokens of the text encoder follow from the tokenizer."""
+    """Trains the base model of the demo world.
+
+    Vocabulary and end tokens of the text encoder follow from the tokenizer.
+    """
 
     output: Path
     """Folder of the run: `vae/` when the autoencoder is trained, `pipeline/` at the end. A `vae/` that is there already

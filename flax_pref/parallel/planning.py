@@ -45,10 +45,10 @@ def own_flags(arguments: Sequence[str], kind: type[F]) -> tuple[F | None, list[s
         kind: dataclass; its fields are taken out.
 
     Returns:
-        the flags, and the arguments that are left. With `--help` and others, the fields are printed and the flags None.
+        the flags, and the arguments that are left. With `--help` among them, the fields are printed and the flags None.
 
     Raises:
-        SystemExit: after one line on stderr, with status 2; with status 0 after `--help` alone.
+        SystemExit: after one line on stderr, with status 2.
     """
     names = {f"--{field.name}": field.type is bool for field in dataclasses.fields(kind)}
     own, others = [], []
@@ -63,9 +63,9 @@ def own_flags(arguments: Sequence[str], kind: type[F]) -> tuple[F | None, list[s
     try:
         return parse_flags([*own, *helps], kind), others
     except SystemExit as exit:
-        if exit.code or not set(others) - helps:
+        if exit.code:
             raise
-        return None, others  # with a config file its own fields follow
+        return None, others  # the help of the other parser follows
 
 
 def show(
