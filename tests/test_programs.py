@@ -1,11 +1,15 @@
 """The programs as users run them, in processes of their own."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from flax_pref.config import UserError
+from flax_pref.files import one_writer
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +43,15 @@ def strip_time(report):
     return {key: value for key, value in report.items() if key != "seconds"}
 
 
+@pytest.mark.parametrize("name", ["base", "demo"])
+def test_a_second_program_does_not_write_into_the_same_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program = importlib.import_module(f"train.{name}")
+    with one_writer(tmp_path), pytest.raises(UserError, match="another program writes into this folder"):
+        program.main([f"configs/demo/{name}.py", "--output", str(tmp_path)])
+    assert not list(tmp_path.glob("[!.]*"))
+
+
 @pytest.mark.long
 def test_the_demo_runs_without_torch_and_twice_the_same(tmp_path):
     reports = []
@@ -50,7 +63,7 @@ def test_the_demo_runs_without_torch_and_twice_the_same(tmp_path):
     assert set(reports[0]["methods"]) == {"base", "dpo", "pgd", "cpgd"}
     assert "held-out prompts" in done.stdout
     assert "step/s" in done.stderr and "image/s" in done.stderr, "progress with rates"
-    expected = {"config.json", "pairs.parquet", "dpo.safetensors", "pos.safetensors", "neg.safetensors"}
+    expected = {".lock", "config.json", "pairs.parquet", "dpo.safetensors", "pos.safetensors", "neg.safetensors"}
     expected |= {"report.json", "report.html", "grid.png", "sweep.png"}
     assert {path.name for path in (tmp_path / "first").iterdir()} == expected
 

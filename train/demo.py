@@ -5,6 +5,7 @@ import sys
 from flax_pref.config import check_output_folder, dump_config, load_config, run_main
 from flax_pref.demo.experiment import Demo, DemoConfig
 from flax_pref.evaluation.report import comparison_table, table, text_table
+from flax_pref.files import one_writer
 
 
 def main(arguments: list[str]) -> None:
@@ -13,8 +14,9 @@ def main(arguments: list[str]) -> None:
     if config.quick:
         config = config.shrunk()
     check_output_folder(config.output)
-    dump_config(config, config.output / "config.json")
-    report = Demo(config).run()
+    with one_writer(config.output):
+        dump_config(config, config.output / "config.json")
+        report = Demo(config).run()
     print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")
     print(text_table(table(report)), text_table(comparison_table(report)), sep="\n\n")
     print(f"\nwrote {config.output / 'report.html'}")

@@ -126,9 +126,11 @@ def inspect(reader: PairReader, selection: Selection, config: EncodeConfig) -> N
 
 def contents_of(preparation: Preparation, config: EncodeConfig) -> dict[str, Any]:
     """The settings that the set is begun with, in which hashes tell what the inputs hold, wherever they lie."""
-    settings = preparation.settings
-    hashes = {f"model.{part}": Content(config.model, sha256) for part, sha256 in settings["model_sha256"].items()}
-    return {**settings, "selection": Content(config.source.path, settings["selection"]), "model_sha256": hashes}
+    settings = dict(preparation.settings)
+    places = {"model_sha256": config.model, "source_sha256": config.source.path}
+    for name, path in places.items():
+        settings[name] = {part: Content(path, sha256) for part, sha256 in settings[name].items()}
+    return settings
 
 
 def settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
-from flax_pref.files import read_json
+from flax_pref.files import one_writer, read_json
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
@@ -235,18 +235,20 @@ def train(config: TrainConfig) -> None:
         SystemExit: with `PREEMPTED`, after SIGTERM; what has been trained is saved.
     """
     begin_together(config, FREE_OF_HOSTS)
-    if jax.process_index() == 0:
+    writes = jax.process_index() == 0
+    if writes:
         check_output_folder(config.output)
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
     with (
         exits_by(signal.SIGTERM),
         remote_errors(),
+        one_writer(config.output) if writes else contextlib.nullcontext(),
         RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints,
     ):
         run = Run(config, checkpoints)
         with run.open_source() as source:
             state, first = run.begin(source)
-            if jax.process_index() == 0:
+            if writes:
                 dump_config(config, config.output / "config.json")
             if config.export_only and first == 0:
                 raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")

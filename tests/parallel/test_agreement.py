@@ -174,7 +174,7 @@ def told(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    left = [path for name in ("run", "prepared", "images") for path in (folder / name).rglob("*")]
+    left = [path for name in ("run", "prepared", "images") for path in (folder / name).rglob("[!.]*")]
     return found, left
 
 
@@ -201,7 +201,10 @@ def draw_run(folder):
         ("seed", "optimizer.learning_rate: 0.01 on host 0, 0.5 on host 1; seed: 0 on host 0, 1 on host 1; "),
         ("data", r"data: \S+/sd15-pairs \(SHA-256 \w{12}\) on host 0, \S+/other \(SHA-256 \w{12}\) on host 1; "),
         ("size", r"encoding.size: \(16, 16\) on host 0, \(16, 24\) on host 1; "),
-        ("source", r"selection: \S+/pairs \(SHA-256 \w{12}\) on host 0, \S+/others \(SHA-256 \w{12}\) on host 1; "),
+        (
+            "source",
+            r"source_sha256.captions: \S+/pairs \(SHA-256 \w{12}\) on host 0, \S+/others \(SHA-256 \w{12}\) on host 1; ",
+        ),
         ("scale", "guidance_scale: 7.5 on host 0, 3 on host 1; "),
         (
             "prompts",

@@ -19,6 +19,7 @@ from flax_pref.config import UserError
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
 from flax_pref.diffusion import guidance
+from flax_pref.files import one_writer
 from flax_pref.models.lora import split_lora
 from flax_pref.training import trainer
 from flax_pref.training.export import ExportConfig
@@ -195,6 +196,14 @@ def test_a_module_trained_beside_another_is_the_one_trained_alone(world, tmp_pat
     line = recorded(both.output)[0]
     assert line["gradient_norm"] > line["neg_gradient_norm"] > 1e-3
     np.testing.assert_allclose(line["neg_gradient_norm"], recorded(alone.output)[0]["gradient_norm"], rtol=1e-4)
+
+
+def test_a_second_program_does_not_write_into_the_folder_of_a_run(run):
+    config = run()
+    config.output.mkdir()
+    with one_writer(config.output), pytest.raises(UserError, match=r"run: another program writes into this folder \("):
+        train(config)
+    assert not list(config.output.glob("[!.]*"))
 
 
 def test_samples_are_of_the_same_noise_and_of_the_networks_as_they_are(run, monkeypatch):
