@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import runpy
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -99,11 +100,27 @@ def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(kind, args=flags, prog=program, **options)
+            config = tyro.cli(kind, args=flags, prog=program, **options)
     except SystemExit as exit:
         if exit.code:
             _refuse(f"{_condense(messages.getvalue())}; see {program} --help")
         raise
+    for name, value in _numbers(config):
+        if not math.isfinite(value):
+            _refuse(f"--{name.replace('_', '-')} {value}: expected a finite number; see {program} --help")
+    return config
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers with a fraction in a config, with the names of their flags."""
+    if isinstance(value, float):
+        yield name, value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers(item, name)
 
 
 def program_name() -> str:
@@ -170,6 +187,20 @@ def run_main(main: Callable[[list[str]], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def check_least(config: Any, least: float = 1, /, *fields: str) -> None:
+    """Raises a ValueError that names the first of these fields whose number is smaller; None is no number."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value >= least:
+            raise ValueError(f"{type(config).__name__}: {field} is {value}; expected at least {least}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises a ValueError unless it is one that generators of random numbers take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected 0 to 2^32 - 1")
 
 
 def check_file_systems(*paths: str | None) -> None:

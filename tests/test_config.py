@@ -11,12 +11,14 @@ from flax_pref.config import CONFIGS, UserError, check_output_folder, dump_confi
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     steps: int = 3
+    rate: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     training: Training = Training()
     w: tuple[float, ...] = (1.0, 2.0)
+    weights: tuple[float, ...] = ()
     output: Path = Path("runs/x")
     quick: bool = False
 
@@ -50,6 +52,11 @@ MISTAKES = {
     "a missing folder": (["{folder}/none/x.py"], "no such config file; there are no config files in {folder}/none"),
     "an unknown field": (["{file}", "--training.step", "4"], "perhaps you meant --training.steps"),
     "a word for a number": (["{file}", "--training.steps", "many"], "--training.steps"),
+    "a number that is not finite": (
+        ["{file}", "--training.rate", "inf"],
+        "--training.rate inf: expected a finite number",
+    ),
+    "one among several": (["{file}", "--weights", "1", "-inf"], "--weights -inf: expected a finite number"),
     "a w that is not finite": (["{file}", "--w", "nan"], "w must be finite, got (nan,)"),
 }
 
@@ -185,4 +192,45 @@ def test_a_bucket_is_no_output_folder_and_no_folder_of_that_name_is_made(tmp_pat
 def test_the_config_of_a_run_is_recorded(tmp_path):
     dump_config(Config(), tmp_path / "config.json")
     recorded = json.loads((tmp_path / "config.json").read_text())
-    assert recorded == {"training": {"steps": 3}, "w": [1.0, 2.0], "output": "runs/x", "quick": False}
+    training = {"steps": 3, "rate": None}
+    assert recorded == {"training": training, "w": [1.0, 2.0], "weights": [], "output": "runs/x", "quick": False}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings that no run can have, of the programs as they are
+
+
+WRONG = {
+    "modules": [
+        *(["--seed", "-1"], ["--seed", "4294967296"], ["--steps", "0"], ["--input.batch-size", "0"]),
+        *(["--accumulation", "3"], ["--optimizer.learning-rate", "nan"], ["--optimizer.learning-rate", "-1e-5"]),
+        *(["--optimizer.weight-decay", "nan"], ["--optimizer.epsilon", "inf"], ["--optimizer.name", "adam"]),
+        *(["--checkpoints.every", "0"], ["--checkpoints.keep", "0"], ["--export.every", "0"], ["--profile.steps", "0"]),
+        *(["--samples.steps", "0"], ["--samples.seed", "-1"], ["--method.bet", "3"], ["--latents", "means"]),
+    ],
+    "encode": [["--encoding.size", "0", "64"], ["--max-drop-share", "nan"], ["--source.layout", "csv"]],
+    "base": [["--seed", "-1"], ["--diffusion.steps", "0"], ["--layout.learning-rate", "nan"], ["--examples", "0"]],
+    "demo": [
+        ["--seed", "-1"],
+        ["--dpo.steps", "0"],
+        ["--dpo.batch-size", "0"],
+        ["--sampling-steps", "0"],
+        ["--rank", "0"],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"), [(name, flags) for name, wrong in WRONG.items() for flags in wrong], ids=str
+)
+def test_a_setting_that_no_run_can_have_is_refused_before_anything_is_done(
+    program, flags, capsys, monkeypatch, tmp_path
+):
+    module = importlib.import_module(f"train.{program}")
+    file = CONFIGS / "demo" / f"{program}.py"
+    with pytest.raises(SystemExit) as exit:
+        module.main([str(file), "--output", str(tmp_path / "run"), *flags])
+    assert exit.value.code == 2 and not (tmp_path / "run").exists()
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert flags[0].rpartition(".")[2].strip("-").replace("-", "_") in told.replace("-", "_")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import fingerprint
+from flax_pref.checkpoints.weights import LAYOUT
 from flax_pref.config import check_output_folder, load_config, run_main
 from flax_pref.data.encode import PairEncoder
 from flax_pref.data.images import decode_image
@@ -22,8 +23,9 @@ from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
 from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
-from flax_pref.files import one_writer
+from flax_pref.files import one_writer, read_json
 from flax_pref.models.platform import default_dtype
+from flax_pref.models.vae import VAEConfig
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
@@ -56,8 +58,12 @@ def run(config: EncodeConfig, process: int, processes: int) -> None:
 
 def encode(reader: PairReader, config: EncodeConfig, process: int, processes: int) -> None:
     """Writes the shards of one of several processes, and in process 0 what describes them."""
-    selection = _selection(reader, config, process)
     folder = find_checkpoint(config.model, variant=config.variant)
+    VAEConfig.from_dict(read_json(folder / "vae" / "config.json", expected=LAYOUT)).check_size(
+        "encoding: size", config.encoding.size
+    )
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    selection = _selection(reader, config, process)
     preparation = Preparation(
         config.output,
         reader,
@@ -73,7 +79,6 @@ def encode(reader: PairReader, config: EncodeConfig, process: int, processes: in
     if preparation.finished:
         print(f"{config.output}: is complete; nothing to do")
         return
-    mesh = make_mesh(config.mesh, jax.local_devices())
     pipeline = load_pipeline(folder, jnp.dtype(default_dtype(config.dtype)), variant=config.variant, with_unet=False)
     if process == 0:
         warn_of_cuts(pipeline, selection.captions)

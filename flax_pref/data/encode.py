@@ -76,9 +76,7 @@ class PairEncoder:
         Raises:
             ValueError: the size does not fit the autoencoder.
         """
-        factor = pipeline.vae.config.downscale_factor
-        if any(side % factor for side in encoding.size):
-            raise ValueError(f"encoding: size={encoding.size}; height and width must be multiples of {factor}")
+        pipeline.vae.config.check_size("encoding: size", encoding.size)
         self.encoding = encoding
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._pipeline = dataclasses.replace(
@@ -90,6 +88,7 @@ class PairEncoder:
         self._empty = {name: np.asarray(array, jnp.bfloat16) for name, array in encode_dropped(pipeline).items()}
         devices = 1 if mesh is None else mesh.size
         self._pairs, self._captions = encoding.batch_size * devices, CAPTIONS_AT_ONCE * devices
+        factor = pipeline.vae.config.downscale_factor
         height, width = (side // factor for side in encoding.size)
         self.shapes = Shapes(
             (1 + encoding.mirrored, height, width, 2 * pipeline.vae.config.latent_channels),

@@ -14,6 +14,7 @@ import optax
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.config import check_least, check_seed
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
@@ -33,6 +34,7 @@ from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, sele
 from flax_pref.objectives.denoising import positive_negative
 from flax_pref.objectives.dpo import diffusion_dpo
 from flax_pref.training.loop import fit
+from flax_pref.training.methods import check_positive, check_share
 
 _score = jax.jit(judge.score)
 
@@ -51,6 +53,11 @@ class ModuleTraining:
     """Pairs per step."""
     learning_rate: float
     caption_dropout: float = 0.2
+
+    def __post_init__(self):
+        check_least(self, 1, "steps", "batch_size")
+        check_positive(self, "learning_rate")
+        check_share(self, "caption_dropout")
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with a short warm-up and a cosine decay."""
@@ -96,6 +103,9 @@ class DemoConfig:
     def __post_init__(self):
         if self.held_out_prompts < 2 or self.train_prompts < 2 or self.validation_prompts < 2:
             raise ValueError("held_out_prompts, train_prompts and validation_prompts must be at least 2")
+        check_least(self, 1, "sampling_steps", "rank", "batch_size")
+        check_positive(self, "label_temperature", "alpha", "beta")
+        check_seed(self.seed)
         if self.pairs < 1 or not self.w_pgd or not self.w_cpgd:
             raise ValueError("pairs, and the numbers of candidates in w_pgd and w_cpgd, must be at least 1")
         for w in (*self.w_pgd, *self.w_cpgd):

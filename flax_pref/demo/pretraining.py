@@ -19,6 +19,7 @@ from tqdm import tqdm
 from flax_pref.checkpoints.diffusers import Pipeline, load_vae
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import Network, save_network
+from flax_pref.config import check_least, check_seed
 from flax_pref.demo import world
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
@@ -27,6 +28,7 @@ from flax_pref.models.vae import AutoencoderKL, VAEConfig
 from flax_pref.objectives.autoencoding import autoencoding
 from flax_pref.objectives.denoising import denoising
 from flax_pref.training.loop import fit
+from flax_pref.training.methods import check_positive, check_share
 
 # The schedule of Stable Diffusion 1.5.
 SCHEDULER = {
@@ -57,6 +59,8 @@ class Phase:
     """Of a timestep in the denoising loss, see `objectives.denoising.velocity_weights`; for the UNet only."""
 
     def __post_init__(self):
+        check_least(self, 1, "steps", "batch_size")
+        check_positive(self, "learning_rate")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
 
@@ -90,6 +94,11 @@ class BaseConfig:
     caption_dropout: float = 0.1
     """Share of empty captions, from which classifier-free guidance learns its unconditional prediction."""
     seed: int = 0
+
+    def __post_init__(self):
+        check_least(self, 1, "tokenizer_length", "examples")
+        check_share(self, "caption_dropout")
+        check_seed(self.seed)
 
 
 def train_base(config: BaseConfig) -> Pipeline:

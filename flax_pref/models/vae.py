@@ -69,6 +69,12 @@ class VAEConfig:
         """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def check_size(self, name: str, size: tuple[int, int]) -> None:
+        """Raises a ValueError with this name unless images of this height and width in pixels have whole latents."""
+        factor = self.downscale_factor
+        if any(side < 1 or side % factor for side in size):
+            raise ValueError(f"{name}={size}: height and width must be multiples of {factor}")
+
 
 class Attention(nnx.Module):
     """One attention head over all positions of a feature map, with a skip connection."""

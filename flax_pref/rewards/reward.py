@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
 from flax_pref.rewards.clip import load_clip_reward
 from flax_pref.rewards.image_reward import load_image_reward
@@ -145,6 +147,25 @@ def load_reward(
     return REWARDS[name](name, Files(path, clip, tokenizer, dtype))
 
 
+def check_rewards(rewards: Sequence[Weighted]) -> None:
+    """That rewards are known and weighed, before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: there is none, a name is unknown, or a weight is not finite.
+    """
+    if not rewards:
+        raise ValueError(f"rewards: none are given; expected one or more of {', '.join(REWARDS)}")
+    for reward in rewards:
+        if not math.isfinite(reward.weight):
+            raise ValueError(f"rewards: weight of {reward.name!r} is {reward.weight}; expected a finite number")
+        if reward.name not in REWARDS and not is_remote(reward.path):
+            raise ValueError(f"rewards: no reward {reward.name!r}; expected one of {', '.join(REWARDS)}")
+        for path in filter(None, (reward.path, reward.clip)):
+            if not is_remote(path) and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+                raise FileNotFoundError(f"rewards: {reward.name}: no file or folder {path}, and no Hub id (owner/name)")
+
+
 def make_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> WeightedSum:
     """The weighted sum of rewards, as configs have it: `(Weighted("judge"), Weighted("compressibility", 0.01))`.
 
@@ -152,11 +173,7 @@ def make_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> Wei
         FileNotFoundError: a file is missing.
         ValueError: there is none, a name is unknown, a weight is not finite, or a file is not what it should be.
     """
-    if not rewards:
-        raise ValueError(f"rewards: none are given; expected one or more of {', '.join(REWARDS)}")
-    for reward in rewards:
-        if not math.isfinite(reward.weight):
-            raise ValueError(f"rewards: weight of {reward.name!r} is {reward.weight}; expected a finite number")
+    check_rewards(rewards)
     parts = tuple(
         load_reward(reward.name, reward.path, clip=reward.clip, tokenizer=reward.tokenizer, dtype=dtype)
         for reward in rewards

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import load_lora, merge_lora_network, save_lora
 from flax_pref.checkpoints.weights import Network, save_network
+from flax_pref.config import check_least
 from flax_pref.files import replacing
 from flax_pref.models.lora import join_lora, select_lora, stack_lora
 from flax_pref.parallel.hosts import wait_for_others
@@ -31,6 +32,9 @@ class ExportConfig:
     """Of the stored weights."""
     every: int | None = None
     """Steps after which to write them too, into modules/step_000300; None: only at the end."""
+
+    def __post_init__(self):
+        check_least(self, 1, "every")
 
 
 def export_modules(

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.config import check_least, check_seed
 from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_prompts, size_ids
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
@@ -33,6 +34,8 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_least(self, 1, "steps")
+        check_seed(self.seed)
         if self.every is not None and (self.every < 1 or not self.prompts):
             raise ValueError(
                 f"samples: every={self.every} with {len(self.prompts)} prompts; expected a positive number of steps "

@@ -33,7 +33,7 @@ from flax_pref.checkpoints.weights import (
     with_attention,
     with_remat,
 )
-from flax_pref.config import UserError, check_output_folder, dump_config
+from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
 from flax_pref.data.prompts import Prompt, read_prompts
@@ -52,7 +52,7 @@ from flax_pref.parallel.peak import compile_and_count, peak_of
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.remote import remote_errors
-from flax_pref.rewards.reward import make_reward
+from flax_pref.rewards.reward import check_rewards, make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported
 from flax_pref.training.methods import OfflineMethod
@@ -79,6 +79,9 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Keep those of steps that this number divides, too, forever."""
 
+    def __post_init__(self):
+        check_least(self, 1, "every", "keep", "keep_every")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
@@ -87,6 +90,9 @@ class ProfileConfig:
     first: int | None = None
     """Step to begin with, counted from 1; None: none is recorded."""
     steps: int = 3
+
+    def __post_init__(self):
+        check_least(self, 1, "first", "steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +157,7 @@ class TrainConfig:
         for field in ("steps", "accumulation", "record_every", "host_timeout"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
+        check_seed(self.seed)
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay is {self.average_decay}; expected 0 to 1, without 1")
         name, online = type(self.method).__name__, isinstance(self.method, OnlineMethod)
@@ -395,11 +402,18 @@ class Run:
         """Reads the base and opens the data; nothing is computed yet."""
         self.config, self.checkpoints = config, checkpoints
         self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
+        check_batch(config, self.mesh)
+        if config.init_from is not None and not config.init_from.is_dir():
+            raise UserError(f"{config.init_from}: no such folder; expected a run, or its exported modules: --init-from")
+        if config.online is not None:
+            check_rewards(config.online.rewards)
         self.folder = find_checkpoint(config.model, variant=config.variant)
         self.program = Program(config, self.mesh, component_config("unet", self.folder))
         self.records = None if config.data is None else PreparedSet(config.data)
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
+        if config.online is not None:
+            component_config("vae", self.folder).check_size("online: size", config.online.size)
         self.prompts = [] if config.online is None else read_prompts(config.online.prompts, column=config.online.column)
         agree(lambda: flat(contents_of(config, self.folder, self.records, self.prompts)))
         scheduler_file = self.folder / "scheduler" / "scheduler_config.json"

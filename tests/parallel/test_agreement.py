@@ -203,7 +203,7 @@ def draw_run(folder):
         ("size", r"encoding.size: \(16, 16\) on host 0, \(16, 24\) on host 1; "),
         (
             "source",
-            r"source_sha256.captions: \S+/pairs \(SHA-256 \w{12}\) on host 0, \S+/others \(SHA-256 \w{12}\) on host 1; ",
+            r"source_sha256.captions: \S+/pairs \(SHA-256 \w+\) on host 0, \S+/others \(SHA-256 \w+\) on host 1; ",
         ),
         ("scale", "guidance_scale: 7.5 on host 0, 3 on host 1; "),
         (
