@@ -120,6 +120,28 @@ def remedy(error: OSError) -> str:
     return "remove the cause"
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, then: str = "") -> Iterator[None]:
+    """Names the file or folder that the block writes where the system's error does not, as that of a full disk.
+
+    Args:
+        path: for the message.
+        then: what happens when the same command runs again, as a clause.
+
+    Raises:
+        OSError: it cannot be written; says why and what to do. Errors that have a message of their own pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); {remedy(error)} and run the same command "
+            f"again{then and ', ' + then}"
+        ) from error
+
+
 def read_json(file: str | Path, *, expected: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 

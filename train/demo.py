@@ -5,7 +5,7 @@ import sys
 from flax_pref.config import check_output_folder, dump_config, load_config, run_main
 from flax_pref.demo.experiment import Demo, DemoConfig
 from flax_pref.evaluation.report import comparison_table, table, text_table
-from flax_pref.files import one_writer
+from flax_pref.files import one_writer, writing
 
 
 def main(arguments: list[str]) -> None:
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> None:
     if config.quick:
         config = config.shrunk()
     check_output_folder(config.output)
-    with one_writer(config.output):
+    with one_writer(config.output), writing(config.output):
         dump_config(config, config.output / "config.json")
         report = Demo(config).run()
     print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")

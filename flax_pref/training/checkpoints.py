@@ -8,6 +8,7 @@ Orbax restores a file with a flipped bit without complaint. So a step counts onl
 file is what the manifest says; a run that was killed, or whose disk lies, goes on from the newest step that is whole.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from flax_pref.config import UserError
-from flax_pref.files import difference
+from flax_pref.files import difference, remedy, writing
 
 SETTINGS, STATE, MANIFEST = "settings.json", "state", "manifest.json"
 
@@ -100,8 +101,9 @@ class RunCheckpoints:
         self._damaged.discard(step)
         if jax.process_index() == 0:
             if self._unwritten is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write_json(self.folder / SETTINGS, self._unwritten)
+                with writing(self.folder / SETTINGS):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    _write_json(self.folder / SETTINGS, self._unwritten)
                 self._unwritten = None
             self._remove(step)
         self._orbax.save(self._path(step) / STATE, leaves)
@@ -121,8 +123,8 @@ class RunCheckpoints:
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
             reason = " ".join(str(error).split())
             raise OSError(
-                f"{self._path(step)}: this checkpoint could not be written ({reason}); make room on the disk and run "
-                "the same command again, which goes on from the checkpoint before"
+                f"{self._path(step)}: this checkpoint could not be written ({reason}); {_remedy(error)} and run the "
+                "same command again, which goes on from the checkpoint before"
             ) from error
         self._saved = step
 
@@ -373,6 +375,13 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     return values
 
 
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the system, which TensorStore passes on as text."""
+    numbers = (number for number in errno.errorcode if os.strerror(number) in str(error))
+    number = getattr(error, "errno", None) or next(numbers, None)
+    return remedy(OSError(number, ""))
+
+
 def _is_no_traceback(record: logging.LogRecord) -> bool:
     """Orbax logs an error of its threads with pages of tracebacks before it raises it; `wait` tells it in one line."""
     return record.exc_info is None or "orbax" not in record.pathname
@@ -402,5 +411,9 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _write_json(file: epath.Path, values: Mapping[str, Any]) -> None:
     unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    try:
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     unfinished.replace(file)

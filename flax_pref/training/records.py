@@ -15,7 +15,7 @@ import statistics
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flax_pref.config import UserError
 from flax_pref.evaluation.grid import image_grid
-from flax_pref.files import replacing
+from flax_pref.files import replacing, writing
 from flax_pref.training.tensorboard import Event, EventsWriter, SessionLog, Summary
 
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
@@ -191,7 +191,8 @@ class Recorder:
         self._bar.set_postfix(shown, refresh=False)
 
     def _release(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+            self._bar.close()
         if self._log is not None:
             self._log.close()
 
@@ -248,15 +249,8 @@ class _Log:
                 stream.close()
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror or error}); make room on the disk and run the same command "
-            "again, which goes on from the last checkpoint"
-        ) from error
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(path, "which resumes from the last checkpoint")
 
 
 def _nulls(values: Mapping[str, Any]) -> dict[str, None]:

@@ -40,7 +40,7 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
-from flax_pref.files import one_writer, read_json
+from flax_pref.files import one_writer, read_json, replacing, writing
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
@@ -256,7 +256,9 @@ def train(config: TrainConfig) -> None:
         with run.open_source() as source:
             state, first = run.begin(source)
             if writes:
-                dump_config(config, config.output / "config.json")
+                file = config.output / "config.json"
+                with writing(file), replacing(file) as unfinished:
+                    dump_config(config, unfinished)
             if config.export_only and first == 0:
                 raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")
             if first < config.steps and not config.export_only:
@@ -583,7 +585,10 @@ class Run:
         """Writes the modules."""
         config = self.config
         params = average_of(state)
-        paths = export_modules(folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export)
+        with writing(folder, "which resumes from the last checkpoint"):
+            paths = export_modules(
+                folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export
+            )
         tell("\n".join(f"wrote {path}" for path in paths))
 
 

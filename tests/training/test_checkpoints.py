@@ -165,7 +165,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_stay(t
     large = {"x": jax.random.normal(jax.random.key(0), (10**6,))}
     checkpoints = opened(saved(tmp_path, 1))
     checkpoints.save(2, large, {})
-    with pytest.raises(OSError, match=r"/2: this checkpoint could not be written \(.*\); make room") as caught:
+    with pytest.raises(OSError, match=r"/2: this checkpoint could not be written \(.*\); free space and run") as caught:
         checkpoints.close()
     assert "\n" not in str(caught.value) and not caplog.records
     with opened(tmp_path) as checkpoints:

@@ -205,7 +205,10 @@ def test_only_the_first_process_writes_and_shows_but_all_are_told(tmp_path, monk
 
 def test_a_full_disk_is_told_in_one_line_with_the_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="again, which goes on") as told, recorder(tmp_path, total=99, every=1) as records:
+    with (
+        pytest.raises(OSError, match="free space and run the same command again, which resumes") as told,
+        recorder(tmp_path, total=99, every=1) as records,
+    ):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             for step in range(1, 99):

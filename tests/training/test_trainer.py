@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+import resource
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -366,6 +368,47 @@ def test_a_number_out_of_range_is_named(make, message):
 
 
 @pytest.mark.parametrize(
+    ("function", "named", "resumes"),
+    [
+        ("dump_config", "config.json", False),
+        ("RunCheckpoints.save", "checkpoints/settings.json", False),
+        ("export_modules", "modules", True),
+        ("Run.compile", "metrics.jsonl", True),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_what_was_written_and_leaves_nothing_half(
+    run, tmp_path, monkeypatch, capsys, function, named, resumes
+):
+    """From the first call of this function on, files cannot grow."""
+    *classes, name = function.split(".")
+    owner = getattr(trainer, classes[0]) if classes else trainer
+    before, called = resource.getrlimit(resource.RLIMIT_FSIZE), getattr(owner, name)
+
+    def full(*arguments):
+        if name == "compile":
+            compiled = called(*arguments)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+            return compiled
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        return called(*arguments)
+
+    config = run(steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        try:
+            with pytest.raises(
+                OSError, match=f"^{config.output}/{named}: cannot be written .File too large.; free space and run"
+            ) as told:
+                train(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value) and ("resumes from the last checkpoint" in str(told.value)) == resumes
+    assert {path.name for path in tmp_path.rglob(".*")} == {".lock"}
+    train(config)
+    assert (config.output / "modules" / "pos.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"input": InputConfig(batch_size=6), "accumulation": 4}, "cannot be divided into accumulation=4 parts"),
@@ -375,6 +418,9 @@ def test_a_number_out_of_range_is_named(make, message):
         ({"data": "nowhere"}, "python -m train.encode"),
         ({"model": "nowhere"}, "nowhere"),
         ({"mesh": "data=3"}, "mesh 'data=3': does not make up"),
+        ({"seed": -1}, "seed is -1; expected 0 to 2^32 - 1"),
+        ({"init_from": Path("nowhere")}, "nowhere: no such folder; expected a run, or its exported modules"),
+        ({"lora": LoRA(targets=("to_x",))}, "add_lora: target 'to_x' is no linear layer or convolution; there are"),
         ({"mesh": "pipeline=2"}, "'pipeline=2' is not understood; expected sizes of data, fsdp and tensor"),
         ({"output": "a file/run"}, "cannot write into this folder"),
     ],
@@ -386,7 +432,7 @@ def test_a_mistake_is_one_clear_line_and_the_right_command_then_runs(run, world,
     with pytest.raises((UserError, ValueError, OSError), match=re.escape(message)) as error:
         train_again(run(), **changed)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    written = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    written = {path.name for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
     assert not written, "nothing is half written"
     if "output" not in changes and "data" in changes:
         train(run(steps=1))
