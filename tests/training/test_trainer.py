@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import resource
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from tiny import recorded, saved_arrays, tiny_run, tiny_world
 
 from flax_pref.checkpoints.diffusers import load_unet
-from flax_pref.config import UserError
+from flax_pref.config import UserError, run_main
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
 from flax_pref.diffusion import guidance
@@ -365,6 +366,18 @@ def test_export_only_writes_the_modules_of_the_newest_checkpoint(run):
 def test_a_number_out_of_range_is_named(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_a_damaged_shard_is_one_line_that_names_it(run, world, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(world / "sd15-pairs", tmp_path / "pairs")
+    (file,) = (folder / "pairs").glob("*array_record*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    monkeypatch.setattr("sys.argv", ["train.modules"])
+    assert run_main(lambda _: train(run(data=folder))) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: {file}: damaged (") and told.endswith("; copy it again, or encode the set again")
 
 
 @pytest.mark.parametrize(
