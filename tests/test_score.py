@@ -94,6 +94,20 @@ def test_runs_are_scored_with_several_rewards_and_the_means_told(tmp_path, capsy
     assert ((tmp_path / "a/scores.parquet").stat().st_mtime_ns, len(calls)) == (written, asked)
 
 
+def test_hosts_share_out_the_folders(tmp_path, capsys):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        draw_run(folder, captions=CAPTIONS[:1], seeds=1)
+    config = score.Config(runs=tuple(map(str, folders)), rewards=(STRANGE,))
+    score.run(config, 1, 2)
+    assert [(folder / "scores.parquet").exists() for folder in folders] == [False, True, False]
+    score.run(config, 0, 2)
+    assert [(folder / "scores.parquet").exists() for folder in folders] == [True, True, True]
+    assert len(calls) == 3, "none is scored twice"
+    score.run(config, 3, 4)
+    assert "process 3 of 4: fewer folders than processes" in capsys.readouterr().out
+
+
 def test_told_to_end_it_finishes_the_batch_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     draw_run(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "whole")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import flax_pref
+from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
 from flax_pref.evaluation.image_set import ImageSet, Item
 from flax_pref.parallel import agreement
@@ -102,6 +103,30 @@ def test_versions_and_every_source_file_are_compared(tmp_path, monkeypatch):
 def test_alone_nothing_is_computed_or_compared():
     begin_together(None)
     agree(lambda: pytest.fail("asked"))
+
+
+class Silent:
+    """The service that hosts have joined, where the second says nothing."""
+
+    def __init__(self):
+        self.said = {}
+
+    def key_value_set(self, key, value):
+        self.said[key] = value
+
+    def blocking_key_value_get(self, key, timeout):
+        assert timeout < 60_000
+        if key not in self.said:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+        return self.said[key]
+
+
+def test_a_host_that_says_nothing_is_named(monkeypatch):
+    """As one with an older version of this package would do."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement.distributed.global_state, "client", Silent())
+    with pytest.raises(UserError, match=r"^host 1 does not say in 50 s how it was started; start the same command"):
+        begin_together(tiny_run(Path("runs/x"), Path("world")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
