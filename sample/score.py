@@ -39,6 +39,7 @@ from flax_pref.parallel.agreement import Content, Fact, agree, begin_together, f
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
+from flax_pref.rewards.clip import RESIZED
 from flax_pref.rewards.remote import is_remote
 from flax_pref.rewards.reward import REWARDS, load_reward
 
@@ -215,6 +216,7 @@ def wanted_of(config: Config) -> list[Wanted]:
 def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:
     """What tells scores of a reward from those of another one under the same name."""
     of = {"name": name, "path": path, "sha256": "", "dtype": config.dtype}
+    of |= {"resized": RESIZED[name]} if name in RESIZED and not is_remote(path) else {}
     if path is not None and not is_remote(path) and (local := Path(path).expanduser()).exists():
         of |= {"path": local.resolve().name, "sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
     if name == "aesthetic" and config.clip is not None:

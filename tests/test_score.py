@@ -159,6 +159,13 @@ def test_weights_are_known_by_their_contents(tmp_path):
     assert after["clip_sha256"] != before["clip_sha256"]
 
 
+def test_scores_of_hpsv2_by_versions_that_rounded_are_computed_again():
+    config = score.Config(runs=("a",), rewards=("hpsv2.1",))
+    assert score.identity("hpsv2.1", None, config)["resized"] == "unrounded"
+    assert "resized" not in score.identity("pickscore", None, config)
+    assert "resized" not in score.identity("hpsv2.1", "http://localhost/score", config)
+
+
 def test_foreign_images_are_scored_with_the_prompts_of_a_file(tmp_path, capsys):
     draw_run(tmp_path / "drawn", seeds=1)
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))

@@ -19,6 +19,7 @@ from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, clip_view, padded_view
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of all of them
+RESIZED = {"hpsv2": "unrounded", "hpsv2.1": "unrounded"}  # scores of versions that rounded are others
 CURLY = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
 
 

@@ -1,8 +1,10 @@
-"""Images as the networks of scorers see them: resized as Pillow does it, cropped or padded, and normalised.
+"""Images as the networks of scorers see them: resized as their authors do it, cropped or padded, and normalised.
 
-Scorers were trained on 8-bit images that Pillow had resized. Pillow rounds to 8 bits after each of its two passes, one
-along the rows and one along the columns; without that, pixels of photographs are up to 1.1/255 away from its own. So
-both passes round here too, and gradients take no notice of it. An image that has its size already is not rounded.
+Most scorers were trained on 8-bit images that Pillow had resized. Pillow rounds to 8 bits after each of its two passes,
+one along the rows and one along the columns; without that, pixels of photographs are up to 1.1/255 away from its own.
+So both passes round here too, and gradients ignore it. An image that has its size already is not rounded.
+
+HPSv2 is the exception: its authors resize the tensor, so torch's kernel resamples it, which neither rounds nor clips.
 """
 
 from collections.abc import Sequence
@@ -20,23 +22,28 @@ LEVELS = 255
 WEIGHT_UNIT = 2.0**-22
 
 
-def resize(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize(images: jax.Array, size: tuple[int, int], *, in_levels: bool = True) -> jax.Array:
     """Bicubic resampling with antialiasing, as `Image.resize(..., Image.Resampling.BICUBIC)` of Pillow has it.
 
-    Within 1/255 of Pillow 13, and equal but for about one in 50,000 values, those halfway between two levels. Before
-    Pillow 13 the pass along the rows always came first, which is another order for images that are more than about
-    twice as high as wide, and can be 3/255 away.
+    With `in_levels=False`, as `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` of a floating-point
+    tensor: the same weights, nothing rounded and nothing clipped.
+
+    In levels, within 1/255 of Pillow 13, and equal except for about one in 50,000 values, those halfway between two
+    levels. Before Pillow 13 the pass along the rows always came first, which is another order for images that are more
+    than about twice as high as wide, and can be 3/255 away.
 
     Args:
         images: `[B, H, W, 3]` in [0, 1].
         size: (height, width).
+        in_levels: whether each pass rounds to the 256 levels of 8 bits.
 
     Returns:
-        `[B, height, width, 3]` in [0, 1], multiples of 1/255 along with their rounding errors. Gradients are those of
-        the passes without rounding; where a pass leaves [0, 1] it is clipped, and there they are zero.
+        `[B, height, width, 3]`. In levels these lie in [0, 1], multiples of 1/255 along with their rounding errors;
+        gradients are those of the passes without rounding; where a pass leaves [0, 1] it is clipped, and there they
+        are zero. Otherwise values overshoot [0, 1] beside sharp edges.
     """
     height, width = size
-    return _cropped(images, size, (0, 0), (height, width))
+    return _cropped(images, size, (0, 0), (height, width), in_levels)
 
 
 def clip_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -73,6 +80,9 @@ def square_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequen
 def padded_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """The longest side to `size`, black bars to the square, normalised: `ResizeMaxSize` of HPSv2's OpenCLIP.
 
+    That resizes the tensor of `ToTensor` with the defaults of torchvision's `resize`: here those since version 0.17,
+    which antialiases tensors as it does images of Pillow. Older versions did not, and gave other scores.
+
     Bars are black in the image, not zero after normalisation; of an odd number of pixels the larger half is at the
     bottom or right. Arguments and result as in `clip_view`. Where the longest side is `size` already the authors' code
     leaves the bars out, and a network that takes squares fails: here they are added.
@@ -81,7 +91,8 @@ def padded_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequen
     height, width = (max(1, round(length * scale)) for length in images.shape[1:3])
     before = ((size - height) // 2, (size - width) // 2)
     bars = [(first, size - length - first) for first, length in zip(before, (height, width), strict=True)]
-    return normalise(jnp.pad(resize(images, (height, width)), ((0, 0), *bars, (0, 0))), mean, std)
+    resized = resize(images, (height, width), in_levels=False)
+    return normalise(jnp.pad(resized, ((0, 0), *bars, (0, 0))), mean, std)
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -96,24 +107,29 @@ def _shortest_to(size: int, images: jax.Array) -> tuple[int, int]:
     return height, width
 
 
-def _cropped(images: jax.Array, size: tuple[int, int], start: tuple[int, int], count: tuple[int, int]) -> jax.Array:
+def _cropped(
+    images: jax.Array, size: tuple[int, int], start: tuple[int, int], count: tuple[int, int], in_levels: bool = True
+) -> jax.Array:
     """`count` rows and columns from `start` on of images resized to `size`; what is cropped is never computed."""
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     rows, columns = (length - wanted for length, wanted in zip(images.shape[1:3], size, strict=True))
     vertical_first = rows > 2 * max(columns, 0)  # Pillow 13
     for axis in (1, 2) if vertical_first else (2, 1):
-        images = _pass(images, axis, size[axis - 1], start[axis - 1], count[axis - 1])
+        images = _pass(images, axis, size[axis - 1], start[axis - 1], count[axis - 1], in_levels)
     return images
 
 
-def _pass(images: jax.Array, axis: int, size: int, start: int, count: int) -> jax.Array:
+def _pass(images: jax.Array, axis: int, size: int, start: int, count: int, in_levels: bool) -> jax.Array:
     """Resizes one axis to `size`, of which `count` pixels from `start` on are wanted."""
     if images.shape[axis] == size:
         return jax.lax.slice_in_dim(images, start, start + count, axis=axis)
     weights = _weights(images.shape[axis], size, np.arange(start, start + count)).astype(images.dtype)
     # In levels, because their products with fixed-point weights are exact; at full precision on every device.
     levels = jnp.tensordot(LEVELS * images, weights, ((axis,), (1,)), precision=jax.lax.Precision.HIGHEST)
-    levels = jnp.clip(jnp.moveaxis(levels, -1, axis), 0, LEVELS)
+    levels = jnp.moveaxis(levels, -1, axis)
+    if not in_levels:
+        return levels / LEVELS
+    levels = jnp.clip(levels, 0, LEVELS)
     rounded = levels + jax.lax.stop_gradient(jnp.floor(levels + 0.5) - levels)
     return rounded / LEVELS
 

@@ -17,6 +17,7 @@ from flax_pref.checkpoints.clip_files import load_clip, load_clip_vision
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.rewards.aesthetic import load_aesthetic_reward, read_head
 from flax_pref.rewards.clip import load_clip_reward
+from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 
 # The narrowest widths of OpenCLIP: its files tell the number of heads by nothing else.
 VISION = {
@@ -204,6 +205,22 @@ def test_scores_of_empty_and_long_prompts_are_those_of_transformers(name, worded
     expected = reference.logit_scale.exp() * cosines if name == "pickscore" else cosines
     assert scores.dtype == np.float32 and scores.shape == (len(PROMPTS),)
     assert relative_error(scores, expected) < 1e-5
+
+
+@needs_tokenizer
+def test_hpsv2_scores_images_of_any_shape_as_its_authors_do(worded):
+    reference, folder = worded
+    reward = load_clip_reward("hpsv2", folder, tokenizer=TOKENIZER)
+    image = np.random.default_rng(2).random((1, 30, 44, 3)).astype(np.float32)
+    scores = reward.score(reward.view(image), reward.prepare(PROMPTS[1:2]))
+    resized = torch.nn.functional.interpolate(nchw(image), (8, 12), mode="bicubic", antialias=True)
+    black = torch.nn.functional.pad(resized, (0, 0, 2, 2))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_MEAN, OPENAI_STD))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)
+    ids = tokenizer(PROMPTS[1:2], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = reference(input_ids=ids, pixel_values=(black - mean) / std)
+    assert relative_error(scores, (theirs.image_embeds * theirs.text_embeds).sum(dim=-1)) < 1e-5
 
 
 @needs_head
