@@ -11,7 +11,9 @@ import importlib
 import io
 import json
 import logging
+import queue
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +30,7 @@ from flax_pref.config import UserError
 # `(images [B, H, W, 3] float32 in [0, 1], captions) -> B scores`
 Function = Callable[[np.ndarray, list[str]], Sequence[float]]
 PYTHON, HTTP = "python:", ("http://", "https://")
+LARGEST_ANSWER = 2**20  # bytes of a service's answer
 TEXT_BLOCK = 512  # bytes; captions are padded to a multiple of it, so that few lengths are compiled
 
 
@@ -100,7 +103,8 @@ class Remote:
                 f"{self.name}: returned {scores.dtype} {list(scores.shape)} for {len(captions)} images; expected one "
                 "number for each"
             )
-        return scores.astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite then, as no score can be
+            return scores.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +112,14 @@ class Service:
     """A `Function` that asks an HTTP service.
 
     The request is a POST of the JSON object `{"prompts": [text, ...], "images": [PNG in base64, ...]}`, and the answer
-    `{"scores": [number, ...]}`; null stands for an image that cannot be scored, and becomes NaN. What is lost on the
-    way, too slow, or answered with 429 or 500 to 599, is asked again, after 1, 2, 4 ... seconds.
+    `{"scores": [number, ...]}` of at most `LARGEST_ANSWER` bytes; null stands for an image that cannot be scored, and
+    becomes NaN. What is lost on the way, too slow, or answered with 429 or 500 to 599, is asked again, after 1, 2, 4
+    ... seconds. Redirects are refused.
     """
 
     url: str
     timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds until the whole answer must be there."""
     retries: int = 3
     """How often to ask again."""
 
@@ -127,10 +132,14 @@ class Service:
         """
         body = json.dumps({"prompts": captions, "images": [_png(image) for image in images]}).encode()
         answer = self._ask(body)
+        if len(answer) > LARGEST_ANSWER:
+            raise ValueError(f"{self.url}: answered with more than {LARGEST_ANSWER:,} bytes; expected scores only")
         try:
             scores = json.loads(answer)["scores"]
-            scores = np.array([np.nan if score is None else float(score) for score in scores], np.float32)
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(scores, list) or not all(type(score) in (int, float, type(None)) for score in scores):
+                raise TypeError("not a list of numbers")
+            scores = np.array([np.nan if score is None else float(score) for score in scores], np.float64)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f'{self.url}: answered {answer[:80]!r}; expected {{"scores": [one number for each of {len(captions)} '
                 "images]}"
@@ -140,15 +149,17 @@ class Service:
         return scores
 
     def _ask(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        """The answer, of which no more than `LARGEST_ANSWER` bytes and one are read."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return response.read()
+                return self._ask_once(body)
             except urllib.error.HTTPError as error:
+                error.close()
                 reason = f"answered {error.code} {error.reason}"
+                if 300 <= error.code < 400:
+                    reason += f", a redirect to {error.headers.get('Location')}, which is not followed"
                 if error.code != 429 and error.code < 500:
                     break
             except (OSError, http.client.HTTPException) as error:
@@ -156,6 +167,40 @@ class Service:
         raise ConnectionError(
             f"{self.url}: {reason}, asked {attempt + 1} times; is the service running, and is this its address?"
         )
+
+    def _ask_once(self, body: bytes) -> bytes:
+        """Asks in a thread, for the time-out of a socket begins again with every byte; a late answer is dropped."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                with _OPENER.open(request, timeout=self.timeout) as response:
+                    content = response.read(LARGEST_ANSWER + 1)
+                    if len(content) <= LARGEST_ANSWER and response.length:  # the connection was cut
+                        raise http.client.IncompleteRead(content, response.length)
+                    answers.put(content)
+            except Exception as error:
+                answers.put(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer = answers.get(timeout=self.timeout)
+        except queue.Empty:
+            raise TimeoutError(f"timed out, no whole answer in {self.timeout:g} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows none, so that images go to the address that the user has given and nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Redirects)
 
 
 def _png(image: np.ndarray) -> str:

@@ -1,10 +1,13 @@
 """Rewards that live elsewhere: what they are asked, and what users are told when they do not answer."""
 
 import base64
+import contextlib
 import http.server
 import io
 import json
+import socketserver
 import threading
+import time
 
 import jax
 import numpy as np
@@ -106,6 +109,16 @@ def test_it_is_asked_again_while_that_may_help(place, images, naps):
         ((200, "<html>"), 1, r"answered b'<html>'; expected {\"scores\": \[one number for each of 1 images\]}"),
         ((200, '{"scores": ["high"]}'), 1, "answered .*; expected"),
         ((200, '{"scores": [1, 2]}'), 1, "answered with 2 scores for 1 images"),
+        ((200, '{"scores": ["1"]}'), 1, "answered .*; expected"),
+        ((200, '{"scores": "1"}'), 1, "answered .*; expected"),
+        ((200, '{"scores": {"1": 2}}'), 1, "answered .*; expected"),
+        ((200, '{"scores": [true]}'), 1, "answered .*; expected"),
+        ((200, '{"scores": [[1]]}'), 1, "answered .*; expected"),
+        ((200, '{"scores": 1}'), 1, "answered .*; expected"),
+        ((200, "[1]"), 1, "answered .*; expected"),
+        ((200, f'{{"scores": [{10**400}]}}'), 1, "answered .*; expected"),
+        ((200, "[" * 100_000), 1, "answered .*; expected"),
+        ((200, " " * 2**20 + '{"scores": [1]}'), 1, "answered with more than 1,048,576 bytes"),
     ],
 )
 def test_an_answer_that_is_none_becomes_one_line_that_names_the_service(
@@ -122,9 +135,86 @@ def test_an_answer_that_is_none_becomes_one_line_that_names_the_service(
 def test_a_service_that_does_not_answer_in_time_is_not_waited_for(place, images, naps):
     wait = threading.Event()
     there = place(lambda body: str(wait.wait(20)))
-    with pytest.raises(ConnectionError, match=r"timed out, asked 3 times"):
+    with pytest.raises(ConnectionError, match=r"timed out.*, asked 3 times"):
         Service(there.url, timeout=0.05, retries=2)(images, CAPTIONS)
     wait.set()
+
+
+@contextlib.contextmanager
+def raw_service(answer):
+    """The address of a service, and a list with an entry for each request; `answer` writes to the connection."""
+    asked = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            asked.append(self.rfile.readline())
+            with contextlib.suppress(OSError):  # whoever asked has gone
+                answer(self.wfile)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/score", asked
+        server.shutdown()
+
+
+def drip(before, byte, seconds):
+    def answer(out):
+        out.write(before)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            out.write(byte)
+            wait(0.02)
+
+    return answer
+
+
+wait = threading.Event().wait  # as time.sleep, which a fixture replaces
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [drip(HEAD + b"\r\n", b" ", 3), drip(HEAD, b"A", 3), drip(HEAD + b"Content-Length: 9999\r\n\r\n", b"1", 3)],
+    ids=["body", "headers", "announced"],
+)
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(answer, images, naps):
+    with raw_service(answer) as (url, asked):
+        begun = time.monotonic()
+        with pytest.raises(ConnectionError, match=r"timed out, no whole answer in 0\.2 s, asked 2 times"):
+            Service(url, timeout=0.2, retries=1)(images, CAPTIONS)
+        assert time.monotonic() - begun < 1
+        assert len(asked) == 2
+
+
+def test_of_an_endless_answer_no_more_is_read_than_an_answer_may_have(images, naps):
+    endless = drip(HEAD + b"\r\n", b" " * 2**18, 30)
+    with raw_service(endless) as (url, _), pytest.raises(ValueError, match=f"{url}: answered with more than 1,048,576"):
+        Service(url, timeout=20)(images, CAPTIONS)
+
+
+def test_an_answer_that_is_cut_on_the_way_is_asked_for_again(images, naps):
+    parts = [b"Content-Length: 40\r\n\r\n{", b'\r\n{"scores": [1, 2, 3]}']
+    with raw_service(lambda out: out.write(HEAD + parts.pop(0))) as (url, asked):
+        np.testing.assert_array_equal(Service(url)(images, CAPTIONS), [1, 2, 3])
+        assert len(asked) == 2 and naps == [1]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_images_are_not_sent_on_to_where_a_service_redirects(place, images, naps, status):
+    elsewhere = place(scores_of)
+    head = f"HTTP/1.1 {status} Moved\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n".encode()
+    with raw_service(lambda out: out.write(head)) as (url, asked):
+        message = f"{url}: answered {status} Moved, a redirect to {elsewhere.url}, which is not followed, asked 1 times"
+        with pytest.raises(ConnectionError, match=message):
+            Service(url)(images, CAPTIONS)
+        assert len(asked) == 1 and not elsewhere.requests
+
+
+def test_a_score_that_is_too_large_for_float32_is_infinite(place, images):
+    there = place((200, '{"scores": [1e300]}'))
+    reward = load_reward("hpsv3", there.url)
+    assert np.isinf(score(reward, images[:1], reward.prepare(["a"]))).all()
 
 
 def brightness(images, captions):
