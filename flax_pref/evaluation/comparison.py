@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from flax_pref.evaluation.image_set import MANIFEST_SCHEMA
+from flax_pref.evaluation.image_set import MANIFEST_SCHEMA, check_rows
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
 from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
@@ -137,10 +137,16 @@ class ScoredRun:
         first = {name: self.table[name][0].as_py() for name in ("settings", "model_sha256", "modules_sha256")}
         hashes = {
             "model_sha256": first["model_sha256"],
-            "modules_sha256": json.loads(first["modules_sha256"] or "{}"),
+            "modules_sha256": _object(first["modules_sha256"], "modules_sha256"),
         }
-        settings = json.loads(first["settings"] or "{}", parse_constant=str)
+        settings = _object(first["settings"], "settings", parse_constant=str)
         return settings | {name: value for name, value in hashes.items() if value}
+
+    @functools.cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """The row of each image's prompt in the file of prompts; empty in older tables."""
+        texts = self.table["record"].to_pylist() if "record" in self.table.column_names else []
+        return [_object(text, "record") for text in texts]
 
     @property
     def w(self) -> float | None:
@@ -174,8 +180,8 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         weights = described.get("embedding_of") or {}
         embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None
         run = ScoredRun(name, str(folder), _checked(table, described["rewards"]), described["rewards"], embedding)
-        _ = run.settings  # damage comes up here, where the file is known
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        _ = run.settings, run.records  # damage comes up here, where the file is known
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not a file of scores as sample.score writes them ({error}): {again}") from error
     if len(run.rows) < len(run.table):
         counts = collections.Counter(zip(*(run.table[name].to_pylist() for name in Key._fields), strict=True))
@@ -192,13 +198,23 @@ def _checked(table: pa.Table, rewards: Iterable[str]) -> pa.Table:
         raise ValueError(f"no column {lacking[0]!r}")
     columns = {column: table[column].cast(kind) for column, kind in types.items()}
     columns |= {column: table[column] for column in ("record", "group", EMBEDDING) if column in table.column_names}
-    if empty := [column for column in Key._fields if columns[column].null_count]:
-        raise ValueError(f"an image without {empty[0]}")
+    check_rows(pa.table(columns))
     if EMBEDDING in columns and not pa.types.is_fixed_size_list(columns[EMBEDDING].type):
         raise ValueError("embeddings that are no lists of one size")
     if not len(table):
         raise ValueError("no images")
     return pa.table(columns)
+
+
+def _object(text: str | None, name: str, **options: Any) -> dict[str, Any]:
+    """The JSON object in a cell; {} for an empty one."""
+    try:
+        values = json.loads(text or "{}", **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} {text[:40]!r} is not JSON") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} {text[:40]!r} is no JSON object")
+    return values
 
 
 def _told(key: Key) -> str:
@@ -280,8 +296,8 @@ def _images(run: ScoredRun, places: Sequence[int]) -> list[ImageRef]:
 def _categories(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
     """Of the first run that has several: columns of the prompt file, or the groups of the prompts."""
     for run in runs:
-        if "record" in run.table.column_names:
-            records = [json.loads(text or "{}") for text in run.table["record"].take(places[run.name]).to_pylist()]
+        if run.records:
+            records = [run.records[place] for place in places[run.name]]
             values = {name: [str(record.get(name) or "") for record in records] for name in CATEGORIES}
             if found := {name: column for name, column in values.items() if len(set(column)) > 1}:
                 return found

@@ -18,6 +18,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -41,6 +42,7 @@ from flax_pref.files import difference, remedy
 Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
 ON_SHEET = 64  # images
+LARGEST = 2**48  # bytes, of any file
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -60,6 +62,54 @@ MANIFEST_SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
+
+
+def read_manifest(content: bytes) -> pa.Table:
+    """The table in the bytes of a manifest, with the columns and types of `MANIFEST_SCHEMA`.
+
+    Raises:
+        ValueError: it is damaged; see also `check_rows`.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        if "record" not in table.column_names:  # of versions that did not have it
+            table = table.append_column("record", pa.array(["{}"] * len(table)))
+        table = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    check_rows(table)
+    return table
+
+
+def check_rows(table: pa.Table) -> None:
+    """Checks that every row of a manifest, or of a table of scores, says which image it is of and where that is.
+
+    Args:
+        table: with the columns of `MANIFEST_SCHEMA`.
+
+    Raises:
+        ValueError: a row lacks something, has a negative number, or its file is outside of the folder; names the row.
+    """
+    for name in ("prompt_id", "prompt", "seed", *_Row._fields[1:]):
+        if table[name].null_count:
+            raise ValueError(f"row {table[name].is_null().to_pylist().index(True)} has no {name}")
+    for name in ("offset", "size", "width", "height"):
+        values = table[name].to_numpy()
+        wrong = (values < 0) | (values >= LARGEST)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(f"row {row} has {name}={values[row]}; expected 0 or more, and less than {LARGEST}")
+    files = table["file"].to_pylist()
+    for file in dict.fromkeys(files):
+        if not _is_inside(file):
+            raise ValueError(f"row {files.index(file)} has file={file!r}; expected a name in this folder")
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a name, relative to a folder, is that of a file in it; "" is not."""
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
 class Item(NamedTuple):
@@ -283,7 +333,7 @@ class ImageSet:
         """What the folder was begun with; None: no such file, or one of some other program."""
         try:
             begun = json.loads(self._read(SETTINGS))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         return begun if isinstance(begun, dict) and set(begun) == {"settings", "images"} else None
 
@@ -335,23 +385,33 @@ class ImageSet:
 
     def _read_record(self, name: str) -> list[_Row]:
         try:
-            return [_Row(*values) for values in json.loads(self._read(f"{PARTS}/{name}"))]
-        except (ValueError, TypeError):  # damaged: it lists nothing
+            rows = [_Row(*values) for values in json.loads(self._read(f"{PARTS}/{name}"))]
+        except (ValueError, TypeError, RecursionError):  # damaged: it lists nothing
             return []
+        return rows if all(map(self._is_own, rows)) else []
+
+    def _is_own(self, row: _Row) -> bool:
+        """Whether a row of a record can be one of this process's images."""
+        numbers = (row.index, row.offset, row.size, row.width, row.height)
+        return (
+            all(type(number) is int and 0 <= number < LARGEST for number in numbers)
+            and row.index < len(self._items)
+            and row.index // self._shard_size in self._own
+            and type(row.file) is type(row.sha256) is str
+            and _is_inside(row.file)
+        )
 
     def _read_manifest(self) -> list[_Row]:
-        file = f"{self.folder / MANIFEST}"
+        file, names = f"{self.folder / MANIFEST}", _Row._fields[1:]
         try:
-            columns = list(_Row._fields[1:])
-            table = pq.read_table(
-                pa.BufferReader(self._read(MANIFEST)), columns=columns, page_checksum_verification=True
-            )
-            rows = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
+            content = self._read(MANIFEST)
         except FileNotFoundError:
             return []
-        except (pa.ArrowException, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: damaged ({reason}): restore it, or remove it to draw its images again") from error
+        try:
+            table = read_manifest(content)
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}): restore it, or remove it to draw its images again") from error
+        rows = list(zip(*(table[name].to_pylist() for name in names), strict=True))
         if len(rows) != len(self._items):
             raise UserError(
                 f"{file}: {len(rows)} rows for {len(self._items)} images: restore it, or remove it to draw them again"

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 from PIL import Image
 
@@ -23,7 +22,7 @@ from flax_pref.config import UserError
 from flax_pref.data.prompts import TEXTS, Prompt
 from flax_pref.data.webdataset import headers
 from flax_pref.evaluation.image_files import read_metadata
-from flax_pref.evaluation.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET
+from flax_pref.evaluation.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
 
 # The table of scores beside the images, and its columns.
 SCORES, SCORE, EMBEDDING, PROBLEM = "scores.parquet", "score:", "embedding", "problem"
@@ -130,6 +129,8 @@ def read_image(folder: epath.Path, image: ImageFile) -> np.ndarray | str:
         content = _bytes(folder, (image.file, image.offset, image.size))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return "missing"
+    except MemoryError:  # a size that no image has
+        return "changed"
     if hashlib.sha256(content).hexdigest() != image.sha256:
         return "changed"
     try:  # damaged files make Pillow raise nearly every kind of exception
@@ -155,13 +156,9 @@ def _bytes(folder: epath.Path, place: _Place) -> bytes:
 
 def _read_manifest(file: epath.Path) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
-        if "record" not in table.column_names:  # of versions that did not have it
-            table = table.append_column("record", pa.array(["{}"] * len(table)))
-        table = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: damaged ({reason}): restore it, or have sample.images write it again") from error
+        table = read_manifest(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}): restore it, or have sample.images write it again") from error
     if not len(table):
         raise UserError(f"{file}: has no rows; expected those of the images")
     return table
@@ -171,7 +168,7 @@ def _is_begun(folder: epath.Path) -> bool:
     """Whether `settings.json` is that of an image set."""
     try:
         begun = json.loads((folder / SETTINGS).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return False
     return isinstance(begun, dict) and set(begun) == {"settings", "images"}
 
@@ -266,7 +263,7 @@ def _describe(folder: epath.Path, found: _Found, content: bytes) -> dict[str, An
                 described["prompt"] = text.strip()
                 continue
             record = json.loads(text.strip().splitlines()[0] if kind == "jsonl" else text)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, RecursionError) as error:
             raise UserError(
                 f"{where}: not UTF-8 or not JSON ({error}); correct it, or name a file of --prompts"
             ) from error

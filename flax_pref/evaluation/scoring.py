@@ -173,12 +173,14 @@ class Scores:
             stored = {key: i for i, key in enumerate(_keys(table))}
             where = np.array([stored.get(key, -1) for key in _keys(self._rows)], np.int64)
             same = where >= 0
-            self.problems[same] = np.array(table[PROBLEM].to_pylist(), object)[where[same]]
+            problems = [problem or "" for problem in table[PROBLEM].to_pylist()]
+            self.problems[same] = np.array(problems, object)[where[same]]
             columns = {SCORE + name: of for name, of in described["rewards"].items()}
             if described["embedding"] is not None:
                 columns[EMBEDDING] = described["embedding_of"]
             for name, of in columns.items():
-                column = table[name].combine_chunks()
+                column = table[name] if name == EMBEDDING else table[name].cast(pa.float32())
+                column = column.combine_chunks()
                 valid = column.is_valid().to_numpy(zero_copy_only=False)
                 known = same & valid[where]
                 flat = (column.drop_null().flatten() if name == EMBEDDING else column.drop_null()).to_numpy()
@@ -187,8 +189,8 @@ class Scores:
                 taken = np.zeros((len(where), *values.shape[1:]), values.dtype)
                 taken[known] = values[places[where[known]]]
                 self._columns[name] = _Column(of, known, taken)
-        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).splitlines()[0]
+        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{self.file}: damaged, or not written by sample.score ({reason}): remove it to score all images anew"
             ) from error

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 def write_csv(rows: Sequence[Mapping[str, Any]], file: str | Path, *, header: Sequence[str] = ()) -> None:
     """Writes rows that have the same names; None is an empty cell.
 
+    Programs for tables run a text that begins like a formula. Such texts get an apostrophe before them, see `csv_cell`.
+
     Args:
         rows: all of the same names.
         file: to be written; it appears under its name when it is complete.
@@ -122,7 +125,20 @@ def write_csv(rows: Sequence[Mapping[str, Any]], file: str | Path, *, header: Se
     with replacing(file) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]) if rows else header, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no program for tables takes for a formula: `'=1+1` for the text `=1+1`.
+
+    Concerns texts that begin with `=`, `+`, `-`, `@`, a tab or a line break. Numbers, and texts that are nothing but a
+    number, e.g. `-1.5`, are as they were. Line breaks are `\\n`, or a formula could begin behind another one.
+    """
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"\r\n?", "\n", value)
+    number = re.fullmatch(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", text)
+    return f"'{text}" if re.match(r"[=+\-@\t\n]", text) and not number else text
 
 
 def latex_table(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
+import csv
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from flax_pref.evaluation.comparison import common_rewards, compare, pair_runs, read_run, read_votes
-from flax_pref.evaluation.tables import decimals, latex_table, latex_text, printed_tables, write_tables
+from flax_pref.evaluation.tables import decimals, latex_table, latex_text, printed_tables, write_csv, write_tables
 
 KEYS = [(prompt, seed) for prompt in range(9) for seed in range(1 + prompt % 3)]
 SETTINGS = {"rule": "cfg", "steps": 50}
@@ -407,6 +409,29 @@ def test_folders_without_readable_scores_are_named(tmp_path):
         read(tmp_path / "base")
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"prompt": None}, "row 1 has no prompt"),
+        ({"file": None}, "row 1 has no file"),
+        ({"file": "../../x.png"}, r"row 1 has file='\.\./\.\./x\.png'; expected a name in this folder"),
+        ({"offset": -5}, "row 1 has offset=-5; expected 0 or more"),
+        ({"record": "[1]"}, r"record '\[1\]' is no JSON object"),
+        ({"record": "{"}, r"record '\{' is not JSON"),
+    ],
+)
+def test_a_row_of_scores_that_says_no_image_is_named(tmp_path, cells, message):
+    file = write_run(tmp_path / "base", {"judge": draw(0)}) / "scores.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[1] |= cells
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    with pytest.raises(
+        ValueError, match=rf"base/scores\.parquet: not a file of scores .*{message}.*: remove it and run"
+    ):
+        read(tmp_path / "base")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -432,6 +457,35 @@ def test_the_tables_have_every_number_and_names_as_they_are(tmp_path):
         latex_text("a\\b~^<c>\n|")
         == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}\textless{}c\textgreater{} \textbar{}"
     )
+
+
+FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "=cmd|'/C calc'!A0", "-x", "+"]
+PLAIN = ["-1.5", "+2", "-3e-05", "7", "cPGD", "a=1", "'=1", "", "ä"]
+
+
+def test_no_cell_of_a_table_begins_like_a_formula_and_numbers_stay_numbers(tmp_path):
+    rows = [{"method": text, "gain": -0.5, "wins": -3, "p": None} for text in FORMULAS + PLAIN]
+    write_csv(rows, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["method"] for row in found] == [f"'{text}".replace("\r", "\n") for text in FORMULAS] + PLAIN
+    assert {(row["gain"], row["wins"], row["p"]) for row in found} == {("-0.5", "-3", "")}
+    write_csv([{"a": "x\r=1+1"}], tmp_path / "break.csv")
+    assert (tmp_path / "break.csv").read_bytes() == b'a\n"x\n=1+1"\n'
+
+
+def test_names_of_methods_and_categories_cannot_be_formulas_in_the_tables(tmp_path):
+    groups = [("=cmd()", "@x")[prompt % 2] for prompt, _ in KEYS]
+    for place, name in enumerate(("base", "=1+1")):
+        write_run(tmp_path / name, {"judge": draw(place)}, groups=groups)
+    write_tables(report_of(tmp_path / "base", tmp_path / "=1+1"), tmp_path / "out")
+    cells = set()
+    for name in ("table.csv", "categories.csv"):
+        with (tmp_path / "out" / name).open(encoding="utf-8", newline="") as file:
+            cells |= {cell for row in csv.reader(file) for cell in row}
+    assert {"'=1+1", "'=cmd()", "'@x"} <= cells
+    assert any(cell.startswith("-0.") for cell in cells)
+    assert not [cell for cell in cells if re.match(r"[=+@\t\r]|-(?!\d)", cell)]
 
 
 def test_tables_show_the_digits_that_the_intervals_support_and_the_best_in_bold():

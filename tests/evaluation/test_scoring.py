@@ -172,6 +172,24 @@ def test_images_that_are_missing_changed_or_damaged_are_named_and_the_others_sco
     assert [row["problem"] for row in rows(tmp_path / "tars")] == ["", "changed", *[""] * 8]
 
 
+def test_a_folder_in_the_place_of_an_image_costs_one_image_and_not_the_set(scorer, tmp_path):
+    draw_run(tmp_path)
+    (tmp_path / "00001-2.png").unlink()
+    (tmp_path / "00001-2.png").mkdir()
+    score(tmp_path, scorer)
+    assert [row["problem"] for row in rows(tmp_path)] == ["", "", "", "missing", "", ""]
+    assert table(tmp_path)["score:brightness"].null_count == 1
+
+
+def test_a_problem_that_the_table_of_scores_lacks_is_none(scorer, tmp_path):
+    with_cells()(tmp_path)
+    score(tmp_path, scorer)
+    scored = table(tmp_path)
+    rows = [row | {"problem": None, "score:brightness": None} for row in scored.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, scored.schema), tmp_path / "scores.parquet")
+    assert score(tmp_path, scorer) == 6 and table(tmp_path)["score:brightness"].null_count == 0
+
+
 def test_a_reward_is_added_without_scoring_the_others_again_and_other_weights_replace_its_scores(scorer, tmp_path):
     draw_run(tmp_path)
     score(tmp_path, scorer)
@@ -528,6 +546,27 @@ def damaged(folder):
     (folder / "manifest.parquet").write_bytes(b"PAR1 and so on")
 
 
+def with_cells(**cells):
+    """A finished run, of whose manifest the second row has other cells."""
+
+    def make(folder):
+        draw_run(folder)
+        manifest = pq.read_table(folder / "manifest.parquet")
+        rows = manifest.to_pylist()
+        rows[1] |= cells
+        pq.write_table(pa.Table.from_pylist(rows, manifest.schema), folder / "manifest.parquet")
+
+    return make
+
+
+def with_a_changed_page(folder):
+    draw_run(folder)
+    file = folder / "manifest.parquet"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"-5.png") + 1] ^= 1
+    file.write_bytes(content)
+
+
 def foreign(*names, **texts):
     def make(folder):
         for name in names:
@@ -556,6 +595,19 @@ def strange_scores(folder):
         (foreign("a/1.png", "b/1.png"), prompts(3), "which of 3 prompts each of 2 images"),
         (foreign("anime/0.png", "anime/1.png"), prompts(2), "which of 2 prompts each of 2 images"),
         (foreign("a.png", a_json="{"), None, "a.json beside a.png: not UTF-8 or not JSON"),
+        (with_cells(prompt=None), None, r"manifest.parquet: damaged \(row 1 has no prompt\): restore it"),
+        (with_cells(seed=None), None, "row 1 has no seed"),
+        (with_cells(file=None), None, "row 1 has no file"),
+        (with_cells(size=None), None, "row 1 has no size"),
+        (with_cells(offset=-1), None, "row 1 has offset=-1; expected 0 or more"),
+        (with_cells(size=-1), None, "row 1 has size=-1; expected 0 or more"),
+        (with_cells(size=2**62), None, "row 1 has size=4611686018427387904; expected 0 or more, and less than"),
+        (with_cells(file="/etc/passwd"), None, "row 1 has file='/etc/passwd'; expected a name in this folder"),
+        (with_cells(file="../other/0.png"), None, "row 1 has file='../other/0.png'; expected a name in this"),
+        (with_cells(file="a/../../0.png"), None, "row 1 has file='a/../../0.png'; expected a name in this"),
+        (with_cells(file=""), None, "row 1 has file=''; expected a name in this folder"),
+        (with_a_changed_page, None, "manifest.parquet: damaged .*restore it"),
+        (foreign("a.png", a_json="[" * 100_000), None, "a.json beside a.png: not UTF-8 or not JSON"),
         (strange_scores, None, "scores.parquet: damaged, or not written by sample.score .*remove it"),
     ],
 )
@@ -586,7 +638,8 @@ def score_and_die(folder, kill):
 
     def watch(event, arguments):
         writes = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
-        if (writes or event == "os.rename") and str(folder) in str(arguments[0]) and next(steps) == kill:
+        changes = (writes or event == "os.rename") and str(folder) in str(arguments[0])
+        if changes and ".lock" not in str(arguments[0]) and next(steps) == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
