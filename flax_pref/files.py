@@ -48,12 +48,21 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: it holds something, or is a file.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    check_new(folder)
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         yield unfinished
+
+
+def check_new(folder: str | Path) -> None:
+    """Checks that `new_folder` can write a folder.
+
+    Raises:
+        FileExistsError: it holds something, or is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
 
 
 @contextlib.contextmanager

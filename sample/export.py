@@ -13,9 +13,11 @@ import sys
 
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.config import UserError, parse_flags, run_main
+from flax_pref.files import check_new
 from flax_pref.serving.export import Platform, export_sampler
 from sample.options import (
     Drawing,
+    check_drawing,
     check_modules,
     drawn_terms,
     fingerprints,
@@ -53,7 +55,9 @@ def main(arguments: list[str]) -> None:
     config = with_preset(parse_flags(arguments, Config))
     rule, sources = rule_of(config), modules_of(config)
     check_modules(rule, sources, config)
+    check_new(config.out)
     folder = find_checkpoint(config.model, variant=config.variant)
+    check_drawing(config, folder, sources)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if config.platforms == ("cpu",) else "bfloat16"

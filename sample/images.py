@@ -10,12 +10,13 @@ the small one of this package. Killed and started again with the same flags, the
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +34,7 @@ from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
 from flax_pref.diffusion.text_to_image import watched as watched_steps
 from flax_pref.evaluation.image_files import ImageFormat
-from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer
+from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
@@ -42,6 +43,7 @@ from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import StopTogether, anywhere, stopped_by
 from sample.options import (
     Drawing,
+    check_drawing,
     check_modules,
     drawn_terms,
     fingerprints,
@@ -77,6 +79,9 @@ class Config(Drawing):
     format: ImageFormat = "png"
     shard_size: int = 1000
     """Images in a tar shard."""
+    verify: bool = False
+    """Read the images that are there, and draw again those whose bytes are not the ones that were written; else only
+    the sizes of their files are compared."""
 
     mesh: str = "data=-1"
     """How to use the devices: data=-1 shares out the images, network=3,data=-1 puts base and modules with full weights
@@ -91,6 +96,13 @@ class Config(Drawing):
             raise UserError("expected either --prompt with texts or --prompts with a file of them")
         if self.seed is not None and self.seeds != "0":
             raise UserError(f"--seed {self.seed} and --seeds {self.seeds}: expected one of them")
+        if self.column is not None and self.prompts is None:
+            raise UserError(f"--column {self.column}: is of a file of prompts; expected --prompts with one")
+        if self.shard_size < 1:
+            raise UserError(f"--shard-size {self.shard_size}: expected at least 1")
+        if "://" not in self.out and Path(self.out).exists() and not Path(self.out).is_dir():
+            raise UserError(f"--out {self.out}: is a file; expected a folder")
+        seeds_of(self)
 
 
 # What may differ between hosts: how each works, and where inputs lie, of which the content is compared.
@@ -113,32 +125,51 @@ def run(config: Config, process: int, processes: int) -> None:
     check_modules(rule, sources, config)
     prompts = prompts_of(config)
     items = [Item(prompt, seed) for prompt in prompts for seed in seeds_of(config)]
+    layout = config.layout or ("flat" if config.prompts is None else "webdataset")
+    image_names(items, layout, config.format)
+    check_devices(config)
     folder = find_checkpoint(config.model, variant=config.variant)
+    check_drawing(config, folder, sources)
     settings = settings_of(config, folder, sources)
     agree(lambda: flat({**settings, **prompts_as_content(config, prompts)}, free=("model", "module_base")))
     images = ImageSet(
         config.out,
         items,
         settings,
-        layout=config.layout or ("flat" if config.prompts is None else "webdataset"),
+        layout=layout,
         image_format=config.format,
         shard_size=config.shard_size,
         process_index=process,
         process_count=processes,
+        verify=config.verify,
     )
+    with images.only_writer():
+        wait_for_others("the folder is locked")
+        done = complete(images, items, config, lambda: load(config, folder, rule, sources))
+    if process == 0 and done:
+        print(f"wrote {len(items)} images, manifest.parquet and contact_sheet.png to {config.out}")
+
+
+def complete(
+    images: ImageSet, items: Sequence[Item], config: Config, loaded: Callable[[], tuple[TextToImage, Rule]]
+) -> bool:
+    """Draws and writes what the folder lacks; whether it is finished, that is, no process was told to stop."""
     images.begin()
+    if images.damaged:
+        shown = [f"prompt {items[i].prompt.id} with seed {items[i].seed}" for i in images.damaged[:3]]
+        more = ", ..." if len(images.damaged) > 3 else ""
+        print(f"{config.out}: {len(images.damaged)} images are damaged and drawn again: {', '.join(shown)}{more}")
     if images.done:
         print(f"{config.out}: {images.done} of {images.total} images are there")
     # Where one process draws, the others come along: it may be told to stop, and then all do.
-    if anywhere(len(images.pending) > 0) and not draw_set(load(config, folder, rule, sources), images, items, config):
+    if anywhere(len(images.pending) > 0) and not draw_set(loaded(), images, items, config):
         print(
             f"{config.out}: stopped after {images.done} of {images.total} images; the same command goes on from there"
         )
-        return
+        return False
     wait_for_others("all images are drawn")
     images.finish()
-    if process == 0:
-        print(f"wrote {len(items)} images, manifest.parquet and contact_sheet.png to {config.out}")
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,6 +257,21 @@ def load(config: Config, folder: Path, rule: Rule, sources: dict[str, str]) -> t
     return draw, named_rule(**drawn_terms(config))
 
 
+def check_devices(config: Config) -> None:
+    """Checks the flags that say how to use the devices.
+
+    Raises:
+        UserError, ValueError: these devices cannot be used so.
+    """
+    make_mesh(config.mesh, jax.local_devices())
+    needed = {"cudnn": "gpu", "flash": "tpu"}.get(config.attention, platform())
+    if needed != platform():
+        raise UserError(
+            f"--attention {config.attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
+            "expected auto, xla or blocked"
+        )
+
+
 def prompts_of(config: Config) -> list[Prompt]:
     """The prompts that the flags name."""
     if config.prompts is not None:
@@ -240,21 +286,33 @@ def prompts_as_content(config: Config, prompts: Sequence[Prompt]) -> dict[str, C
 
 
 def seeds_of(config: Config) -> list[int]:
-    """The seeds that the flags name, in order."""
+    """The seeds that the flags name, in order.
+
+    Raises:
+        UserError: they are not understood, out of their range, or too many.
+    """
     if config.seed is not None:
+        if not 0 <= config.seed < SEEDS:
+            raise UserError(f"--seed {config.seed}: expected 0 to {SEEDS - 1}")
         return [config.seed]
-    seeds = []
+    ranges = []
     for part in config.seeds.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--seeds {config.seeds}: expected a number, a range such as 0-3, or several with commas")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return list(dict.fromkeys(seeds))
+        if int(match[2] or match[1]) >= SEEDS:
+            raise UserError(f"--seeds {config.seeds}: expected 0 to {SEEDS - 1}")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if sum(map(len, ranges)) > MOST_SEEDS:
+        raise UserError(f"--seeds {config.seeds}: expected at most {MOST_SEEDS:,} seeds")
+    return list(dict.fromkeys(itertools.chain(*ranges)))
 
+
+SEEDS, MOST_SEEDS = 2**32, 1_000_000  # that there are, and that a set may have
 
 # Flags that say where and how to work, not what to draw: a run may go on under others.
 WORKING = (
-    *("prompt", "prompts", "column", "seeds", "seed", "out", "layout", "format", "shard_size", "module"),
+    *("prompt", "prompts", "column", "seeds", "seed", "out", "layout", "format", "shard_size", "verify", "module"),
     *("batch_size", "mesh", "hosts", "attention"),
 )
 

@@ -1,6 +1,8 @@
 """Flags that say what is drawn with, and the parts that they stand for: checkpoint, modules, rule, solver, size."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,16 +10,20 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline
+from flax_pref.checkpoints.abstract import describe
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.checkpoints.weights import Network, with_attention
 from flax_pref.config import UserError
-from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights
+from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, STEADY, RuleName, named_rule
 from flax_pref.diffusion.solvers import Solver, from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.attention import Kernel
 from flax_pref.models.quantized import QuantizedType, quantize
+from flax_pref.models.unet import UNetConfig
+from flax_pref.models.vae import VAEConfig
 
 # Ways to use modules pos and neg, with the time of an image against plain CFG's and the share of full cPGD's gain that
 # docs/guidance.md has measured.
@@ -82,8 +88,32 @@ class Drawing:
     """Kernel of the UNet's attention; auto: the fastest for the device."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+        for name in ("batch_size", "steps", "every", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        for name, value in (("eta", self.eta), ("rescale", self.rescale)):
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} {value}: expected 0 to 1")
+        scale = strength("guidance-scale", self.guidance_scale)
+        if any(value < 0 for value in scale.values):
+            raise UserError(f"--guidance-scale {self.guidance_scale}: expected 0 or more")
+        if self.w is not None:
+            strength("w", self.w)
+        if self.quantize is not None and importlib.util.find_spec("qwix") is None:
+            raise UserError(f"--quantize {self.quantize}: needs qwix; pip install 'flax-pref[quantize]'")
+
+
+def strength(flag: str, text: str) -> Schedule:
+    """The strength that a flag gives.
+
+    Raises:
+        UserError: it is none; names the flag.
+    """
+    try:
+        return Schedule.parse(text)
+    except ValueError as error:
+        raise UserError(f"--{flag} {text}: {error}") from error
 
 
 def with_preset(config: Drawing) -> Drawing:
@@ -170,12 +200,51 @@ def check_modules(rule: Rule, sources: dict[str, str], config: Drawing) -> None:
 
 def fingerprints(config: Drawing, folder: Path, sources: dict[str, str]) -> dict[str, Any]:
     """What of the files the images depend on."""
-    hashed = sources | ({OWN_BASE: config.module_base} if config.module_base is not None else {})
+    hashed = _module_files(config, sources)
     return {
         "modules": {name: Path(path).name for name, path in sources.items()},
         "model_sha256": fingerprint(folder),
         "modules_sha256": {name: fingerprint(path) for name, path in hashed.items()},
     }
+
+
+def _module_files(config: Drawing, sources: dict[str, str]) -> dict[str, str]:
+    """Paths of the modules, and of the base that they were trained on where the flags name one."""
+    return sources | ({OWN_BASE: config.module_base} if config.module_base is not None else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before weights are read
+
+
+def check_drawing(config: Drawing, model: str | Path, sources: dict[str, str]) -> None:
+    """Checks the flags by the config files of the checkpoint, and that the modules are there; reads no weights.
+
+    Args:
+        config: the flags.
+        model: folder of the checkpoint, or as `checkpoints.abstract.describe` takes it.
+        sources: path of each module.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError, ValueError: the solver cannot make so many steps, a strength does not fit them, the size is not one
+            of the checkpoint's, or a config file is not what the networks need.
+    """
+    for path in _module_files(config, sources).values():
+        find_checkpoint(path)
+    family = describe(str(model))
+    size_of(family.unet, family.vae, config)
+    steps = len(solver_of(family.scheduler_config, Path(model), config).timesteps)
+    for flag, text in (("w", config.w), ("guidance-scale", config.guidance_scale)):
+        schedule = None if text is None else strength(flag, text)
+        if schedule is not None and not schedule.active(steps).any():
+            raise UserError(f"--{flag} {text}: none of the {steps} steps lies in this part of the trajectory")
+        if schedule is not None and schedule.shape == "list" and len(schedule.values) != steps:
+            raise UserError(
+                f"--{flag} {text}: {len(schedule.values)} values, but the solver takes {steps} steps; expected one "
+                "for each"
+            )
+    tabulate(named_rule(**drawn_terms(config)), steps, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,27 +283,36 @@ def text_to_image(
 
     return TextToImage(
         dataclasses.replace(pipeline, unet=prepared(guided.base)),
-        solver_of(pipeline, folder, config),
-        size_of(pipeline, config),
+        solver_of(pipeline.scheduler_config, folder, config),
+        size_of(pipeline.unet.config, pipeline.vae.config, config),
         batch_size=batch_size,
         modules={name: prepared(network) for name, network in guided.modules.items()},
         mesh=mesh,
     )
 
 
-def solver_of(pipeline: Pipeline, folder: Path, config: Drawing) -> Solver:
+def solver_of(scheduler_config: Mapping[str, Any], folder: Path, config: Drawing) -> Solver:
     """The solver that the config names, or the checkpoint."""
     try:
-        return from_config(pipeline.scheduler_config, config.steps, name=config.solver, eta=config.eta)
+        return from_config(scheduler_config, config.steps, name=config.solver, eta=config.eta)
     except (ValueError, TypeError) as error:
         file = folder / "scheduler" / "scheduler_config.json"
         raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error
 
 
-def size_of(pipeline: Pipeline, config: Drawing) -> tuple[int, int]:
-    """Height and width in pixels."""
-    trained = pipeline.unet.config.sample_size or 64
+def size_of(unet: UNetConfig, vae: VAEConfig, config: Drawing) -> tuple[int, int]:
+    """Height and width in pixels.
+
+    Raises:
+        UserError: a side is no multiple of the autoencoder's factor.
+    """
+    trained = unet.sample_size or 64
     trained = trained if isinstance(trained, tuple) else (trained, trained)
+    for name, side in (("height", config.height), ("width", config.width)):
+        if side is not None and side % vae.downscale_factor:
+            near = max(1, round(side / vae.downscale_factor)) * vae.downscale_factor
+            raise UserError(f"--{name} {side}: expected multiples of {vae.downscale_factor}, e.g. {near}")
     sides = (config.height, config.width)
-    factor = pipeline.vae.config.downscale_factor
-    return tuple(factor * default if side is None else side for side, default in zip(sides, trained, strict=True))
+    return tuple(
+        vae.downscale_factor * default if side is None else side for side, default in zip(sides, trained, strict=True)
+    )

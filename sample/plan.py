@@ -28,7 +28,7 @@ from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.plan import Job
 from flax_pref.parallel.planning import PlanFlags, compare, show
 from flax_pref.parallel.topologies import Topology, chips_of
-from sample.options import Drawing, drawn_terms, size_of, solver_of, with_preset
+from sample.options import Drawing, check_drawing, drawn_terms, size_of, solver_of, with_preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,12 @@ class Config(PlanFlags, Drawing):
     """How to use the devices: data=-1 shares out the images, network=4,data=-1 puts base and modules with full weights
     on different devices too, of which one is idle where they are three."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        chips_of(self.topology)
+        if self.rank < 1:
+            raise UserError(f"--rank {self.rank}: expected at least 1")
+
 
 def main(arguments: list[str]) -> None:
     """Prints the plan, or a table of several."""
@@ -51,6 +57,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("--module: no weights are read; --weights lora or full says what the rule's modules are")
     if config.quantize is not None:
         raise UserError(f"--quantize {config.quantize}: plans are of weights in --dtype only; leave the flag out")
+    check_drawing(config, config.model, {})
     if config.compare:
         print(compare("sample.plan", arguments, candidates(config)))
     else:
@@ -79,14 +86,15 @@ def jobs(config: Config, slice: Topology) -> tuple[Mesh, list[Job]]:
     if names and not modules:
         base = with_adapters(base, names, config.rank)
     pipeline = dataclasses.replace(pipeline, unet=base)
+    size = size_of(pipeline.unet.config, pipeline.vae.config, config)
     shards = mesh.size // mesh.shape.get(AXIS, 1)
     return mesh, drawing_jobs(
         pipeline,
         modules,
         rule,
-        solver_of(pipeline, Path(config.model), config),
+        solver_of(pipeline.scheduler_config, Path(config.model), config),
         mesh,
-        size=size_of(pipeline, config),
+        size=size,
         batch_size=config.batch_size * shards,
     )
 

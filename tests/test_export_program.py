@@ -17,7 +17,7 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
 from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.serving.sampler import load_sampler
-from sample import export, images
+from sample import export, images, options
 
 ROOT = Path(__file__).parents[1]
 BASE = str(resources.files("flax_pref.demo") / "base")
@@ -151,9 +151,16 @@ def test_a_jax_that_is_too_new_or_too_old_is_told_which_one_wrote_the_program(ex
         (("--rule", "cpgd"), "--rule cpgd needs --w"),
         (("--batch-size", "0"), "--batch-size 0: expected at least 1"),
         (("--out", "gs://bucket/run"), "--out gs://bucket/run: expected a local folder"),
+        (("--steps", "0"), "--steps 0: expected at least 1"),
+        (("--steps", "5000"), "steps must lie in 1"),
+        (("--width", "65"), "--width 65: expected multiples of 8"),
+        (("--guidance-scale", "list:1:2"), "list:1:2: 2 values, but the solver takes 50 steps"),
+        (("--rule", "pgd", "--w", "1", "--module", "a=nowhere"), "nowhere: no such file"),
+        (("--out", "docs"), "docs: exists and is not empty"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_loaded(flags, message, tmp_path):
-    with pytest.raises(UserError, match=message):
+def test_a_mistake_is_told_before_anything_is_loaded(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "load_pipeline", None)
+    with pytest.raises((UserError, OSError), match=message):
         export.main(["--model", "demo", "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()

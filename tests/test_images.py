@@ -25,8 +25,9 @@ from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
 from flax_pref.evaluation.image_files import read_metadata
+from flax_pref.files import one_writer
 from flax_pref.models.lora import select_lora, split_lora
-from sample import images
+from sample import images, options
 
 ROOT = Path(__file__).parents[1]
 BASE = str(resources.files("flax_pref.demo") / "base")
@@ -92,13 +93,13 @@ def finish(process, timeout=300):
     return out
 
 
-def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompts, tmp_path):
+def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompts, tmp_path, capsys):
     flags = ("--model", "demo", "--prompts", str(prompts), "--seeds", "0-1", "--rule", "cpgd", "--w", "2", *QUICK)
     flags += ("--module", f"pos={modules}/pos.safetensors", "--module", f"neg={modules}/neg.safetensors")
     images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(tmp_path / "out")])
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("00000.tar", "00001.tar", "manifest.parquet", "contact_sheet.png", "settings.json")
+        *("00000.tar", "00001.tar", "manifest.parquet", "contact_sheet.png", "settings.json", ".lock")
     }
     found = drawn(out)
     assert list(found) == [(i, seed) for i in range(8) for seed in (0, 1)]
@@ -114,6 +115,15 @@ def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompt
     # Once more: there is nothing to do, and nothing is done.
     before = contents(out)
     images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(out)])
+    assert contents(out) == before
+    # A changed byte is seen where images are read, and that image is drawn again.
+    with (out / row["file"]).open("r+b") as file:
+        file.seek(row["offset"] + row["size"] // 2)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    capsys.readouterr()
+    images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(out), "--verify"])
+    told = capsys.readouterr().out
+    assert "1 images are damaged and drawn again: prompt 0 with seed 0\n" in told and "drew 1 images" in told
     assert contents(out) == before
 
 
@@ -260,8 +270,35 @@ DEMO = ("--model", "demo", "--prompt", "a")
         (("--model", "flax_pref/demo", "--prompt", "a"), "flax_pref/demo/model_index.json: no such file; expected a"),
         (("--model", "README.md", "--prompt", "a"), "README.md: may hold code"),
         ((*DEMO, "--step", "3"), "perhaps you meant --steps"),
-        ((*DEMO, "--steps", "0"), "scheduler_config.json: solver: steps must lie in 1"),
-        ((*DEMO, "--height", "30"), "multiples of 8"),
+        ((*DEMO, "--steps", "0"), "--steps 0: expected at least 1"),
+        ((*DEMO, "--steps", "5000"), "scheduler_config.json: solver: steps must lie in 1"),
+        ((*DEMO, "--height", "30"), "--height 30: expected multiples of 8, e.g. 32"),
+        ((*DEMO, "--width", "65"), "--width 65: expected multiples of 8, e.g. 64"),
+        ((*DEMO, "--height", "0"), "--height 0: expected at least 1"),
+        ((*DEMO, "--batch-size", "0"), "--batch-size 0: expected at least 1"),
+        ((*DEMO, "--every", "0"), "--every 0: expected at least 1"),
+        ((*DEMO, "--shard-size", "0"), "--shard-size 0: expected at least 1"),
+        ((*DEMO, "--seed", "-1"), "--seed -1: expected 0 to 4294967295"),
+        ((*DEMO, "--seeds", "0-4294967296"), "--seeds 0-4294967296: expected 0 to 4294967295"),
+        ((*DEMO, "--seeds", "0-4294967295"), "--seeds 0-4294967295: expected at most 1,000,000 seeds"),
+        ((*DEMO, "--guidance-scale", "-2"), "--guidance-scale -2: expected 0 or more"),
+        ((*DEMO, "--guidance-scale", "7@0.8:0.2"), "--guidance-scale 7@0.8:0.2: '7@0.8:0.2' is no strength"),
+        ((*DEMO, "--guidance-scale", "7@0.11:0.115"), "none of the 50 steps lies in this part of the trajectory"),
+        ((*DEMO, "--guidance-scale", "list:1:2"), "list:1:2: 2 values, but the solver takes 50 steps; expected one"),
+        ((*DEMO, "--rule", "pgd", "--w", "list:8:4:0", "--module", f"a={BASE}"), "--w list:8:4:0: 3 values, but"),
+        ((*DEMO, "--rule", "pgd", "--w", "nan", "--module", f"a={BASE}"), "w must be finite"),
+        ((*DEMO, "--rescale", "1.5"), "--rescale 1.5: expected 0 to 1"),
+        ((*DEMO, "--eta", "-0.1"), "--eta -0.1: expected 0 to 1"),
+        ((*DEMO, "--eta", "0.5", "--solver", "euler"), "eta=0.5 applies to ddim only"),
+        ((*DEMO, "--rule", "cgf"), "cgf"),
+        ((*DEMO, "--solver", "heun"), "heun"),
+        ((*DEMO, "--attention", "flash"), "--attention flash: is a kernel for TPUs, but JAX runs on cpu here"),
+        ((*DEMO, "--attention", "cudnn"), "--attention cudnn: is a kernel for GPUs, but JAX runs on cpu here"),
+        ((*DEMO, "--layout", "hpsv2", "--seeds", "0-1"), "layout 'hpsv2' has one image per prompt"),
+        ((*DEMO, "--layout", "geneval", "--format", "webp"), "GenEval reads only files named .png"),
+        ((*DEMO, "--column", "text"), "--column text: is of a file of prompts"),
+        ((*DEMO, "--out", "README.md"), "--out README.md: is a file; expected a folder"),
+        ((*DEMO, "--rule", "pgd", "--w", "1", "--module", f"a={BASE}", "--module-base", "no/base"), "no/base: no such"),
         ((*DEMO, "--guidance-scale", "nan"), "guidance_scale must be finite"),
         ((*DEMO, "--rule", "cpgd"), "--rule cpgd needs --w"),
         ((*DEMO, "--rule", "cpgd", "--w", "4"), "--rule cpgd needs a module 'pos'; expected --module pos=PATH"),
@@ -282,7 +319,10 @@ DEMO = ("--model", "demo", "--prompt", "a")
 )
 def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["images", *flags, "--out", str(tmp_path / "out")])
+    out = () if "--out" in flags else ("--out", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["images", *flags, *out])
+    monkeypatch.setattr(options, "fingerprint", refuse)
+    monkeypatch.setattr(options, "load_pipeline", refuse)
     from flax_pref.config import run_main
 
     try:
@@ -292,11 +332,27 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, m
     assert status
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0], errors
-    assert not list((tmp_path / "out").rglob("*.png"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_program_in_the_same_folder_is_told_who_writes_there_and_loads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "load_pipeline", refuse)
+    out = tmp_path / "out"
+    out.mkdir()
+    message = (
+        rf"{out}: another program writes into this folder \(.*; process {os.getpid()} on .*\); wait for it, or end"
+    )
+    with one_writer(out), pytest.raises(UserError, match=message):
+        images.main([*DEMO, *QUICK, "--out", str(out)])
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def refuse(*arguments, **options):
+    raise AssertionError("weights were read before the mistake was told")
 
 
 def test_after_a_mistake_the_folder_can_be_used_with_other_settings(tmp_path):
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(UserError, match="multiples of 8"):
         images.main([*DEMO, *QUICK, "--height", "30", "--out", str(tmp_path / "out")])
     images.main([*DEMO, *QUICK, "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"was begun with .*steps=2, now .*steps=3.*choose another --out"):

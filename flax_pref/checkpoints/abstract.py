@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flax_pref.checkpoints.diffusers import FAMILIES as CLASSES
-from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.checkpoints.diffusers import Pipeline, not_a_folder
 from flax_pref.checkpoints.hub import DEMO, find_checkpoint, find_files
 from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, abstract_network
 from flax_pref.files import read_json
@@ -46,6 +46,8 @@ def describe(model: str) -> Family:
     if model in PUBLISHED and not Path(model).exists():
         return PUBLISHED[model]
     folder = find_checkpoint(DEMO) if model == DEMO else find_files(model, ["model_index.json", "*/*.json"])
+    if folder.is_file():
+        raise ValueError(f"{folder}: {not_a_folder(folder)}")
 
     def config(part: str, kind: str):
         return COMPONENTS[kind].config.from_dict(read_json(folder / part / "config.json", expected=LAYOUT))

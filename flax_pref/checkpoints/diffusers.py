@@ -75,7 +75,7 @@ def load_pipeline(
     """
     folder = Path(folder)
     if folder.is_file():
-        raise ValueError(f"{folder}: {_not_a_folder(folder)}")
+        raise ValueError(f"{folder}: {not_a_folder(folder)}")
     index_file = folder / "model_index.json"
     index = read_json(index_file, expected=LAYOUT)
     class_name = index.get("_class_name")
@@ -103,7 +103,8 @@ def _without_weights(folder: Path) -> Network:
     return Network(config, graphdef=None, params={})
 
 
-def _not_a_folder(file: Path) -> str:
+def not_a_folder(file: Path) -> str:
+    """Why a single file is no checkpoint, and what to do about it."""
     pickle = "" if file.suffix == ".safetensors" else "may hold code that runs when it is read, and "
     return (
         f"{pickle}is a single file, expected {LAYOUT}; where you trust it, convert it with diffusers: "

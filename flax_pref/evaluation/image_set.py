@@ -3,8 +3,8 @@
 Beside the images the folder holds `settings.json` (what it was begun with), and at the end `manifest.parquet` (one row
 per image) and `contact_sheet.png`. Until then `.parts` holds records, each a list of images that are safe: a record is
 written after the images it lists, and nothing counts without one. Every file is written whole, on object stores too;
-locally it also outlives a loss of power. Two programs that write the same images into the same folder at the same time
-are the one thing that is not supported; the processes of one program share its shards among them.
+locally it also outlives a loss of power. One program at a time writes into a folder, see `ImageSet.only_writer`; its
+processes share the shards among them.
 """
 
 import collections
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,7 +38,7 @@ from flax_pref.evaluation.image_files import (
     encode_image,
     tar_members,
 )
-from flax_pref.files import difference, remedy
+from flax_pref.files import LOCK, difference, one_writer, remedy
 
 Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
@@ -147,6 +148,7 @@ class ImageSet:
     Attributes:
         folder: local or on an object store (`gs://...`).
         total: number of images that this process draws.
+        damaged: indices of the images that `begin` has found changed; they are pending again.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class ImageSet:
         shard_size: int = 1000,
         process_index: int = 0,
         process_count: int = 1,
+        verify: bool = False,
     ):
         """Describes the set; `begin` looks at the folder.
 
@@ -174,6 +177,8 @@ class ImageSet:
             shard_size: images per shard; in the other layouts, per block that one process draws.
             process_index: of this process.
             process_count: process p draws the shards p, p + process_count, ...
+            verify: whether `begin` reads what is there and compares it with what was written, byte by byte; else it
+                compares the sizes of files only.
 
         Raises:
             ValueError: an argument is not as described, or the items do not fit the layout.
@@ -190,10 +195,12 @@ class ImageSet:
         self._items, self._layout, self._format, self._shard_size = items, layout, image_format, shard_size
         self._process, self._processes = process_index, process_count
         self._remote = "://" in os.fspath(self.folder)
-        self._names = _names(items, layout, image_format)
+        self._names = image_names(items, layout, image_format)
         self._settings = _json_settings(settings)
         self._rows: dict[int, _Row] = {}  # what is safe of this process's images
         self._begun = False  # whether _rows tells
+        self._verify = verify
+        self.damaged: list[int] = []
         self._pool = ThreadPoolExecutor(16 if self._remote else min(8, os.cpu_count() or 1))
         self.total = sum(len(self._indices(shard)) for shard in self._own)
 
@@ -212,18 +219,35 @@ class ImageSet:
         """Those of `own` that are not safe yet: int64 `[total - done]`."""
         return np.array([index for index in self.own.tolist() if index not in self._rows], np.int64)
 
+    @contextlib.contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Keeps other programs from writing into a local folder, which it creates; process 0 does so for all.
+
+        To be entered before `begin`, and by process 0 before any other process begins. The lock ends with the program,
+        however that ends.
+
+        Raises:
+            UserError: another program writes into the folder, or the folder is not one that `begin` can continue.
+        """
+        with self._told():
+            self._begun_with()  # a folder of something else gets no file of the lock
+            if not self._remote and not self._process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext() if self._process else one_writer(self.folder):
+            yield
+
     def begin(self) -> None:
         """Creates the folder, or continues it: finds what is safe, and removes what a kill has left behind.
 
-        Files whose images a record lists, but which are missing or have another length, are noticed here: their images
-        are pending again. All processes may call this at the same time.
+        Images whose file is missing, no file, or of another length than its record tells are pending again; with
+        `verify` also those whose bytes are not those that were written. All processes may call this at the same time.
 
         Raises:
             UserError: the folder was begun with other settings or items, holds something else, or cannot be written.
         """
-        with self._told(self.folder):
+        with self._told():
             self._check_settings()
-            self._recover()
+            self._recover(self._verify)
 
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Writes a batch; when this returns the images are safe.
@@ -250,7 +274,7 @@ class ImageSet:
             if not own or index in self._rows or index in indices[:place]:
                 raise ValueError(f"index {index} is not pending in process {self._process}; expected some of pending")
         height, width = images.shape[1:3]
-        with self._told(self.folder):
+        with self._told():
             encode = self._pool.map(
                 lambda index, pixels: encode_image(pixels, self._metadata(index), self._format), indices, images
             )
@@ -274,11 +298,13 @@ class ImageSet:
             single = ImageSet(
                 *(self.folder, self._items, self._settings),
                 **{"layout": self._layout, "image_format": self._format, "shard_size": self._shard_size},
+                verify=self._verify,
             )
-            single.begin()
+            with self._told():
+                single._check_settings()
             single.finish()
             return
-        with self._told(self.folder):
+        with self._told():
             self._recover()
             missing = [self._items[index] for index in self.pending]
             if missing:
@@ -303,21 +329,30 @@ class ImageSet:
     # The settings.
 
     def _check_settings(self) -> None:
-        others = [name for name in self._list("") if name != PARTS]
-        now = {"settings": self._settings, "images": self._description()}
-        begun = self._read_settings() if SETTINGS in others else None
+        begun = self._begun_with()
+        if begun is None:
+            self._put(SETTINGS, [json.dumps(self._now(), indent=2).encode() + b"\n"])
+        else:
+            self._settings = begun["settings"]  # in the order in which they are in the images that are there
+
+    def _begun_with(self) -> dict[str, dict[str, Any]] | None:
+        """What a folder that can be continued was begun with; None: nothing that would be lost."""
+        others = [name for name in self._list("") if not name.startswith((PARTS, LOCK, f".{LOCK}"))]
+        begun, now = self._read_settings() if SETTINGS in others else None, self._now()
         if begun is None and others and (begun := self._read_settings()) is None:
             raise UserError(
                 f"{self.folder}: holds {', '.join(sorted(others)[:3])}{', ...' if len(others) > 3 else ''}, but no "
                 f"{SETTINGS} of an image set; choose an empty or a new folder with --out"
             )
         if begun is None or (begun != now and set(others) == {SETTINGS} and not self._list(PARTS)):
-            self._put(SETTINGS, [json.dumps(now, indent=2).encode() + b"\n"])
-            return
+            return None
         if begun != now:
             changed = "; ".join(filter(None, (difference(begun[part], now[part]) for part in now)))
             raise UserError(f"{self.folder}: was begun with {changed}: choose another --out, or repeat the settings")
-        self._settings = begun["settings"]  # in the order in which they are in the images that are there
+        return begun
+
+    def _now(self) -> dict[str, dict[str, Any]]:
+        return {"settings": self._settings, "images": self._description()}
 
     def _description(self) -> dict[str, Any]:
         described = hashlib.sha256()
@@ -345,7 +380,7 @@ class ImageSet:
     # What is safe. Names in .parts begin with the number of a shard, so that every process knows what is its own:
     # 00003.json lists the whole shard 3, 00003-000003012.json the batch whose first image is 3012.
 
-    def _recover(self) -> None:
+    def _recover(self, verify: bool = False) -> None:
         """Finds what is safe, completes the shards where a kill came between, and removes what is left over."""
         if hasattr(self.folder._backend, "fs"):  # fsspec remembers listings, and other processes have written since
             self.folder._backend.fs(self.folder).invalidate_cache()
@@ -363,13 +398,39 @@ class ImageSet:
         for rows in (*records.values(), manifest):
             for row in _sound(rows, sizes):
                 self._rows.setdefault(row.index, row)
+        changed = self._find_changed() if verify else set()
         self._begun = True
-        for shard, names in leftovers.items():
+        for shard in sorted({*leftovers, *changed}):
+            names = leftovers[shard]
             if all(index in self._rows for index in self._indices(shard)):
-                if names != {f"{shard:05d}.json"}:
-                    self._complete(shard)
+                if shard in changed or (names and names != {f"{shard:05d}.json"}):
+                    self._complete(shard, rewrite=shard in changed)
             else:
                 self._tidy(shard, names, {name: rows for name, rows in records.items() if name in names})
+
+    def _find_changed(self) -> set[int]:
+        """Forgets images that are not as they were written; the shards whose tar files are not, outside of images."""
+        rows = sorted(self._rows.values())
+        found = list(zip(rows, self._pool.map(self._compare, rows), strict=True))
+        self.damaged = [row.index for row, state in found if state == "image"]
+        for index in self.damaged:
+            del self._rows[index]
+        return {row.index // self._shard_size for row, state in found if state == "sample"}
+
+    def _compare(self, row: _Row) -> Literal["image", "sample", ""]:
+        """What of an image is not as it was written: its bytes, or what is around them in the tar file of a shard."""
+        with (self.folder / row.file).open("rb") as file:
+            file.seek(row.offset)
+            image = file.read(row.size)
+            if hashlib.sha256(image).hexdigest() != row.sha256:
+                return "image"
+            if not row.file.endswith(".tar") or row.file.startswith(PARTS):
+                return ""
+            before, content = tar_members(self._names[row.index], self._metadata(row.index), image, self._format)
+            if row.index == self._indices(row.index // self._shard_size)[-1]:
+                content += TAR_END
+            file.seek(max(0, row.offset - len(before)))
+            return "" if file.read(len(before) + len(content)) == before + content else "sample"
 
     def _tidy(self, shard: int, names: set[str], records: Mapping[str, list[_Row]]) -> None:
         """Makes the records of an unfinished shard list exactly what is safe."""
@@ -419,14 +480,17 @@ class ImageSet:
         return [_Row(index, *row) for index, row in enumerate(rows)]
 
     def _sizes(self, files: Iterable[str]) -> dict[str, int | None]:
-        """Length in bytes of each file, None where there is none."""
+        """Length in bytes of each file, None where there is none, or something else."""
 
         def size(file: str) -> int | None:
             path = self.folder / file
             try:  # epath's own stat of a local file fails where the owner has no name
-                return path.stat().length if self._remote else os.stat(path).st_size
-            except FileNotFoundError:
+                if self._remote:
+                    return path.stat().length
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+            return status.st_size if stat.S_ISREG(status.st_mode) else None
 
         files = list(files)
         return dict(zip(files, self._pool.map(size, files), strict=True))
@@ -452,11 +516,16 @@ class ImageSet:
         if all(index in self._rows for index in self._indices(shard)):
             self._complete(shard)
 
-    def _complete(self, shard: int) -> None:
-        """Puts a shard together, all of whose images are safe, and removes its parts; may be repeated."""
+    def _complete(self, shard: int, *, rewrite: bool = False) -> None:
+        """Puts a shard together, all of whose images are safe, and removes its parts; may be repeated.
+
+        Args:
+            shard: of this process.
+            rewrite: write its tar file even where that holds all images.
+        """
         rows = [self._rows[index] for index in self._indices(shard)]
         file = f"{shard:05d}.tar"
-        if self._layout == "webdataset" and any(row.file != file for row in rows):
+        if self._layout == "webdataset" and (rewrite or any(row.file != file for row in rows)):
             offsets = self._put_tar(file, self._indices(shard), map(self._read_image, rows))
             rows = [row._replace(file=file, offset=offsets[row.index]) for row in rows]
         whole = self._put_record(f"{shard:05d}", rows)
@@ -467,22 +536,20 @@ class ImageSet:
 
     def _write_rest(self, rows: Sequence[_Row]) -> None:
         if self._layout == "geneval":
-            records = {
-                name.split("/")[0]: item.prompt.record for name, item in zip(self._names, self._items, strict=True)
+            described = {
+                f"{name.split('/')[0]}/metadata.jsonl": json.dumps(dict(item.prompt.record)).encode() + b"\n"
+                for name, item in zip(self._names, self._items, strict=True)
             }
-            sizes = self._sizes(f"{folder}/metadata.jsonl" for folder in records)
-            for file, size in sizes.items():
-                if size is None:
-                    self._put(file, [json.dumps(dict(records[file.split("/")[0]])).encode() + b"\n"])
+            for file, size in self._sizes(described).items():
+                if self._verify or size != len(described[file]):
+                    self._put_changed(file, described[file])
         manifest = self._manifest(rows)
         sizes = self._sizes([MANIFEST, SHEET])
-        current = sizes[MANIFEST] == len(manifest) and self._read(MANIFEST) == manifest
-        if not current or sizes[SHEET] is None:
+        if self._verify or sizes[SHEET] is None or sizes[MANIFEST] != len(manifest) or self._read(MANIFEST) != manifest:
             images = list(self._pool.map(self._read_image, rows[:ON_SHEET]))
             captions = [f"{item.prompt.id}-{item.seed}: {item.prompt.text}" for item in self._items[:ON_SHEET]]
-            self._put(SHEET, [contact_sheet(images, captions)])
-        if not current:
-            self._put(MANIFEST, [manifest])
+            self._put_changed(SHEET, contact_sheet(images, captions))
+            self._put_changed(MANIFEST, manifest)
 
     def _manifest(self, rows: Sequence[_Row]) -> bytes:
         prompts = [item.prompt for item in self._items]
@@ -522,6 +589,11 @@ class ImageSet:
         self._put(f"{PARTS}/{stem}.json", [json.dumps(rows).encode()])
         return f"{stem}.json"
 
+    def _put_changed(self, file: str, content: bytes) -> None:
+        """Writes a file, unless it holds this."""
+        if self._sizes([file])[file] != len(content) or self._read(file) != content:
+            self._put(file, [content])
+
     def _put(self, file: str, chunks: Iterable[bytes]) -> None:
         """Writes a file: under its name there is what was there before, or all of the new content."""
         path = self.folder / file
@@ -538,6 +610,8 @@ class ImageSet:
                     _write(out, chunks)
                     out.flush()
                     os.fsync(out.fileno())
+                if path.is_dir():
+                    _set_aside(path)
                 unfinished.replace(path)
             finally:
                 unfinished.unlink(missing_ok=True)
@@ -562,21 +636,21 @@ class ImageSet:
             image = file.read(row.size)
         if hashlib.sha256(image).hexdigest() != row.sha256:
             raise UserError(
-                f"{self.folder / row.file}: its bytes are not those that were written (image {row.index}): remove the "
-                "file and run the same command again, which draws its images again"
+                f"{self.folder / row.file}: its bytes are not those that were written (image {row.index}): run the "
+                "same command again with --verify, which draws it again"
             )
         return image
 
     @contextlib.contextmanager
-    def _told(self, path: os.PathLike) -> Iterator[None]:
-        """Makes an error of the file system a line for the user."""
+    def _told(self, path: os.PathLike | None = None) -> Iterator[None]:
+        """Makes an error of the file system a line for the user, about `path` or the file that the error names."""
         try:
             yield
         except OSError as error:
             safe = f"; {self.done} of {self.total} images are safe" if self._begun else ""
             raise UserError(
-                f"{path}: {error.strerror or error}{safe}: {remedy(error)}, then run the same command again, which "
-                "draws only what is missing"
+                f"{path or error.filename or self.folder}: {error.strerror or error}{safe}: {remedy(error)}, then run "
+                "the same command again, which draws only what is missing"
             ) from error
 
 
@@ -642,8 +716,8 @@ class Writer:
             self._thread.shutdown()  # the error that is on its way is the one to tell
 
 
-def _names(items: Sequence[Item], layout: Layout, image_format: ImageFormat) -> list[str]:
-    """The file of each image, relative to the folder; in tar files the key.
+def image_names(items: Sequence[Item], layout: Layout, image_format: ImageFormat) -> list[str]:
+    """The file of each image, relative to the folder of an `ImageSet`; in tar files the key.
 
     Raises:
         ValueError: the items do not fit the layout, or two of them are the same.
@@ -708,6 +782,14 @@ def _ranges(seeds: set[int]) -> str:
     first, last = min(seeds), max(seeds)
     contiguous = len(seeds) == last - first + 1 > 1
     return f"{first}-{last}" if contiguous else ",".join(map(str, sorted(seeds)))
+
+
+def _set_aside(folder: epath.Path) -> None:
+    """Moves a folder out of the place of a file; one that holds something keeps it, as NAME.folder."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        folder.rename(folder.with_name(f"{folder.name}.folder"))
 
 
 def _write(file: BinaryIO, chunks: Iterable[bytes]) -> None:

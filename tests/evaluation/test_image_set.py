@@ -557,6 +557,143 @@ def test_a_finished_set_is_left_alone(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
 
 
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verified_a_finished_set_with_a_changed_byte_draws_that_image_again_and_no_other(tmp_path, layout):
+    expected = draw_all(tmp_path, layout)
+    row = manifest(tmp_path)[2]
+    flip(tmp_path / row["file"], row["offset"] + row["size"] // 2)
+    images = image_set(tmp_path, layout)
+    images.begin()
+    assert images.done == 6 and images.damaged == []  # sizes alone do not tell
+    images = fill(image_set(tmp_path, layout, verify=True))
+    assert images.damaged == [2]
+    images.finish()
+    assert tree(tmp_path) == expected
+
+
+def test_verified_a_shard_that_is_damaged_between_its_images_is_written_again_from_them(tmp_path):
+    expected = draw_all(tmp_path)
+    row = manifest(tmp_path)[1]
+    size = (tmp_path / "00000.tar").stat().st_size
+    for place in (3, row["offset"] - 700, row["offset"] - 500, row["offset"] + row["size"], size - 1):
+        flip(tmp_path / "00000.tar", place)
+        images = image_set(tmp_path, verify=True)
+        images.begin()
+        assert images.done == 6 and images.damaged == []
+        images.finish()
+        assert tree(tmp_path) == expected, place
+
+
+@pytest.mark.parametrize("name", ["00001/metadata.jsonl", "contact_sheet.png"])
+def test_verified_what_lies_beside_the_images_is_written_again(tmp_path, name):
+    expected = draw_all(tmp_path, "geneval")
+    flip(tmp_path / name, -8)
+    fill(image_set(tmp_path, "geneval", verify=True)).finish()
+    assert tree(tmp_path) == expected
+
+
+def test_a_verified_set_without_damage_is_left_alone(tmp_path):
+    draw_all(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    fill(image_set(tmp_path, verify=True)).finish()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+
+
+def test_several_processes_verify_their_own_shards(tmp_path):
+    expected = draw_all(tmp_path)
+    rows = manifest(tmp_path)
+    for row in (rows[1], rows[5]):
+        flip(tmp_path / row["file"], row["offset"])
+    sets = [image_set(tmp_path, process_index=i, process_count=2, verify=True) for i in range(2)]
+    assert [fill(images).damaged for images in sets] == [[1], [5]]
+    sets[0].finish()
+    assert tree(tmp_path) == expected
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_folder_in_the_place_of_an_image_costs_that_image_and_keeps_what_it_holds(tmp_path, kept):
+    expected = draw_all(tmp_path, "flat")
+    file = tmp_path / "00001-0.png"
+    file.unlink()
+    file.mkdir()
+    if kept:
+        (file / "thesis.txt").write_text("mine")
+        expected["00001-0.png.folder/thesis.txt"] = hashlib.sha256(b"mine").hexdigest()
+    images = image_set(tmp_path, "flat")
+    images.begin()
+    assert images.pending.tolist() == [4]
+    fill(images).finish()
+    assert tree(tmp_path) == expected
+
+
+def test_a_folder_in_the_place_of_a_shard_costs_that_shard(tmp_path):
+    expected = draw_all(tmp_path)
+    (tmp_path / "00001.tar").unlink()
+    (tmp_path / "00001.tar").mkdir()
+    images = image_set(tmp_path)
+    images.begin()
+    assert images.pending.tolist() == [4, 5]
+    fill(images).finish()
+    assert tree(tmp_path) == expected
+
+
+ROWS = [
+    *([None] * 7, ["1"] * 7, {"a": 1}, 3, [0, "../x.png", 0, 5, "a", 1, 1], [99, "a.png", 0, 5, "a", 1, 1]),
+    *([0, "a.png", -1, 5, "a", 1, 1], [0, "a.png", 0, 2.0**70, "a", 1, 1], [0, "a.png", 0, None, "a", 1, 1]),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_record_that_says_no_image_lists_nothing(tmp_path, row):
+    expected = draw_all(tmp_path / "whole", "flat")
+    images = image_set(tmp_path / "damaged", "flat")
+    images.begin()
+    images.write([0, 1], draw(images._items, [0, 1]))
+    record = tmp_path / "damaged" / ".parts" / "00000-000000000.json"
+    record.write_text(json.dumps([row] if row != 3 else row))
+    images = image_set(tmp_path / "damaged", "flat")
+    images.begin()
+    assert images.done == 0
+    fill(images).finish()
+    assert tree(tmp_path / "damaged") == expected
+
+
+def test_one_program_at_a_time_writes_into_a_folder_and_its_processes_share_it(tmp_path):
+    folder = tmp_path / "set"
+    with image_set(folder).only_writer():
+        with image_set(folder, process_index=1, process_count=2).only_writer():
+            pass
+        message = rf"{folder}: another program writes into this folder \(.*; process {os.getpid()} on .*\); wait for it"
+        with pytest.raises(UserError, match=message), image_set(folder).only_writer():
+            pass
+    with image_set(folder).only_writer():
+        fill(image_set(folder)).finish()
+    assert {name for name in tree(folder) if not name.startswith(".lock")} == set(draw_all(tmp_path / "whole"))
+
+
+def test_a_folder_of_something_else_gets_no_lock(tmp_path):
+    (tmp_path / "thesis.docx").write_text("")
+    with (
+        pytest.raises(UserError, match=r"holds thesis\.docx, but no settings\.json"),
+        image_set(tmp_path).only_writer(),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_a_lock_that_a_killed_program_left_does_not_stand_in_the_way(tmp_path):
+    for name in (".lock", ".lock.json", "..lock.json.0123"):
+        (tmp_path / name).write_text("")
+    with image_set(tmp_path).only_writer():
+        fill(image_set(tmp_path)).finish()
+
+
 def test_changed_bytes_of_a_batch_are_noticed_before_they_get_into_a_shard(tmp_path):
     expected = draw_all(tmp_path / "whole")
     folder = tmp_path / "damaged"
@@ -564,13 +701,12 @@ def test_changed_bytes_of_a_batch_are_noticed_before_they_get_into_a_shard(tmp_p
     images.begin()
     images.write([0, 1], draw(images._items, [0, 1]))
     row = images._rows[1]
-    with (folder / row.file).open("r+b") as file:
-        file.seek(row.offset + 100)
-        file.write(b"????")
-    with pytest.raises(UserError, match=r"00000-000000000\.tar: its bytes are not those that were written \(image 1\)"):
+    flip(folder / row.file, row.offset + 100)
+    with pytest.raises(UserError, match=r"00000-000000000\.tar: its bytes are not .* written \(image 1\): .*--verify"):
         fill(image_set(folder))
-    (folder / row.file).unlink()
-    fill(image_set(folder)).finish()
+    images = fill(image_set(folder, verify=True))
+    assert images.damaged == [1]
+    images.finish()
     assert tree(folder) == expected
 
 

@@ -10,6 +10,7 @@ from flax_pref.parallel.planning import PlanFlags, compared, own_flags
 from flax_pref.parallel.topologies import CHIPS, topology
 from flax_pref.training.planning import divisible
 from flax_pref.training.trainer import TrainConfig
+from sample import plan
 from sample.plan import main as sample_plan
 
 
@@ -95,6 +96,25 @@ def test_a_plan_has_a_batch_that_the_chips_of_the_slice_can_share_and_says_which
     found = divisible(config, mesh)
     assert (found.batch_size, found.accumulation) == planned
     assert ("cannot be divided" in capsys.readouterr().out) == (found != config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", "0"), "--steps 0: expected at least 1"),
+        (("--steps", "5000"), "steps must lie in 1"),
+        (("--height", "65"), "--height 65: expected multiples of 8, e.g. 64"),
+        (("--rank", "0"), "--rank 0: expected at least 1"),
+        (("--rule", "cpgd", "--w", "list:4:0"), "--w list:4:0: 2 values, but the solver takes 50 steps"),
+        (("--model", "no/model"), "no/model: no such file"),
+        (("--topology", "v9:2x2"), "--topology v9:2x2: expected one of"),
+    ],
+)
+def test_a_mistake_is_told_before_the_compiler_is_loaded(flags, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(plan, "show", None)
+    with pytest.raises((UserError, OSError), match=message):
+        sample_plan(["--model", "demo", "--topology", "v5e:2x2", *flags])
 
 
 def test_a_plan_of_weights_in_eight_bits_is_refused_for_there_is_none():
