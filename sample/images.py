@@ -158,7 +158,8 @@ def complete(
     if images.damaged:
         shown = [f"prompt {items[i].prompt.id} with seed {items[i].seed}" for i in images.damaged[:3]]
         more = ", ..." if len(images.damaged) > 3 else ""
-        print(f"{config.out}: {len(images.damaged)} images are damaged and drawn again: {', '.join(shown)}{more}")
+        count = f"{len(images.damaged)} of {images.total} images"
+        print(f"{config.out}: damaged and drawn again: {count} ({', '.join(shown)}{more})")
     if images.done:
         print(f"{config.out}: {images.done} of {images.total} images are there")
     # Where one process draws, the others come along: it may be told to stop, and then all do.

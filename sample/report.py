@@ -10,6 +10,7 @@ bootstrap interval over prompts; several seeds of a prompt are averaged first.
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,10 +61,11 @@ def main(arguments: list[str]) -> None:
     folders = methods_of(config.runs)
     baseline = baseline_of(config.baseline, folders)
     out = out_of(config.out, folders)
+    votes = read_votes(config.votes)
     runs = [read_run(folder, name) for name, folder in folders.items()]
     rewards, dropped = common_rewards(runs, config.rewards)
     items = pair_runs(runs, rewards)
-    report = compare(runs, items, baseline, read_votes(config.votes))
+    report = compare(runs, items, baseline, votes)
     print(summary(report, runs, items, dropped))
     write_tables(report, out)
     write_pages(out, report, items, images=config.images, title=config.title or " / ".join(folders))
@@ -126,8 +128,11 @@ def out_of(out: str, folders: dict[str, str]) -> Path:
     if "://" in out:
         raise UserError(f"--out {out}: expected a local folder; copy the report from there")
     path = Path(out)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {out}: is a file; expected a folder")
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; expected a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: cannot write into {there}; choose another folder")
     if mixed := next((folder for folder in folders.values() if Path(folder).resolve() == path.resolve()), None):
         raise UserError(f"--out {out}: is the folder of the run {mixed}; expected one for the report alone")
     return path

@@ -39,9 +39,11 @@ from flax_pref.parallel.agreement import Content, Fact, agree, begin_together, f
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
-from flax_pref.rewards.clip import RESIZED
+from flax_pref.rewards.clip import RECIPES, RESIZED
 from flax_pref.rewards.remote import is_remote
 from flax_pref.rewards.reward import REWARDS, load_reward
+
+EMBEDDED = (*RECIPES, "aesthetic")  # rewards that have image embeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,17 +83,36 @@ class Config:
             raise UserError(f"nothing to score with; expected --rewards with one or more of {', '.join(REWARDS)}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+        if self.column is not None and self.prompts is None:
+            raise UserError(f"--column {self.column}: is of a file of prompts; expected --prompts with one")
+        names = {one.name for one in columns_of(self)}
+        for text in self.tokenizer:
+            name, separator, _ = text.partition("=")
+            if separator and name not in names:
+                raise UserError(f"--tokenizer {text}: no reward {name!r} is asked for; expected of {', '.join(names)}")
+            _check_place("--tokenizer", text, text.removeprefix(f"{name}=") if separator else text)
+        if self.clip is not None and "aesthetic" not in names:
+            raise UserError(f"--clip {self.clip}: is of aesthetic, which is not asked for; leave it out")
+        if self.clip is not None:
+            _check_place("--clip", self.clip, self.clip)
 
 
-class Wanted(NamedTuple):
-    """A column to be computed.
+class Column(NamedTuple):
+    """A column that the flags name.
 
     Attributes:
         column: of the table.
         name: of the reward.
         path: of its weights, or None.
-        of: what its values depend on; see `Scores.begin`.
     """
+
+    column: str
+    name: str
+    path: str | None
+
+
+class Wanted(NamedTuple):
+    """A column to be computed: as `Column`, and what its values depend on; see `Scores.begin`."""
 
     column: str
     name: str
@@ -111,8 +132,11 @@ def run(config: Config, process: int, processes: int) -> None:
     """Scores every `processes`-th folder: the part of one of several processes, or all of it."""
     begin_together(config, FREE_OF_HOSTS)
     check_file_systems(*config.runs, config.prompts)
-    wanted = wanted_of(config)
+    make_mesh(config.mesh, jax.local_devices())
+    if missing := [folder for folder in config.runs if not epath.Path(folder).is_dir()]:
+        raise UserError(f"{missing[0]}: no such folder; expected a finished one of sample.images, or one with images")
     prompts = None if config.prompts is None else read_prompts(config.prompts, column=config.column)
+    wanted = [Wanted(*one, identity(one.name, one.path, config)) for one in columns_of(config)]
     agree(lambda: contents_of(config, wanted, prompts))
     folders = list(dict.fromkeys(str(epath.Path(run)) for run in config.runs))[process::processes]
     if not folders:
@@ -193,9 +217,13 @@ def summary(scores: Scores, wanted: Sequence[Wanted]) -> list[str]:
 # From flags to parts
 
 
-def wanted_of(config: Config) -> list[Wanted]:
-    """The columns that the flags name."""
-    found: dict[str, Wanted] = {}
+def columns_of(config: Config) -> list[Column]:
+    """The columns that the flags name.
+
+    Raises:
+        UserError: a reward is not known, is there twice, or has no such file.
+    """
+    found: dict[str, Column] = {}
     texts = [(text, "--rewards") for text in config.rewards]
     texts += [] if config.diversity is None else [(config.diversity, "--diversity")]
     for text, flag in texts:
@@ -204,13 +232,20 @@ def wanted_of(config: Config) -> list[Wanted]:
             raise UserError(f"{flag} {text}: expected NAME or NAME=PATH")
         if name not in REWARDS and not is_remote(path):
             raise UserError(f"{flag} {text}: no reward {name!r}; expected one of {', '.join(REWARDS)}")
-        if path and not is_remote(path) and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
-            raise UserError(f"{flag} {text}: no file or folder {path}; correct the path, or leave it out")
+        if path and not is_remote(path):
+            _check_place(flag, text, path)
+        if flag == "--diversity" and (is_remote(path) or name not in EMBEDDED):
+            raise UserError(f"{flag} {text}: has no image embeddings; expected one of {', '.join(EMBEDDED)}")
         column = EMBEDDING if flag == "--diversity" else SCORE + name
         if column in found:
             raise UserError(f"{flag}: {name} is there twice; expected each reward once, under a name of its own")
-        found[column] = Wanted(column, name, path or None, identity(name, path or None, config))
+        found[column] = Column(column, name, path or None)
     return list(found.values())
+
+
+def _check_place(flag: str, text: str, path: str) -> None:
+    if not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+        raise UserError(f"{flag} {text}: no file or folder {path}; correct the path, or leave it out")
 
 
 def identity(name: str, path: str | None, config: Config) -> dict[str, Any]:

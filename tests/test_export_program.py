@@ -137,6 +137,50 @@ def test_a_damaged_file_is_named(name, exported):
         file.write_bytes(whole)
 
 
+NOTHING = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rule", NOTHING, "no rule, expected dict"),
+        ("layout", NOTHING, "no layout, expected str"),
+        ("steps", NOTHING, "no steps, expected int"),
+        ("batch_size", NOTHING, "no batch_size"),
+        ("tokenizers", NOTHING, "no tokenizers"),
+        ("platforms", NOTHING, "no platforms"),
+        ("jax_version", NOTHING, "no jax_version"),
+        ("calling_convention_version", NOTHING, "no calling_convention_version"),
+        ("sha256", NOTHING, "no sha256"),
+        ("format", NOTHING, "format=None, this version reads 1"),
+        ("sha256", [], r"sha256=\[\], expected dict"),
+        ("steps", "2", "steps='2', expected int"),
+        ("batch_size", 0, "batch_size=0, expected at least 1"),
+        ("tokenizers", [3], r"tokenizers=\[3\], expected names"),
+        ("tokenizers", [], r"tokenizers=\[\], expected names"),
+        ("tokenizers", ["../../x"], r"'\.\./\.\./x' is outside of the folder"),
+        ("sha256", {"/etc/passwd": "0"}, "'/etc/passwd' is outside of the folder"),
+        ("sha256", {"cpu.stablehlo": "0"}, "sha256 has no 'weights.safetensors'"),
+        ("sha256", {"weights.safetensors": "0"}, "sha256 has no 'cpu.stablehlo'"),
+        ("platforms", "cpu", "platforms='cpu', expected list"),
+        ("rule", {"name": "cgf", "guidance_scale": "3"}, "rule=.* is not one"),
+        ("rule", {"nome": "cfg"}, "rule=.* is not one"),
+        ("rule", {"name": "cfg", "guidance_scale": "up"}, "rule=.* is not one .*no strength"),
+    ],
+)
+def test_a_description_that_lacks_something_is_told_in_one_line(name, value, message, tmp_path):
+    whole = {
+        **{"format": 1, "rule": {"name": "cfg", "guidance_scale": "3"}, "layout": "ab", "steps": 2, "batch_size": 2},
+        **{"tokenizers": ["tokenizer_1"], "platforms": ["cpu"], "jax_version": "1", "calling_convention_version": 10},
+        **{"sha256": {"cpu.stablehlo": "0", "weights.safetensors": "0"}},
+    }
+    description = {key: item for key, item in (whole | {name: value}).items() if item is not NOTHING}
+    (tmp_path / "sampler.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/sampler\.json: {message}") as told:
+        load_sampler(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_a_jax_that_is_too_new_or_too_old_is_told_which_one_wrote_the_program(exported, monkeypatch):
     monkeypatch.setattr(jax_export, "minimum_supported_calling_convention_version", 99)
     with pytest.raises(ValueError, match=rf"exported by jax {jax.__version__} in calling convention \d+, but jax"):

@@ -143,9 +143,11 @@ def test_methods_are_called_as_they_are_told_or_like_their_folders(tmp_path):
         (["{base}", "nowhere"], r"nowhere: no such folder; run python -m sample\.score"),
         (["{base}", "--rewards", "clip"], "--rewards clip: no run is scored by it"),
         (["{base}", "--votes", "none.json"], r"none\.json: no such file; expected votes"),
+        (["{base}", "--out", "{base}/manifest.parquet/report"], r"manifest\.parquet is a file; expected a folder"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(runs, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(report, "compare", None)  # comes after all of them
     monkeypatch.chdir(tmp_path)
     flags = [flag.format(base=runs[0], w2=runs[1]) for flag in flags]
     with pytest.raises((UserError, ValueError, FileNotFoundError), match=message) as caught:

@@ -147,7 +147,7 @@ def test_a_reward_of_another_file_under_the_same_name_is_computed_anew_and_told(
 
 
 def test_weights_are_known_by_their_contents(tmp_path):
-    config = score.Config(runs=("a",), rewards=("clip",), clip=str(tmp_path))
+    config = score.Config(runs=("a",), rewards=("aesthetic",), clip=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"1")
     (tmp_path / "README.md").write_bytes(b"1")
     before = score.identity("aesthetic", str(tmp_path / "model.safetensors"), config)
@@ -220,14 +220,23 @@ def test_several_devices_share_the_images_and_find_the_same_scores(tmp_path):
         (["a", "--diversity", "judge=x.pt"], "no file or folder x.pt"),
         (["a", "--rewards", "judge", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (["/no/such", "--rewards", "judge"], "/no/such: no such folder"),
+        (["RUN", "/no/such", "--rewards", "judge"], "/no/such: no such folder"),
+        (["RUN", "--rewards", "judge", "--prompts", "/no/such.txt"], "/no/such.txt"),
+        (["RUN", "--rewards", "judge", "--column", "text"], "--column text: is of a file of prompts"),
+        (["RUN", "--rewards", "clip", "--tokenizer", "/no/such"], "--tokenizer /no/such: no file or folder /no/such"),
+        (["RUN", "--rewards", "clip", "--tokenizer", "pick=a/b"], "no reward 'pick' is asked for; expected of clip"),
+        (["RUN", "--rewards", "clip", "--clip", "a/b"], "--clip a/b: is of aesthetic, which is not asked for"),
+        (["RUN", "--rewards", "aesthetic", "--clip", "/no"], "--clip /no: no file or folder /no"),
         (["RUN", "--rewards", "judge"], "RUN: judge: prompt 'a horse': not a caption of the demo world"),
-        (["RUN", "--diversity", "judge"], "judge: has no image embeddings; expected a CLIP"),
+        (["RUN", "--diversity", "judge"], "--diversity judge: has no image embeddings; expected one of clip, pick"),
+        (["RUN", "--diversity", "clip=http://localhost"], "has no image embeddings; expected one of clip"),
         (["RUN", "--rewards", "compressibility", "--mesh", "data=3"], "mesh 'data=3': does not make up 1 devices"),
     ],
 )
-def test_what_a_user_got_wrong_is_told_in_one_line(flags, message, tmp_path):
+def test_what_a_user_got_wrong_is_told_in_one_line(flags, message, tmp_path, monkeypatch):
     draw_run(tmp_path, ["a horse"], seeds=1)
-    with pytest.raises((UserError, ValueError)) as told:
+    monkeypatch.setattr(score, "fingerprint", None)  # weights are not even read for their hash
+    with pytest.raises((UserError, ValueError, OSError)) as told:
         score.main([str(tmp_path) if flag == "RUN" else flag for flag in flags])
     assert re.search(message.replace("RUN", str(tmp_path)), str(told.value)) and "\n" not in str(told.value)
     assert not (tmp_path / "scores.parquet").exists()

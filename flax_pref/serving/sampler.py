@@ -27,6 +27,11 @@ from flax_pref.files import read_json
 
 FORMAT = 2
 DESCRIPTION, WEIGHTS = "sampler.json", "weights.safetensors"
+# Of the description, what loading and calling ask for.
+EXPECTED = {
+    **{"rule": dict, "layout": str, "steps": int, "batch_size": int, "tokenizers": list, "platforms": list},
+    **{"jax_version": str, "calling_convention_version": int, "sha256": dict},
+}
 # JAX's name of a platform and that of its programs.
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
@@ -82,10 +87,13 @@ class ExportedSampler:
         terms = self.description["rule"] | {name: given for name, given in strengths.items() if given is not None}
         table = tabulate(named_rule(**terms), self.description["steps"], len(prompts))
         if layout_of(table) != self.description["layout"]:
+            asked, exported = (
+                f"w={rule.get('w')} and guidance_scale={rule['guidance_scale']}"
+                for rule in (terms, self.description["rule"])
+            )
             raise ValueError(
-                f"w={terms['w']} and guidance_scale={terms['guidance_scale']} ask for predictions in other steps than "
-                f"the program makes, which was exported for w={self.description['rule']['w']} and guidance_scale="
-                f"{self.description['rule']['guidance_scale']}; export a sampler with the other interval"
+                f"{asked} ask for predictions in other steps than the program makes, exported for {exported}; "
+                "export a sampler with the other interval"
             )
         keys = image_keys(seed, prompt_ids)
         inputs = {
@@ -129,11 +137,7 @@ def load_sampler(folder: str | Path) -> ExportedSampler:
         ValueError: a file is damaged, or the program is for other platforms or versions of JAX.
     """
     folder = Path(folder)
-    description = read_json(folder / DESCRIPTION, expected="a sampler that python -m sample.export has written")
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / DESCRIPTION}: format={description.get('format')!r}, this version reads {FORMAT}; export anew"
-        )
+    description = _description(folder / DESCRIPTION)
     platform = PLATFORMS.get(jax.default_backend(), jax.default_backend())
     if platform not in description["platforms"]:
         raise ValueError(
@@ -168,6 +172,40 @@ def load_sampler(folder: str | Path) -> ExportedSampler:
         weights = {name: jax.device_put(tensors.get_tensor(name).view(x.dtype)) for name, x in shapes.items()}
     tokenizers = tuple(load_tokenizer(folder / name) for name in description["tokenizers"])
     return ExportedSampler(program, weights, tokenizers, description)
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """What an exported sampler says about itself, with all that is needed to load and to call it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: something is missing or of another kind, or it names a file outside of the folder.
+    """
+    description = read_json(file, expected="a sampler that python -m sample.export has written")
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{file}: format={description.get('format')!r}, this version reads {FORMAT}; export anew")
+    for name, kind in EXPECTED.items():
+        value = description.get(name)
+        if type(value) is not kind:
+            found = f"{name}={value!r}"[:80] if name in description else f"no {name}"
+            raise ValueError(f"{file}: {found}, expected {kind.__name__}; copy the folder again, or export anew")
+    for name in ("tokenizers", "platforms"):
+        if not description[name] or not all(type(text) is str for text in description[name]):
+            raise ValueError(f"{file}: {name}={description[name]!r}, expected names; copy the folder again")
+    for name in (*description["sha256"], *description["tokenizers"]):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{file}: {name!r} is outside of the folder; copy the folder again, or export anew")
+    for name in (WEIGHTS, *map(program_file, description["platforms"])):
+        if name not in description["sha256"]:
+            raise ValueError(f"{file}: sha256 has no {name!r}; copy the folder again, or export anew")
+    for name in ("steps", "batch_size"):
+        if description[name] < 1:
+            raise ValueError(f"{file}: {name}={description[name]}, expected at least 1; copy the folder again")
+    try:
+        named_rule(**description["rule"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: rule={description['rule']!r} is not one ({error}); copy the folder again") from error
+    return description
 
 
 def program_file(platform: str) -> str:
