@@ -193,8 +193,9 @@ def check_modules(rule: Rule, sources: dict[str, str], config: Drawing) -> None:
         )
     if unused := [name for name in sources if name not in asked]:
         useful = ", ".join(sorted(asked - {"base"})) or "none"
+        other = "e.g. --rule fine_tuned, which draws with this module" if config.rule == "cfg" else "another --rule"
         raise UserError(
-            f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected another --rule"
+            f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected {other}"
         )
 
 

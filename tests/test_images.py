@@ -303,7 +303,7 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--rule", "cpgd"), "--rule cpgd needs --w"),
         ((*DEMO, "--rule", "cpgd", "--w", "4"), "--rule cpgd needs a module 'pos'; expected --module pos=PATH"),
         ((*DEMO, "--w", "4"), "--rule cfg has no use for --w"),
-        ((*DEMO, "--module", "pos=pos.safetensors"), "--rule cfg has no use for module 'pos'"),
+        ((*DEMO, "--module", "pos=pos.safetensors"), "only for none; expected e.g. --rule fine_tuned, which draws"),
         ((*DEMO, "--module", "pos.safetensors"), "--module pos.safetensors: expected NAME=PATH"),
         ((*DEMO, "--rule", "pgd", "--w", "1", "--module", "a=nowhere.safetensors"), "nowhere.safetensors: no such"),
         ((*DEMO, "--rule", "pgd", "--w", "up", "--module", "a=b"), "'up' is no strength"),
