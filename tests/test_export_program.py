@@ -16,7 +16,7 @@ from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
 from flax_pref.models.lora import select_lora, split_lora
-from flax_pref.serving.sampler import load_sampler
+from flax_pref.serving.sampler import FORMAT, load_sampler
 from sample import export, images, options
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def drawn(folder, *flags):
 SERVE = """
 import sys
 import numpy as np
-from flax_pref.serving.sampler import load_sampler
+from flax_pref.serving.sampler import FORMAT, load_sampler
 folder, out, *prompts = sys.argv[1:]
 np.save(out, load_sampler(folder)(prompts, range(len(prompts)), seed=7))
 networks = [name for name in sys.modules if name.startswith(("flax_pref.models.", "flax.nnx", "torch"))]
@@ -152,7 +152,7 @@ NOTHING = object()
         ("jax_version", NOTHING, "no jax_version"),
         ("calling_convention_version", NOTHING, "no calling_convention_version"),
         ("sha256", NOTHING, "no sha256"),
-        ("format", NOTHING, "format=None, this version reads 1"),
+        ("format", NOTHING, "format=None, this version reads"),
         ("sha256", [], r"sha256=\[\], expected dict"),
         ("steps", "2", "steps='2', expected int"),
         ("batch_size", 0, "batch_size=0, expected at least 1"),
@@ -170,7 +170,8 @@ NOTHING = object()
 )
 def test_a_description_that_lacks_something_is_told_in_one_line(name, value, message, tmp_path):
     whole = {
-        **{"format": 1, "rule": {"name": "cfg", "guidance_scale": "3"}, "layout": "ab", "steps": 2, "batch_size": 2},
+        **{"format": FORMAT, "rule": {"name": "cfg", "guidance_scale": "3"}, "layout": "ab", "steps": 2},
+        **{"batch_size": 2},
         **{"tokenizers": ["tokenizer_1"], "platforms": ["cpu"], "jax_version": "1", "calling_convention_version": 10},
         **{"sha256": {"cpu.stablehlo": "0", "weights.safetensors": "0"}},
     }

@@ -182,7 +182,8 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         run = ScoredRun(name, str(folder), _checked(table, described["rewards"]), described["rewards"], embedding)
         _ = run.settings, run.records  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a file of scores as sample.score writes them ({error}): {again}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file}: not a file of scores as sample.score writes them ({reason}): {again}") from error
     if len(run.rows) < len(run.table):
         counts = collections.Counter(zip(*(run.table[name].to_pylist() for name in Key._fields), strict=True))
         twice = Key(*counts.most_common(1)[0][0])

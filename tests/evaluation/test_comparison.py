@@ -395,8 +395,11 @@ def test_folders_without_readable_scores_are_named(tmp_path):
     content = file.read_bytes()
     for damaged in (b"", content[:100], content[:-20], b"x" * len(content)):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"base/scores\.parquet: not a file of scores .*: remove it and run"):
+        with pytest.raises(
+            ValueError, match=r"base/scores\.parquet: not a file of scores .*: remove it and run"
+        ) as told:
             read(tmp_path / "base")
+        assert "\n" not in str(told.value)
     unnamed = pa.table({"prompt_id": [1]}, metadata={"flax_pref": '{"rewards": {}}'})
     pq.write_table(unnamed, file)
     with pytest.raises(ValueError, match="no column 'prompt'"):
