@@ -143,13 +143,17 @@ def _check_parts(pipeline: Pipeline, folder: Path) -> None:
     for (name, tokenizer_name), encoder, tokenizer in zip(
         FAMILIES[pipeline.class_name], encoders, pipeline.tokenizers, strict=True
     ):
-        if tokenizer.model_max_length > encoder.max_position_embeddings or max(tokenizer.vocab.values()) >= (
-            encoder.vocab_size
-        ):
+        if tokenizer.model_max_length > encoder.max_position_embeddings:
             raise ValueError(
-                f"{folder / tokenizer_name}: {len(tokenizer.vocab)} tokens and texts of {tokenizer.model_max_length}, "
-                f"but {name}/config.json says vocab_size={encoder.vocab_size} and max_position_embeddings="
-                f"{encoder.max_position_embeddings}: check that the folders belong together"
+                f"{folder / tokenizer_name}: texts of {tokenizer.model_max_length} tokens, but {name}/config.json says "
+                f"max_position_embeddings={encoder.max_position_embeddings}: check that the folders belong together"
+            )
+        if tokenizer.size != encoder.vocab_size or max(tokenizer.vocab.values()) >= encoder.vocab_size:
+            raise ValueError(
+                f"{folder / tokenizer_name}: {tokenizer.size} tokens, {tokenizer.size - len(tokenizer.vocab)} of them "
+                f"added, but the embedding has vocab_size={encoder.vocab_size} rows in {name}/config.json; expected a "
+                "row for each token: check that the folders belong together, and that tokens that were added to one, "
+                "e.g. by textual inversion, were saved with both"
             )
 
 

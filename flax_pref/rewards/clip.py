@@ -140,9 +140,9 @@ def _tokenizer(place: Path, given: str | Path | None, config: Any) -> CLIPTokeni
             f"{place}: no tokenizer beside it ({error}); pass tokenizer=FOLDER with CLIP's vocab.json and merges.txt"
         ) from error
     words = dataclasses.replace(load_tokenizer(folder), model_max_length=config.max_position_embeddings)
-    if max(words.vocab.values()) >= config.vocab_size:
+    if (largest := max(words.size - 1, *words.vocab.values())) >= config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has ids up to {max(words.vocab.values())}, the network of {place} only "
+            f"{folder}: the tokenizer has ids up to {largest}, the network of {place} only "
             f"{config.vocab_size} tokens; pass the tokenizer of that network"
         )
     return words

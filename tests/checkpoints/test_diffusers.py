@@ -271,6 +271,24 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline, tmp_path):
         load_pipeline(tmp_path / "saved")
 
 
+def test_a_vocabulary_loads_with_an_embedding_of_its_size_only(pipeline, tmp_path):
+    """Textual inversion adds a token to the tokenizer and a row to the embedding."""
+    save_pipeline(pipeline, tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<toy>": 4}))
+    with pytest.raises(ValueError, match=r"tokenizer: 5 tokens, 1 of them added, but .* vocab_size=4 rows") as error:
+        load_pipeline(tmp_path / "saved")
+    assert str(error.value).startswith(str(tmp_path))
+    encoder = tmp_path / "saved" / "text_encoder"
+    tensors = load_file(encoder / "model.safetensors")
+    name = "text_model.embeddings.token_embedding.weight"
+    save_file(tensors | {name: np.concatenate([tensors[name], tensors[name][:1]])}, encoder / "model.safetensors")
+    change_config(encoder, vocab_size=5)
+    assert 4 in load_pipeline(tmp_path / "saved").tokenizers[0](["a <toy> a"])
+    (tmp_path / "saved" / "tokenizer" / "added_tokens.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer: 4 tokens, 0 of them added, but .* vocab_size=5 rows"):
+        load_pipeline(tmp_path / "saved")
+
+
 def damage(rng, folder):
     """One fault of a random kind in a random file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
