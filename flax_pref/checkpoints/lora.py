@@ -1,20 +1,25 @@
-"""LoRA files of diffusers and of kohya's sd-scripts, in and out, and networks with a bank of adapters.
+"""LoRA files of diffusers, kohya's sd-scripts and PEFT, in and out, and networks with a bank of adapters.
 
 A file holds one module: two matrices for each adapted layer of a UNet, with two more axes if it is a convolution.
 
-    layout       lora_a [r, in]                         lora_b [out, r]                      alpha
-    diffusers    unet.<layer>.lora_A.weight             unet.<layer>.lora_B.weight           in the metadata
-    kohya        lora_unet_<layer>.lora_down.weight     lora_unet_<layer>.lora_up.weight     lora_unet_<layer>.alpha
+    layout      lora_a [r, in]                         lora_b [out, r]                        alpha
+    diffusers   unet.<layer>.lora_A.weight             unet.<layer>.lora_B.weight             in the metadata
+    kohya       lora_unet_<layer>.lora_down.weight     lora_unet_<layer>.lora_up.weight       lora_unet_<layer>.alpha
+    peft        base_model.model.<layer>.lora_A.weight base_model.model.<layer>.lora_B.weight in adapter_config.json
+
+diffusers reads the first two. ComfyUI, A1111 and sd-scripts read kohya's only, and PEFT its own only: a folder with
+adapter_model.safetensors and adapter_config.json.
 
 In kohya's layout the dots of `<layer>` are underscores, and layers of SDXL go by the names of the original code
 (`input_blocks_4_1_proj_in`), as in the files that sd-scripts writes. Reading takes both names for every network.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flax_pref.checkpoints.weights import KERNEL_AXES, Network
-from flax_pref.files import replacing
+from flax_pref.files import new_folder, read_json, replacing, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.unet import UNetConfig
@@ -116,7 +121,15 @@ def merge_lora_network(network: Network, bank: Network, weights: Mapping[str, fl
 LAYOUTS = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "peft": (".lora_A.weight", ".lora_B.weight"),
 }
+# The programs that read them.
+READERS = {
+    "diffusers": "diffusers",
+    "kohya": "ComfyUI, A1111, sd-scripts and diffusers",
+    "peft": "PEFT",
+}
+PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 PAIRS = (
     *LAYOUTS.values(),
     (".lora.down.weight", ".lora.up.weight"),  # diffusers before PEFT
@@ -136,7 +149,10 @@ ORIGINAL_RESNET = {
 }
 # Why a weight has no place here, by its name.
 REFUSED = (
-    (r"^(lora_te\d?_|text_encoder(_2)?\.)", "text encoder adapters are not supported: train or save the UNet's alone"),
+    (
+        r"^(lora_te\d?_|text_encoder(_2)?\.|base_model\.model\.text_model\.)",
+        "text encoder adapters are not supported: train or save the UNet's alone",
+    ),
     (r"dora_scale|lora_magnitude_vector", "DoRA is not supported: train or save it as plain LoRA"),
     (r"hada_w|lokr_|lora_mid|oft_|\.(diff|on_input)$", "LyCORIS is not supported: train or save it as plain LoRA"),
     (
@@ -146,7 +162,7 @@ REFUSED = (
     (
         "",
         "expected names such as unet.<layer>.lora_A.weight or lora_unet_<layer>.lora_down.weight: take a file of plain "
-        "LoRA from diffusers or kohya's sd-scripts",
+        "LoRA from diffusers, kohya's sd-scripts or PEFT",
     ),
 )
 
@@ -202,7 +218,7 @@ def _layers_by_name(network: Network) -> dict[str, tuple]:
     names = {}
     for layer, path in paths.items():
         processor = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?$", r".processor.\1", layer)
-        dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}")
+        dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}", f"{PEFT_PREFIX}{layer}")
         names |= dict.fromkeys((*dotted, _flat(layer), _flat(_original_name(layer, blocks))), path)
     return names
 
@@ -215,6 +231,18 @@ def _dotted(path: tuple) -> str:
 # Writing
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, as JSON
+# What PEFT's own adapter_config.json says of plain LoRA, beside rank, alpha and layers.
+PEFT_DEFAULTS = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": None,
+    "task_type": None,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "init_lora_weights": True,
+    "use_dora": False,
+    "use_rslora": False,
+}
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -227,22 +255,28 @@ def save_lora(
     layout: str = "diffusers",
     config: UNetConfig | None = None,
 ) -> None:
-    """Writes one module; the file appears under its name only when it is complete.
+    """Writes one module; the file or folder appears under its name only when it is complete.
 
     A, B and alpha are stored as they are, so that `load_lora` gives back the same numbers; multiplying `alpha / rank`
-    into B would be exact for powers of two only. In the layout of diffusers alpha is in the metadata, as in its own
-    files. Programs that do not read metadata (older versions of diffusers, ComfyUI) take alpha to be the rank: for them
-    train with alpha = rank, or choose kohya's layout, where alpha is a tensor that ComfyUI, A1111 and diffusers read.
+    into B would be exact for powers of two only.
+
+    The layout decides who can read the file:
+
+    - "diffusers": `load_lora_weights` of diffusers. Alpha is in the metadata; versions of diffusers that do not read it
+      (before 0.34) take alpha to be the rank. ComfyUI and A1111 find none of these names and change nothing.
+    - "kohya": ComfyUI, A1111, sd-scripts, and `load_lora_weights` of diffusers. Alpha is a tensor of each layer.
+    - "peft": `PeftModel.from_pretrained(unet, folder)` of PEFT. A folder with two files; alpha is in the config.
 
     Args:
         lora: nested parameters of M = 1 module; see `split_lora` and `select_lora`.
-        file: e.g. `pos.safetensors`; replaced if it exists.
+        file: e.g. `pos.safetensors`, replaced if it exists; for "peft" a folder that must not exist, or be empty.
         alpha: as given to `add_lora`. Kohya's layout keeps it in float32.
         dtype: of the stored matrices: float32, float16 or bfloat16.
-        layout: "diffusers" or "kohya".
+        layout: "diffusers", "kohya" or "peft".
         config: of the UNet; kohya's names depend on it.
 
     Raises:
+        FileExistsError: the folder of PEFT's layout holds something.
         ValueError: `lora` is not one module of one rank, a number is not finite in `dtype`, or an argument is none of
             those above.
     """
@@ -258,7 +292,8 @@ def save_lora(
     adapters = _one_module(file, lora)
     rank = next(len(b) for _, b in adapters.values())
     try:
-        names = _kohya_names(adapters, config) if layout == "kohya" else {layer: f"unet.{layer}" for layer in adapters}
+        prefix = PEFT_PREFIX if layout == "peft" else "unet."
+        names = _kohya_names(adapters, config) if layout == "kohya" else {layer: prefix + layer for layer in adapters}
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -275,10 +310,15 @@ def save_lora(
                     "save as float32, and if that fails too, look at the training run"
                 )
             tensors[names[layer] + ending] = array
+    peft = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(adapters)}
+    if layout == "peft":
+        with new_folder(file) as unfinished:
+            (unfinished / PEFT_WEIGHTS).write_bytes(_serialized(tensors, metadata))
+            write_json(unfinished / PEFT_CONFIG, PEFT_DEFAULTS | peft)
+        return
     if layout == "kohya":
         tensors |= {name + ALPHA: np.array(alpha, np.float32) for name in names.values()}
     else:
-        peft = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(adapters)}
         metadata[METADATA] = json.dumps({f"unet.{key}": value for key, value in peft.items()})
     with replacing(file) as unfinished:
         unfinished.write_bytes(_serialized(tensors, metadata))
@@ -320,8 +360,6 @@ def _is_scale(value) -> bool:
 
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-# Settings of PEFT under which a delta is not `alpha / r A B`, or not with the same alpha in all layers.
-UNSUPPORTED = ("alpha_pattern", "lora_bias", "use_dora", "use_rslora")
 
 
 class Adapter(NamedTuple):
@@ -338,13 +376,14 @@ class Adapter(NamedTuple):
 
 
 def load_lora(file: str | Path, network: Network) -> tuple[dict, int, float]:
-    """Reads one module from a file of `save_lora`, diffusers (any version) or kohya's sd-scripts.
+    """Reads one module from a file of `save_lora`, diffusers (any version), kohya's sd-scripts or PEFT.
 
-    Alpha is what the file says, and the rank where it says nothing. Layers may differ in rank and alpha: then
-    `alpha / rank` is multiplied into B, and smaller ranks are filled up with zeros, which change nothing.
+    Alpha is what the file says, and the rank where it says nothing; what PEFT writes needs the adapter_config.json
+    beside it, whose r, lora_alpha, rank_pattern, alpha_pattern and use_rslora count. Layers may differ in rank and
+    alpha: then `alpha / rank` is multiplied into B, and smaller ranks are filled up with zeros, which change nothing.
 
     Args:
-        file: a safetensors file.
+        file: a safetensors file, or a folder of PEFT.
         network: the UNet that the file was made for, with or without adapters; names and shapes are held against it.
 
     Returns:
@@ -379,7 +418,11 @@ def _bank(adapters: Mapping[tuple, Adapter]) -> dict:
 
 
 def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
-    stored, peft_alpha = _read(file)
+    if (file / PEFT_CONFIG).is_file() and (file / PEFT_WEIGHTS).is_file():
+        file = file / PEFT_WEIGHTS
+    stored, metadata = _read(file)
+    _check_family(file, stored, network)
+    peft = _peft_settings(file, stored, metadata)
     kernels = flatten_dict(network.params)
     adapters = {}
     for path, names in _names_by_layer(file, stored, network).items():
@@ -389,12 +432,12 @@ def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
         a = _matrix(file, names["lora_a"], a, (rank, fan_in, *kernel_size))
         b = _matrix(file, names["lora_b"], b, (features, rank, *(1 for _ in kernel_size)))
         b = b.reshape(rank, features)
-        alpha = rank if peft_alpha is None else peft_alpha
+        alpha = rank if peft is None else peft.alpha_of(_dotted(path), rank, names["lora_a"])
         if "alpha" in names:
-            if peft_alpha is not None:
+            if peft is not None and peft.alpha is not None:
                 raise ValueError(
-                    f"{file}: {names['alpha']!r} and {METADATA!r} in the metadata both give alpha; expected one of "
-                    "them: download or export the file again"
+                    f"{file}: {names['alpha']!r} and {peft.source} both give alpha; expected one of them: download or "
+                    "export the file again"
                 )
             alpha = _stored_alpha(file, names["alpha"], stored[names["alpha"]])
         if not float(np.abs(b).max()) * alpha / rank < float(np.finfo(np.float32).max):
@@ -406,10 +449,13 @@ def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
     return adapters
 
 
-def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
-    """The finite tensors of a file, and alpha if the metadata name it."""
+def _read(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """The tensors of a file, all finite, and its metadata."""
     if file.is_dir():
-        raise ValueError(f"{file}: is a folder, expected a safetensors file of LoRA weights: name a file in it")
+        raise ValueError(
+            f"{file}: is a folder, expected a safetensors file of LoRA weights: name a file in it; or one of PEFT, "
+            f"with {PEFT_CONFIG} and {PEFT_WEIGHTS}"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a safetensors file of LoRA weights")
     if file.suffix.lower() in PICKLES:
@@ -443,35 +489,196 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
                 f"{file}: weight {name!r} holds NaN or infinity, expected finite numbers; the file is damaged or its "
                 "training failed: take another"
             )
-    return stored, _peft_alpha(file, metadata)
+    return stored, metadata
 
 
-def _peft_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
+# ----------------------------------------------------------------------------------------------------------------------
+# PEFT's configuration
+
+# Settings under which a delta is not `alpha / r A B` or `alpha / sqrt(r) A B`, or not all that is trained.
+UNSUPPORTED = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config", "modules_to_save", "trainable_token_indices"),
+    "target_parameters",
+)
+# Others, e.g. pissa and olora, take the adapter's first weights out of those of the base.
+KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class PeftSettings(NamedTuple):
+    """What PEFT's configuration says of the scale of adapters.
+
+    Attributes:
+        source: for messages.
+        file: that holds it.
+        rank: r, of layers that no pattern of `ranks` names; None where it is not said.
+        alpha: likewise.
+        ranks: rank by pattern of a layer's name.
+        alphas: alpha by pattern.
+        rslora: whether deltas are `alpha / sqrt(r) A B` (arXiv:2312.03732), not `alpha / r A B`.
+    """
+
+    source: str
+    file: Path
+    rank: int | None
+    alpha: float | None
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    rslora: bool
+
+    def alpha_of(self, layer: str, rank: int, name: str) -> float:
+        """Alpha of a layer such that its delta is `alpha / rank A B`.
+
+        Raises:
+            ValueError: its matrices have another rank than the configuration says; `name` is that of the first.
+        """
+        expected = self.ranks.get(_pattern_of(layer, self.ranks), self.rank)
+        if expected not in (None, rank):
+            raise ValueError(
+                f"{self.file}: weight {name!r} has rank {rank}, but {self.source} says {expected}; they do not belong "
+                "together: download or export both again"
+            )
+        alpha = self.alphas.get(_pattern_of(layer, self.alphas), self.alpha)
+        if alpha is None:
+            return rank
+        return alpha * math.sqrt(rank) if self.rslora else alpha
+
+
+def _pattern_of(layer: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that names a layer, by the rule of PEFT: it matches the end of the name after a dot."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", layer)), None)
+
+
+def _peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]) -> PeftSettings | None:
+    """PEFT's configuration from the metadata, as diffusers writes it, or from the file beside; None: neither."""
+    inside = beside = None
+    if METADATA in metadata:
+        try:
+            values = json.loads(metadata[METADATA])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: {METADATA!r} in the metadata is not valid JSON ({_one_line(error)}): download or export the "
+                "file again"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{file}: {METADATA!r} in the metadata is no JSON object, expected PEFT's configuration: download or "
+                "export the file again"
+            )
+        values = {key.removeprefix("unet."): value for key, value in values.items()}
+        inside = _parse_peft(file, f"{METADATA!r} in the metadata", values)
+    config = file.with_name(PEFT_CONFIG)
+    of_peft = file.name == PEFT_WEIGHTS or any(name.startswith(PEFT_PREFIX) for name in stored)
+    alone = inside is None and not any(name.endswith(ALPHA) for name in stored)
+    if config.is_file() and (of_peft or alone):
+        beside = _parse_peft(config, PEFT_CONFIG, read_json(config, expected="the configuration of a PEFT adapter"))
+    elif of_peft and alone:
+        raise ValueError(
+            f"{file}: weights of PEFT without {PEFT_CONFIG}, which has the alpha that they are scaled by; expected it "
+            "beside them: copy the whole folder that save_pretrained of PEFT has written"
+        )
+    if inside and beside and inside[2:] != beside[2:]:
+        raise ValueError(
+            f"{file}: {METADATA!r} in the metadata says other ranks or alphas than {config}; expected one of them: "
+            "export the adapter again"
+        )
+    return beside or inside
+
+
+def _parse_peft(file: Path, source: str, config: Mapping[str, Any]) -> PeftSettings:
+    where = "" if source == PEFT_CONFIG else " in the metadata"
+    if config.get("peft_type") not in (None, "LORA"):
+        raise ValueError(
+            f"{file}: peft_type={config['peft_type']!r:.80}{where} is not supported; expected 'LORA': train plain LoRA"
+        )
+    used = [key for key in UNSUPPORTED if config.get(key)]
+    used += ["bias"] if config.get("bias") not in (None, "none") else []
+    used += ["init_lora_weights"] if config.get("init_lora_weights") not in KEEP_THE_BASE else []
+    if used:
+        raise ValueError(
+            f"{file}: {used[0]!r}{where} is not supported (it is {config[used[0]]!r:.80}); expected plain LoRA: train "
+            "or save it as such"
+        )
+    ranks, alphas = ({} if (given := config.get(key)) is None else given for key in ("rank_pattern", "alpha_pattern"))
+    for key, patterns, expected, fits in (
+        ("rank_pattern", ranks, "integers", _is_rank),
+        ("alpha_pattern", alphas, "positive numbers", _is_scale),
+    ):
+        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())) or not all(map(_is_regex, patterns)):
+            raise ValueError(
+                f"{file}: {key!r}{where} is {patterns!r:.80}, expected {expected} by patterns of layer names: download "
+                "or export the file again"
+            )
+    rank, alpha, rslora = (config.get(key) for key in ("r", "lora_alpha", "use_rslora"))
+    for key, value, fits, expected in (
+        ("r", rank, _is_rank, "positive integer"),
+        ("lora_alpha", alpha, _is_scale, "positive number"),
+        ("use_rslora", rslora, lambda value: isinstance(value, bool), "boolean"),
+    ):
+        # PEFT's defaults, r = 8 and alpha = 8, are those of no adapter that says nothing: its files say it.
+        missing = value is None and (key == "use_rslora" or source != PEFT_CONFIG)
+        if not missing and not fits(value):
+            raise ValueError(
+                f"{file}: {key!r}{where} is no {expected}, expected one: download or export the file again"
+            )
+    return PeftSettings(source, file, rank, alpha, ranks, alphas, bool(rslora))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_regex(pattern: str) -> bool:
     try:
-        config = json.loads(metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+# Families by the width of what their UNet's cross-attention reads.
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
+# The same of transformers by the names of their layers, with underscores for dots, and the width of these.
+TRANSFORMERS = (
+    (r"(^|_)(single_transformer_blocks|double_blocks|single_blocks)_\d", None, "Flux"),
+    (r"(^|_)joint_blocks_\d", None, "Stable Diffusion 3"),
+    (r"^(base_model_model_|transformer_)*transformer_blocks_\d+_attn_", (1536, 2432), "Stable Diffusion 3"),
+    (r"^(base_model_model_)?transformer_", None, "a transformer"),
+)
+CROSS_ATTENTION = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?[._](lora[._])?(lora_A|lora_down|down)\.weight$")
+
+
+def _check_family(file: Path, stored: Mapping[str, np.ndarray], network: Network) -> None:
+    """That a file that tells its family is of the network's."""
+    width = network.config.cross_attention_dim
+    own = FAMILIES.get(width, f"one whose cross-attention reads {width} numbers")
+    made_for = _family(stored, several_blocks=FAMILIES[2048] if width in FAMILIES else None)
+    if made_for not in (None, own):
+        advice = "or load a checkpoint of that" if made_for in FAMILIES.values() else "for only such are supported"
         raise ValueError(
-            f"{file}: {METADATA!r} in the metadata is not valid JSON ({_one_line(error)}): download or export the file "
-            "again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{file}: {METADATA!r} in the metadata is no JSON object, expected PEFT's configuration: download or "
-            "export the file again"
+            f"{file}: is a LoRA for {made_for}, but this network is {own}; take a LoRA that was trained for this "
+            f"network, {advice}"
         )
-    config = {key.removeprefix("unet."): value for key, value in config.items()}
-    if used := [key for key in UNSUPPORTED if config.get(key)]:
-        raise ValueError(
-            f"{file}: {used[0]!r} in the metadata is not supported; expected plain LoRA with one alpha for all layers: "
-            "train or save it as such"
-        )
-    alpha = config.get("lora_alpha")
-    if alpha is not None and not _is_scale(alpha):
-        raise ValueError(
-            f"{file}: 'lora_alpha' in the metadata is no positive number, expected one: download or export the file "
-            "again"
-        )
-    return alpha
+
+
+def _family(stored: Mapping[str, np.ndarray], several_blocks: str | None) -> str | None:
+    """The family that a file was made for; `several_blocks` if nothing but the number of its blocks tells."""
+    widths = {
+        name.replace(".", "_"): array.shape[1] if array.ndim > 1 else None
+        for name, array in stored.items()
+        if not re.match("lora_te|text_encoder", name)
+    }
+    for pattern, expected, family in TRANSFORMERS:
+        if any(re.search(pattern, name) and (not expected or width in expected) for name, width in widths.items()):
+            return family
+    read = {array.shape[1] for name, array in stored.items() if CROSS_ATTENTION.search(name) and array.ndim > 1}
+    if read:
+        return FAMILIES.get(min(read)) if len(read) == 1 else None
+    # The others have one transformer block in each attention.
+    return several_blocks if any(re.search(r"_transformer_blocks_[1-9]", name) for name in widths) else None
 
 
 def _names_by_layer(file: Path, stored: Iterable[str], network: Network) -> dict[tuple, dict[str, str]]:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.lora import load_lora_network, merge_lora_network
+from flax_pref.checkpoints.lora import PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
 from flax_pref.checkpoints.weights import Network
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import split_lora
 
 OWN_BASE = "own_base"  # in rules: the base that modules were trained on, where that is not the one they guide
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in folders of diffusers and PEFT
+LORA_FILES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)  # in folders of diffusers and PEFT
 
 
 class Guided(NamedTuple):
@@ -33,8 +33,8 @@ def load_modules(
 
     Args:
         base: the UNet that is guided.
-        sources: for each module a LoRA file (safetensors), a folder with one, a UNet folder of diffusers, or a whole
-            checkpoint in that layout.
+        sources: for each module a LoRA file (safetensors), a folder with one, the folder of a PEFT adapter, a UNet
+            folder of diffusers, or a whole checkpoint in that layout.
         own_base: the UNet folder or checkpoint that the modules were trained on, where they guide another fine-tune of
             the same family. Given, LoRA modules predict on their own base, and it is there as the network "own_base",
             for rules that compare with it; None: LoRA modules move onto `base`.
@@ -129,15 +129,21 @@ PICKLED = (".bin", ".pt", ".pth")
 def fingerprint(source: str | Path, suffixes: tuple[str, ...] = SAFE) -> str:
     """SHA-256 of a file, or of the names and contents of the weights and settings in a folder, as hexadecimal.
 
+    The weights of a PEFT adapter count with the adapter_config.json beside them, which has their scale.
+
     Args:
         source: as for `hub.find_checkpoint`.
         suffixes: of the files of a folder that count.
     """
     path = find_checkpoint(source)
-    if path.is_file():
+    if path.is_file() and not path.with_name(PEFT_CONFIG).is_file():
         return _sha256(path)
     described = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.suffix in suffixes):
+    if path.is_file():
+        files, path = [path, path.with_name(PEFT_CONFIG)], path.parent
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+    for file in files:
         described.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
     return described.hexdigest()
 

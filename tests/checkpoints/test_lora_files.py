@@ -1,5 +1,6 @@
 """LoRA files in and out, and what users see when one is not right."""
 
+import dataclasses
 import functools
 import json
 import struct
@@ -288,7 +289,7 @@ def test_what_cannot_be_saved_leaves_the_old_file_alone(unet, tmp_path, layout):
         (lora, {"alpha": 0}, "alpha=0, expected a positive number"),
         (lora, {"alpha": float("nan")}, "alpha=nan, expected a positive number"),
         (lora, {"dtype": jnp.int8}, "dtype=int8, expected float32"),
-        (lora, {"layout": "peft"}, "layout='peft', expected 'diffusers' or 'kohya'"),
+        (lora, {"layout": "comfy"}, "layout='comfy', expected 'diffusers' or 'kohya' or 'peft'"),
         (lora, {"layout": "kohya", "config": None}, "without config"),
         (unflatten_dict({("layer", *path): leaf for path, leaf in flat.items()}), {"layout": "kohya", "config": SDXL},
          "layer 'layer.* is not part of a UNet"),
@@ -372,6 +373,65 @@ def test_missing_and_surplus_weights_are_named(damaged):
     assert twice.startswith("weights ") and f"are the same of layer {DOTTED!r}" in twice
 
 
+CROSS = (("attn2", "to_k"), ("attn2", "to_v"))
+WIDTHS = {"Stable Diffusion 1.x": (SD15, 768), "Stable Diffusion 2.x": (SD15, 1024), "SDXL": (SDXL, 2048)}
+
+
+def reading(config, width):
+    """A network whose cross-attention reads so many numbers; built from another, which takes less time."""
+    params = {
+        path: np.zeros((width, leaf.shape[1]), np.float32) if path[-3:-1] in CROSS else leaf
+        for path, leaf in flatten_dict(build(config).params).items()
+    }
+    config = dataclasses.replace(config, cross_attention_dim=width)
+    return build(SD15)._replace(config=config, params=unflatten_dict(params))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_lora_of_another_family_says_which_one_it_is_for(layout, tmp_path):
+    networks = {name: reading(*chosen) for name, chosen in WIDTHS.items()}
+    for made_for, network in networks.items():
+        for targets in ("attn2", "attn1"):
+            layers = [path[:-1] for path in flatten_dict(network.params) if targets in path and "to_k" in path]
+            if targets == "attn1" and made_for != "SDXL":
+                continue  # nothing in such a file tells 1.x from 2.x
+            file = tmp_path / f"{made_for[-4:]}_{targets}"
+            save_lora(module(network, layers=layers), file, alpha=3, layout=layout, config=network.config)
+            load_lora(file, network)
+            for own, other in networks.items():
+                if own != made_for:
+                    told = message(file / "adapter_model.safetensors" if layout == "peft" else file, other)
+                    assert told.startswith(f"is a LoRA for {made_for}, but this network is {own}; take"), told
+    told = message(file / "adapter_model.safetensors" if layout == "peft" else file, build(SD15))
+    assert "no such layer" in told or "is a LoRA for SDXL" in told
+
+
+TRANSFORMER_NAMES = {
+    "Flux": (
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+        "lora_unet_single_blocks_37_linear1.lora_down.weight",
+        "base_model.model.single_transformer_blocks.0.proj_out.lora_A.weight",
+    ),
+    "Stable Diffusion 3": (
+        "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight",
+        "lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight",
+        "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    "a transformer": ("transformer.layers.0.attention.to_q.lora_A.weight",),
+}
+
+
+@pytest.mark.parametrize("family", TRANSFORMER_NAMES)
+def test_a_lora_of_a_transformer_says_which_one_it_is_for(family, tmp_path):
+    for name in TRANSFORMER_NAMES[family]:
+        file = tmp_path / "lora.safetensors"
+        save_file({name: np.zeros((4, 1536 if "3" in family else 3072), np.float32)}, file)
+        for config, own in ((SD15, "one whose"), (SDXL, "SDXL")):
+            told = message(file, build(config) if config is SD15 else reading(config, 2048))
+            assert told.startswith(f"is a LoRA for {family}, but this network is {own}"), told
+
+
 def test_wrong_shapes_and_dtypes_are_named(damaged):
     a, conv = f"unet.{DOTTED}.lora_A.weight", f"unet.{DOTTED_CONV}.lora_A.weight"
     for name, shape, expected in (
@@ -409,7 +469,10 @@ def test_wrong_alphas_are_named(damaged):
         ('{"lora_alpha": NaN}', "is no positive number"),
         (f'{{"lora_alpha": 1{"0" * 400}}}', "is no positive number"),
         ('{"unet.use_dora": true}', "'use_dora' in the metadata is not supported"),
-        ('{"alpha_pattern": {"to_q": 3}}', "'alpha_pattern' in the metadata is not supported"),
+        ('{"alpha_pattern": {"to_q": 0}}', "'alpha_pattern' in the metadata is {'to_q': 0}, expected positive numbers"),
+        ('{"rank_pattern": {"(": 3}}', "'rank_pattern' in the metadata is {'(': 3}, expected integers by patterns"),
+        ('{"unet.r": 4}', "has rank 3, but 'lora_adapter_metadata' in the metadata says 4"),
+        ('{"unet.init_lora_weights": "pissa"}', "'init_lora_weights' in the metadata is not supported (it is 'pissa')"),
     ):
         assert told in damaged(metadata={"lora_adapter_metadata": config})
 
