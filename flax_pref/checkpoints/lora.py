@@ -17,6 +17,7 @@ In kohya's layout the dots of `<layer>` are underscores, and layers of SDXL go b
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flax_pref.checkpoints.weights import KERNEL_AXES, Network
-from flax_pref.files import new_folder, read_json, replacing, write_json
+from flax_pref.files import read_json, replacing, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.unet import UNetConfig
@@ -129,7 +130,10 @@ READERS = {
     "kohya": "ComfyUI, A1111, sd-scripts and diffusers",
     "peft": "PEFT",
 }
+# Where a run writes its module NAME.
+FILE_NAMES = {"diffusers": "{}.safetensors", "kohya": "{}_kohya.safetensors", "peft": "{}_peft"}
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+PEFT_FILES = {PEFT_WEIGHTS, PEFT_CONFIG, "README.md"}
 PAIRS = (
     *LAYOUTS.values(),
     (".lora.down.weight", ".lora.up.weight"),  # diffusers before PEFT
@@ -262,21 +266,21 @@ def save_lora(
 
     The layout decides who can read the file:
 
-    - "diffusers": `load_lora_weights` of diffusers. Alpha is in the metadata; versions of diffusers that do not read it
-      (before 0.34) take alpha to be the rank. ComfyUI and A1111 find none of these names and change nothing.
+    - "diffusers": `load_lora_weights` of diffusers. Alpha is in the metadata; older versions, which do not read it,
+      take alpha to be the rank. ComfyUI and A1111 know none of these names and change nothing.
     - "kohya": ComfyUI, A1111, sd-scripts, and `load_lora_weights` of diffusers. Alpha is a tensor of each layer.
     - "peft": `PeftModel.from_pretrained(unet, folder)` of PEFT. A folder with two files; alpha is in the config.
 
     Args:
         lora: nested parameters of M = 1 module; see `split_lora` and `select_lora`.
-        file: e.g. `pos.safetensors`, replaced if it exists; for "peft" a folder that must not exist, or be empty.
+        file: e.g. `pos.safetensors`; for "peft" a folder. Replaced if it exists.
         alpha: as given to `add_lora`. Kohya's layout keeps it in float32.
         dtype: of the stored matrices: float32, float16 or bfloat16.
         layout: "diffusers", "kohya" or "peft".
         config: of the UNet; kohya's names depend on it.
 
     Raises:
-        FileExistsError: the folder of PEFT's layout holds something.
+        FileExistsError: the folder for "peft" holds other than an adapter of PEFT.
         ValueError: `lora` is not one module of one rank, a number is not finite in `dtype`, or an argument is none of
             those above.
     """
@@ -312,9 +316,14 @@ def save_lora(
             tensors[names[layer] + ending] = array
     peft = {"r": rank, "lora_alpha": float(alpha), "target_modules": sorted(adapters)}
     if layout == "peft":
-        with new_folder(file) as unfinished:
+        if file.exists() and not (file.is_dir() and {path.name for path in file.iterdir()} <= PEFT_FILES):
+            raise FileExistsError(f"{file}: exists and is no adapter of PEFT; choose another folder or remove it")
+        with replacing(file) as unfinished:
+            unfinished.mkdir()
             (unfinished / PEFT_WEIGHTS).write_bytes(_serialized(tensors, metadata))
             write_json(unfinished / PEFT_CONFIG, PEFT_DEFAULTS | peft)
+            if file.exists():  # a folder takes the place of none only
+                shutil.rmtree(file)
         return
     if layout == "kohya":
         tensors |= {name + ALPHA: np.array(alpha, np.float32) for name in names.values()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.lora import PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
+from flax_pref.checkpoints.lora import FILE_NAMES, PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
 from flax_pref.checkpoints.weights import Network
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import split_lora
@@ -65,6 +65,8 @@ def _find(source: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     stored = [path / name for name in LORA_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    again = {path / FILE_NAMES["kohya"].format(file.stem) for file in stored}  # the same modules in another layout
+    stored = [file for file in stored if file not in again]
     if len(stored) != 1:
         raise ValueError(
             f"{path}: {len(stored)} safetensors files and no config.json; expected a LoRA file, a folder with one, or "
@@ -140,7 +142,7 @@ def fingerprint(source: str | Path, suffixes: tuple[str, ...] = SAFE) -> str:
         return _sha256(path)
     described = hashlib.sha256()
     if path.is_file():
-        files, path = [path, path.with_name(PEFT_CONFIG)], path.parent
+        files, path = sorted([path, path.with_name(PEFT_CONFIG)]), path.parent
     else:
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     for file in files:

@@ -3,15 +3,16 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.experimental import multihost_utils
 
 from flax_pref.checkpoints.diffusers import load_unet
-from flax_pref.checkpoints.lora import load_lora, merge_lora_network, save_lora
+from flax_pref.checkpoints.lora import FILE_NAMES, READERS, load_lora, merge_lora_network, save_lora
 from flax_pref.checkpoints.weights import Network, save_network
 from flax_pref.config import check_least
 from flax_pref.files import replacing
@@ -19,15 +20,20 @@ from flax_pref.models.lora import join_lora, select_lora, stack_lora
 from flax_pref.parallel.hosts import wait_for_others
 from flax_pref.training.networks import LoRA, Trained
 
+Layout = Literal["diffusers", "kohya", "peft", "merged"]
+NAMES = FILE_NAMES | {"merged": "{}"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """What a run writes at its end, into the folder modules/."""
 
-    layout: Literal["diffusers", "kohya", "merged"] = "diffusers"
-    """Of LoRA modules: files for diffusers and PEFT, or for kohya's programs, ComfyUI and A1111; or merged into the
-    base, each a UNet folder of diffusers, which is what modules with weights of their own always are. A base that is
-    kept in bfloat16 while training is merged in that: for full precision merge the files, see `merge_lora_network`."""
+    layout: Annotated[tuple[Layout, ...], tyro.conf.UseAppendAction] = ()
+    """Layout of LoRA modules, once for each (default: diffusers and kohya). diffusers: NAME.safetensors for diffusers;
+    kohya: NAME_kohya.safetensors for ComfyUI, A1111, sd-scripts and diffusers; peft: the folder NAME_peft for PEFT;
+    merged: NAME, a UNet folder of diffusers with the module in its weights. Modules with weights of their own are
+    always such folders. A base that is kept in bfloat16 while training is merged in that: for full precision merge
+    the files, see `merge_lora_network`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the stored weights."""
     every: int | None = None
@@ -35,11 +41,20 @@ class ExportConfig:
 
     def __post_init__(self):
         check_least(self, 1, "every")
+        if isinstance(self.layout, str):
+            object.__setattr__(self, "layout", (self.layout,))
+        if unknown := [layout for layout in self.layout if layout not in NAMES]:
+            raise ValueError(f"export.layout is {unknown[0]!r}; expected {' or '.join(NAMES)}")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts of LoRA modules."""
+        return tuple(dict.fromkeys(self.layout)) or ("diffusers", "kohya")
 
 
 def export_modules(
     folder: Path, trained: Trained, base: Network, frozen: Any, params: Any, lora: LoRA, config: ExportConfig
-) -> list[Path]:
+) -> dict[Layout, list[Path]]:
     """Writes every module; all processes call it, and the first one writes.
 
     Args:
@@ -52,40 +67,49 @@ def export_modules(
         config: how to write.
 
     Returns:
-        the files or folders.
+        the files or folders of each layout; networks with weights of their own are in that called "merged".
     """
-    whole = {}
-    if trained.weights == "full" or config.layout == "merged":
-        suffix = ""
-    else:
-        suffix, whole = ".safetensors", on_host(params)
-    paths = [folder / f"{name}{suffix}" for name in trained.modules]
-    merged = on_host(frozen) if trained.weights == "lora" and config.layout == "merged" else None
-    for i, (name, path) in enumerate(zip(trained.modules, paths, strict=True)):
-        if trained.weights == "full":
-            network = base._replace(params=on_host(params[name]))
-        elif merged is not None:
-            plain = base._replace(params=merged)
-            bank = Network(base.config, trained.graphdef, join_lora(merged, on_host(params)))
-            network = merge_lora_network(plain, bank, {name: 1.0})
-        if jax.process_index() != 0:
-            continue
-        if suffix:
+    layouts = ("merged",) if trained.weights == "full" else config.layouts
+    written = {layout: [folder / NAMES[layout].format(name) for name in trained.modules] for layout in layouts}
+    whole = on_host(params) if trained.weights == "lora" else {}
+    for layout in layouts:
+        merged = on_host(frozen) if trained.weights == "lora" and layout == "merged" else None
+        for i, (name, path) in enumerate(zip(trained.modules, written[layout], strict=True)):
+            if trained.weights == "full":
+                network = base._replace(params=on_host(params[name]))
+            elif merged is not None:
+                plain = base._replace(params=merged)
+                bank = Network(base.config, trained.graphdef, join_lora(merged, whole))
+                network = merge_lora_network(plain, bank, {name: 1.0})
+            if jax.process_index() != 0:
+                continue
+            if layout == "merged":
+                with replacing(path) as unfinished:
+                    save_network(network, unfinished, dtype=jnp.dtype(config.dtype))
+                    if path.exists():  # of an earlier export; a folder takes the place of none only
+                        shutil.rmtree(path)
+                continue
             save_lora(
                 select_lora(whole, i),
                 path,
                 alpha=lora.scale,
                 dtype=jnp.dtype(config.dtype),
-                layout=config.layout,
+                layout=layout,
                 config=base.config,
             )
-        else:
-            with replacing(path) as unfinished:
-                save_network(network, unfinished, dtype=jnp.dtype(config.dtype))
-                if path.exists():  # of an earlier export; a folder takes the place of none only
-                    shutil.rmtree(path)
     wait_for_others("modules are written")
-    return paths
+    return written
+
+
+def summary(written: dict[Layout, list[Path]]) -> str:
+    """What was written, a path a line, and as the last line the layouts and who reads them."""
+    paths = [path for group in written.values() for path in group]
+    readers = READERS | {"merged": "diffusers, as a UNet folder"}
+    layouts = [
+        f"{'UNet' if layout == 'merged' else layout} ({', '.join(path.name for path in group)}) for {readers[layout]}"
+        for layout, group in written.items()
+    ]
+    return "\n".join([*(f"wrote {path}" for path in paths), f"layouts in {paths[0].parent}: {'; '.join(layouts)}"])
 
 
 def on_host(tree: Any) -> Any:
@@ -99,7 +123,7 @@ def load_exported(folder: Path, trained: Trained, base: Network, lora: LoRA, lik
     """Reads what `export_modules` has written, not merged, as parameters to go on from.
 
     Args:
-        folder: with `pos.safetensors`, or with folders such as `pos/`.
+        folder: with `pos.safetensors` or the same in another layout, or with folders such as `pos/`.
         trained: the networks.
         base: the UNet without adapters.
         lora: kind of the adapters.
@@ -112,10 +136,16 @@ def load_exported(folder: Path, trained: Trained, base: Network, lora: LoRA, lik
     if trained.weights == "full":
         params = {name: load_unet(folder / name, jnp.float32).params for name in trained.modules}
     else:
-        params = stack_lora([_adapters(folder / f"{name}.safetensors", base, lora) for name in trained.modules])
+        params = stack_lora([_adapters(_stored(folder, name), base, lora) for name in trained.modules])
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, like):
         raise ValueError(f"{folder}: modules of other layers, rank or size than those of this run; expected the same")
     return jax.tree.map(lambda array, leaf: jax.device_put(np.asarray(array), leaf.sharding), params, like)
+
+
+def _stored(folder: Path, name: str) -> Path:
+    """The adapters of a module, in the first layout that is there."""
+    paths = [folder / pattern.format(name) for pattern in FILE_NAMES.values()]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _adapters(file: Path, base: Network, lora: LoRA) -> dict:

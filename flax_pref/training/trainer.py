@@ -54,7 +54,7 @@ from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stoppe
 from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import check_rewards, make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
-from flax_pref.training.export import ExportConfig, export_modules, load_exported
+from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
 from flax_pref.training.methods import OfflineMethod
 from flax_pref.training.networks import LoRA, Weights, trained_networks
 from flax_pref.training.online import OnlineMethod
@@ -586,10 +586,10 @@ class Run:
         config = self.config
         params = average_of(state)
         with writing(folder, "which resumes from the last checkpoint"):
-            paths = export_modules(
+            written = export_modules(
                 folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export
             )
-        tell("\n".join(f"wrote {path}" for path in paths))
+        tell(summary(written))
 
 
 def component_config(part: str, folder: Path) -> Any:

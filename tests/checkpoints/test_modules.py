@@ -1,5 +1,7 @@
 """Modules as users have them: LoRA files, folders with one, UNet folders and whole checkpoints."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import load_lora_network, lora_network, save_lora
-from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
+from flax_pref.checkpoints.modules import OWN_BASE, _find, fingerprint, load_modules, merge_modules
 from flax_pref.checkpoints.weights import Network, save_network
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, merge_weights, pgd
 from flax_pref.models.bank import adapters
@@ -156,6 +158,24 @@ def test_the_weights_of_a_rule_are_those_of_the_paper():
     for w in (Schedule((2.0, 1.0), "linear"), [1.0, 2.0]):
         with pytest.raises(ValueError, match="only one number for all steps and images can be merged"):
             merge_weights(cpgd(w, 7.5))
+
+
+def test_the_folder_of_a_run_with_one_module_in_two_layouts_is_read(stored, tmp_path):
+    shutil.copy(stored / "pos.safetensors", tmp_path / "dpo.safetensors")
+    shutil.copy(stored / "pos.safetensors", tmp_path / "dpo_kohya.safetensors")
+    assert _find(tmp_path) == tmp_path / "dpo.safetensors"
+    shutil.copy(stored / "pos.safetensors", tmp_path / "neg.safetensors")
+    with pytest.raises(ValueError, match="2 safetensors files"):
+        _find(tmp_path)
+
+
+def test_the_fingerprint_of_a_peft_adapter_changes_with_its_scale(stored, tmp_path):
+    file = shutil.copy(stored / "pos.safetensors", tmp_path / "adapter_model.safetensors")
+    hashes = {fingerprint(file)}
+    for alpha in (1, 2):
+        (tmp_path / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+        hashes |= {fingerprint(file), fingerprint(tmp_path)}
+    assert len(hashes) == 3
 
 
 def test_a_fingerprint_changes_with_the_weights_and_not_with_the_place(stored, tmp_path):

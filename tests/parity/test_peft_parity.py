@@ -115,8 +115,12 @@ def test_peft_loads_the_folder_that_we_write(family, reference, tmp_path):
     loaded, *scale = load_lora(tmp_path / "pos", network)
     assert scale == [3, 7.5]
     jax.tree.map(np.testing.assert_array_equal, loaded, lora)
-    with pytest.raises(FileExistsError, match="not empty"):
+    save_lora(lora, tmp_path / "pos", alpha=5, layout="peft")
+    assert load_lora(tmp_path / "pos", network)[1:] == (3, 5)
+    (tmp_path / "pos" / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="exists and is no adapter of PEFT"):
         save_lora(lora, tmp_path / "pos", alpha=7.5, layout="peft")
+    assert (tmp_path / "pos" / "mine.txt").read_text() == "precious"
 
 
 def test_a_folder_of_peft_is_a_module_of_the_programs(plain):

@@ -11,8 +11,9 @@ from tiny import LENGTH, WIDTH, tiny_checkpoint
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.modules import load_modules
+from flax_pref.config import load_config
 from flax_pref.models.bank import Bank, Member
-from flax_pref.training.export import ExportConfig, export_modules, load_exported
+from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
 from flax_pref.training.networks import LoRA, trained_networks
 
 MODULES = ("pos", "neg")
@@ -63,13 +64,13 @@ def expected(base, runs):
     return {kind: np.asarray(predict(trained.predict(params, base.params))) for kind, (trained, params) in runs.items()}
 
 
-@pytest.mark.parametrize(
-    ("weights", "layout"), [("lora", "diffusers"), ("lora", "kohya"), ("lora", "merged"), ("full", "diffusers")]
-)
+NAMES = {"diffusers": "{}.safetensors", "kohya": "{}_kohya.safetensors", "peft": "{}_peft", "merged": "{}"}
+
+
+@pytest.mark.parametrize(("weights", "layout"), [*(("lora", layout) for layout in NAMES), ("full", "merged")])
 def test_modules_that_are_loaded_predict_as_in_the_run(tmp_path, base, runs, expected, weights, layout):
-    paths = export(tmp_path, base, runs[weights], layout)
-    names = ["pos", "neg"] if weights == "full" or layout == "merged" else ["pos.safetensors", "neg.safetensors"]
-    assert paths == [tmp_path / name for name in names]
+    paths = export(tmp_path, base, runs[weights], layout)[layout]
+    assert paths == [tmp_path / NAMES[layout].format(name) for name in MODULES]
     guided = load_modules(base, dict(zip(MODULES, paths, strict=True)))
     found = np.asarray(predict(bank_of(guided)))
     assert np.abs(expected[weights][:, 0] - expected[weights][:, 1]).max() > 0.1
@@ -84,6 +85,54 @@ def test_diffusers_reads_full_weights_and_predicts_the_same(tmp_path, base, runs
             latents, timesteps, text = map(torch.from_numpy, (LATENTS.transpose(0, 3, 1, 2).copy(), TIMESTEPS, TEXT))
             prediction = unet(latents, timesteps, text).sample.numpy().transpose(0, 2, 3, 1)
         np.testing.assert_allclose(prediction, expected["full"][:, i], rtol=1e-3, atol=2e-4)
+
+
+def test_a_run_without_a_layout_writes_files_for_diffusers_and_for_comfyui_and_says_so(tmp_path, base, runs):
+    written = export(tmp_path, base, runs["lora"], layout=())
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("pos.safetensors", "neg.safetensors", "pos_kohya.safetensors", "neg_kohya.safetensors")
+    }
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "pos_kohya.safetensors"))
+    *_, last = summary(written).splitlines()
+    assert last == (
+        f"layouts in {tmp_path}: diffusers (pos.safetensors, neg.safetensors) for diffusers; kohya "
+        "(pos_kohya.safetensors, neg_kohya.safetensors) for ComfyUI, A1111, sd-scripts and diffusers"
+    )
+    assert "UNet (pos, neg) for diffusers" in summary(export(tmp_path / "full", base, runs["full"], layout=()))
+
+
+CONFIG = """
+from flax_pref.training.export import ExportConfig
+config = ExportConfig()
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("diffusers", "kohya")),
+        (["kohya"], ("kohya",)),
+        (["peft", "kohya", "peft"], ("peft", "kohya")),
+    ],
+)
+def test_the_layout_may_be_given_more_than_once(tmp_path, flags, expected):
+    (tmp_path / "config.py").write_text(CONFIG)
+    arguments = [part for layout in flags for part in ("--layout", layout)]
+    assert load_config([str(tmp_path / "config.py"), *arguments], ExportConfig).layouts == expected
+
+
+def test_an_unknown_layout_is_refused():
+    assert ExportConfig(layout="kohya").layouts == ("kohya",)
+    with pytest.raises(ValueError, match=r"export\.layout is 'comfy'; expected diffusers or kohya or peft or merged"):
+        ExportConfig(layout=("kohya", "comfy"))
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_a_run_begins_with_modules_of_any_layout(tmp_path, base, runs, layout):
+    trained, params = runs["lora"]
+    export(tmp_path, base, runs["lora"], layout)
+    loaded = load_exported(tmp_path, trained, base, KIND, params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

@@ -342,9 +342,9 @@ def test_export_only_writes_the_modules_of_the_newest_checkpoint(run):
     file.unlink()
     train_again(config, export_only=True, steps=40)
     assert file.read_bytes() == before
-    train_again(config, export_only=True, export=ExportConfig(layout="kohya"))
-    assert any(name.startswith("lora_unet_") for name in load_file(file))
-    train_again(config, export_only=True, export=ExportConfig(layout="merged"))
+    assert any(name.startswith("lora_unet_") for name in load_file(file.with_name("pos_kohya.safetensors")))
+    train_again(config, export_only=True, export=ExportConfig(layout=("merged", "peft")))
+    assert (config.output / "modules" / "pos_peft" / "adapter_config.json").exists()
     assert (config.output / "modules" / "pos" / "config.json").exists()
     assert checkpoints_of(config) == [4]
 
