@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -160,18 +161,28 @@ def read_json(file: str | Path, *, expected: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
+        ValueError: it is not a JSON object, or a number in it is not finite.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected {expected}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); expected {expected}: download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds a JSON {type(values).__name__}, not an object; expected {expected}")
     return values
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON file; Python reads NaN, Infinity and 1e999 too.
+
+    -Infinity passes, which diffusers writes for a scheduler that does not clip; `models.config` refuses it elsewhere.
+    """
+    if not math.isfinite(number := float(text)) and text != "-Infinity":
+        raise ValueError(f"{text:.20} is no finite number")
+    return number
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from flax_pref.checkpoints.diffusers import FAMILIES as CLASSES
 from flax_pref.checkpoints.diffusers import Pipeline, not_a_folder
 from flax_pref.checkpoints.hub import DEMO, find_checkpoint, find_files
-from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, abstract_network
+from flax_pref.checkpoints.weights import LAYOUT, abstract_network, read_config
 from flax_pref.files import read_json
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.presets import FAMILIES, Family
@@ -48,22 +48,18 @@ def describe(model: str) -> Family:
     folder = find_checkpoint(DEMO) if model == DEMO else find_files(model, ["model_index.json", "*/*.json"])
     if folder.is_file():
         raise ValueError(f"{folder}: {not_a_folder(folder)}")
-
-    def config(part: str, kind: str):
-        return COMPONENTS[kind].config.from_dict(read_json(folder / part / "config.json", expected=LAYOUT))
-
     class_name = read_json(folder / "model_index.json", expected=LAYOUT).get("_class_name")
     if class_name not in CLASSES:
         raise ValueError(
             f"{folder / 'model_index.json'}: _class_name={class_name!r} is not supported; supported: "
             f"{' or '.join(map(repr, CLASSES))}"
         )
-    unet, vae = config("unet", "unet"), config("vae", "vae")
+    unet, vae = read_config("unet", folder / "unet"), read_config("vae", folder / "vae")
     side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size or (64,))
     return Family(
         unet,
         vae,
-        tuple(config(part, "text_encoder") for part, _ in CLASSES[class_name]),
+        tuple(read_config("text_encoder", folder / part) for part, _ in CLASSES[class_name]),
         resolution=side * vae.downscale_factor,
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
     )

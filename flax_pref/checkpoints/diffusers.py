@@ -12,7 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
-from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Network, Placement, load_network, save_network
+from flax_pref.checkpoints.weights import (
+    COMPONENTS,
+    LAYOUT,
+    Network,
+    Placement,
+    load_network,
+    read_config,
+    save_network,
+)
 from flax_pref.files import new_folder, read_json, write_json
 
 # Folders of the text encoders and tokenizers of each supported pipeline class.
@@ -99,8 +107,7 @@ def load_pipeline(
 
 
 def _without_weights(folder: Path) -> Network:
-    config = COMPONENTS["unet"].config.from_dict(read_json(folder / "config.json", expected=LAYOUT))
-    return Network(config, graphdef=None, params={})
+    return Network(read_config("unet", folder), graphdef=None, params={})
 
 
 def not_a_folder(file: Path) -> str:

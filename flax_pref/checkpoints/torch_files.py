@@ -87,7 +87,10 @@ class Region:
         if not self.stored:
             data = np.empty(0, np.uint8)
         else:
-            data = np.memmap(self.file, np.uint8, "r", self.start, (self.stored,)).view(np.ndarray)
+            try:
+                data = np.memmap(self.file, np.uint8, "r", self.start, (self.stored,)).view(np.ndarray)
+            except (OSError, ValueError) as error:  # the file has become shorter, or is gone
+                raise ValueError(f"{self.file}: cannot be read any more ({error}); download it again") from error
         if self.deflated:
             try:  # one byte more than there should be tells a bomb, and is all that is unpacked of it
                 data = np.frombuffer(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1), np.uint8)
@@ -360,6 +363,10 @@ def read_torch_file(path: str | Path) -> Any:
                 return _read_legacy(file, stream)
     except Refused as error:
         raise ValueError(f"{file}: {error}; {CONVERT}") from error
+    except OSError as error:  # such as EINVAL, of places before the begin of the file
+        raise ValueError(
+            f"{file}: cannot be read ({error.strerror or error}): it is damaged, or may not be read; download it again"
+        ) from error
     except (
         ArithmeticError,
         AttributeError,

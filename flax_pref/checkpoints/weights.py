@@ -269,6 +269,21 @@ def open_tensors(file: Path) -> Tensors:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
 
 
+def read_config(kind: str, folder: str | Path) -> Any:
+    """The config of a component folder; kind as in `load_network`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a field is not what the network needs; names the file, the field and what is supported.
+    """
+    file = Path(folder) / "config.json"
+    values = read_json(file, expected=LAYOUT)
+    try:
+        return COMPONENTS[kind].config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def abstract_network(kind: str, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
     """See `Component.abstract`; kind as in `load_network`."""
     return COMPONENTS[kind].abstract(config, dtype, param_dtype=param_dtype)
@@ -298,12 +313,11 @@ def load_network(
         ValueError: a config field or a weight is not what the network needs, or a file is damaged.
     """
     folder, component = Path(folder), COMPONENTS[kind]
-    config_file = folder / "config.json"
-    values = read_json(config_file, expected=LAYOUT)
+    config = read_config(kind, folder)
     try:
-        network = abstract_network(kind, component.config.from_dict(values), dtype, param_dtype=param_dtype)
+        network = abstract_network(kind, config, dtype, param_dtype=param_dtype)
     except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     fill(network.params, component, _weight_files(folder, component, variant), folder, place)
     return network
 
@@ -385,7 +399,7 @@ def _read_tensors(
                 name = names.pop(0)
                 try:
                     array = tensors.get_tensor(name)
-                except (SafetensorError, TypeError, ValueError, KeyError) as error:
+                except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
                     raise ValueError(f"{file}: weight {name!r} cannot be read ({error}); download it again") from error
                 if array.dtype.name not in STORED_DTYPES:
                     raise ValueError(

@@ -3,14 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_pref.files import read_json
 from flax_pref.models import config as config_io
 
+MOST_TIMESTEPS = 100_000  # published models have a thousand
 SUPPORTED = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -38,11 +41,7 @@ class NoiseSchedule:
             if (value := getattr(self, field)) not in SUPPORTED[field]:
                 supported = " or ".join(map(repr, SUPPORTED[field]))
                 raise ValueError(f"NoiseSchedule: {field}={value!r} is not supported; supported: {supported}")
-        if not (isinstance(self.num_train_timesteps, int) and self.num_train_timesteps >= 1):
-            raise ValueError(
-                f"NoiseSchedule: num_train_timesteps={self.num_train_timesteps!r} is not supported; "
-                "supported: an integer from 1 up"
-            )
+        config_io.check_sizes(self, ("num_train_timesteps",), MOST_TIMESTEPS)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"NoiseSchedule: beta_start={self.beta_start!r}, beta_end={self.beta_end!r} is not supported; "
@@ -52,7 +51,18 @@ class NoiseSchedule:
     @classmethod
     def from_dict(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
         """Reads a parsed `scheduler_config.json`; a ValueError names the field that is not supported."""
-        return config_io.from_json(cls, scheduler_config, only=SUPPORTED, strict=False)
+        clipped = ("lambda_min_clipped", -np.inf)  # how diffusers writes that nothing is clipped
+        values = {key: value for key, value in scheduler_config.items() if (key, value) != clipped}
+        return config_io.from_json(cls, values, only=SUPPORTED, strict=False)
+
+    @classmethod
+    def from_file(cls, file: Path) -> "NoiseSchedule":
+        """Reads `scheduler_config.json`; errors as in `from_dict`, with the name of the file."""
+        values = read_json(file, expected="the scheduler of a folder in the layout of diffusers")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     @cached_property
     def betas(self) -> np.ndarray:

@@ -39,6 +39,9 @@ class CLIPTextConfig:
     is_causal = True  # of every text encoder, and no field
 
     def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        config_io.check_sizes(self, (*sizes, "projection_dim") if self.with_projection else sizes)
+        config_io.check_sizes(self, ("num_hidden_layers",), config_io.MOST_LAYERS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"CLIPTextConfig: hidden_size={self.hidden_size} is not a multiple of "

@@ -30,6 +30,9 @@ class CLIPVisionConfig:
     is_causal = False
 
     def __post_init__(self):
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
+        config_io.check_sizes(self, sizes)
+        config_io.check_sizes(self, ("num_hidden_layers",), config_io.MOST_LAYERS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"CLIPVisionConfig: hidden_size={self.hidden_size} is not a multiple of "
@@ -53,6 +56,9 @@ class CLIPConfig:
     text_config: CLIPTextConfig = CLIPTextConfig()  # noqa: RUF009 (frozen)
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
+
+    def __post_init__(self):
+        config_io.check_sizes(self, ("projection_dim",))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":

@@ -3,10 +3,14 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 C = TypeVar("C")
+# Far beyond what any network has: more is a damaged file, and would take minutes and all memory before it fails.
+MOST_LAYERS, LARGEST = 256, 2**24
 
 
 def from_json(cls: type[C], values: Mapping[str, Any], *, only: Mapping[str, tuple], strict: bool) -> C:
@@ -28,19 +32,50 @@ def from_json(cls: type[C], values: Mapping[str, Any], *, only: Mapping[str, tup
         if key.startswith("_"):
             continue
         value = tuple(value) if isinstance(value, list) else value
+        if not _is_finite(value):
+            raise ValueError(
+                f"{cls.__name__}: {key}={value!r:.80} is not supported; supported: finite numbers of float32"
+            )
         if key in only and value not in only[key]:
             supported = " or ".join(repr(v) for v in only[key])
-            raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; supported: {supported}")
+            raise ValueError(f"{cls.__name__}: {key}={value!r:.80} is not supported; supported: {supported}")
         if key in fields:
             if not _is_a(value, fields[key]):
                 kind = fields[key].__name__ if isinstance(fields[key], type) else fields[key]
-                raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; supported: a value of type {kind}")
+                raise ValueError(
+                    f"{cls.__name__}: {key}={value!r:.80} is not supported; supported: a value of type {kind}"
+                )
             chosen[key] = value
         elif strict and key not in only and value not in (None, False):
             raise ValueError(
                 f"{cls.__name__}: unknown field {key}={value!r}; remove it if it has no effect on the network"
             )
     return cls(**chosen)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all floats in a value are finite in float32, which networks and solvers compute in."""
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or abs(value) <= float(np.finfo(np.float32).max)
+
+
+def check_sizes(config: Any, fields: Sequence[str], most: int = LARGEST, *, least: int = 1) -> None:
+    """Checks that fields hold integers from `least` to `most`, or tuples of such; None passes.
+
+    Raises:
+        ValueError: one does not; names the field, the value and what is supported.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        values = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(type(number) is int and least <= number <= most for number in values):
+            raise ValueError(
+                f"{type(config).__name__}: {field}={value!r:.80} is not supported; supported: integers from {least} to "
+                f"{most}"
+            )
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -52,7 +87,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         kinds = (item,) * len(value) if rest == [...] and isinstance(value, tuple) else (item, *rest)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
     if kind is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
     if kind is int:
         return type(value) is int
     return isinstance(value, kind)

@@ -67,6 +67,7 @@ BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+MOST_BLOCKS, MOST_TOTAL = 8, 1000  # of a config that is not damaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,19 @@ class UNetConfig:
                     f"UNetConfig: {field}={value!r} is not supported; supported: one value, or one for each of the "
                     f"{depth} block_out_channels"
                 )
+        sizes = ("in_channels", "out_channels", "block_out_channels", "norm_num_groups", "cross_attention_dim")
+        more = ("attention_head_dim", "time_embedding_dim", "addition_time_embed_dim", "sample_size")
+        config_io.check_sizes(self, (*sizes, *more, "projection_class_embeddings_input_dim"))
+        config_io.check_sizes(self, ("layers_per_block",), config_io.MOST_LAYERS)
+        config_io.check_sizes(self, ("transformer_layers_per_block",), config_io.MOST_LAYERS, least=0)
+        # On the way down and, with one more in each block, on the way up.
+        layers = (2 * self.layers_per_block + 1) * sum(1 + n for n in self.per_block("transformer_layers_per_block"))
+        if not 1 <= depth <= MOST_BLOCKS or layers > MOST_TOTAL:
+            raise ValueError(
+                f"UNetConfig: layers_per_block={self.layers_per_block}, transformer_layers_per_block="
+                f"{self.transformer_layers_per_block!r:.80} and {depth} block_out_channels is not supported; "
+                f"supported: 1 to {MOST_BLOCKS} blocks with up to {MOST_TOTAL} layers in all"
+            )
         for channels, heads in zip(self.block_out_channels, self.per_block("attention_head_dim"), strict=True):
             if channels % heads:
                 raise ValueError(

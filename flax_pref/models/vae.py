@@ -18,6 +18,7 @@ from flax_pref.models.layers import Conv, Downsample2D, GroupNorm, Linear, Resne
 from flax_pref.models.remat import Remat, recomputed
 
 EPSILON = 1e-6
+MOST_BLOCKS = 8  # of a config that is not damaged
 
 SUPPORTED = {
     "act_fn": ("silu",),
@@ -54,6 +55,18 @@ class VAEConfig:
                     f"VAEConfig: {field}={kinds!r} is not supported; supported: {supported!r} for each of the "
                     f"{len(self.block_out_channels)} block_out_channels"
                 )
+        sizes = ("in_channels", "out_channels", "block_out_channels", "latent_channels", "norm_num_groups")
+        config_io.check_sizes(self, (*sizes, "sample_size"))
+        config_io.check_sizes(self, ("layers_per_block",), config_io.MOST_LAYERS)
+        if not 1 <= len(self.block_out_channels) <= MOST_BLOCKS:
+            raise ValueError(
+                f"VAEConfig: block_out_channels={self.block_out_channels!r:.80} is not supported; supported: 1 to "
+                f"{MOST_BLOCKS} blocks"
+            )
+        if not self.scaling_factor > 0:
+            raise ValueError(
+                f"VAEConfig: scaling_factor={self.scaling_factor!r} is not supported; supported: a positive number"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VAEConfig":

@@ -26,10 +26,9 @@ from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import (
-    COMPONENTS,
-    LAYOUT,
     Network,
     abstract_network,
+    read_config,
     with_attention,
     with_remat,
 )
@@ -40,7 +39,7 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
-from flax_pref.files import one_writer, read_json, replacing, writing
+from flax_pref.files import one_writer, replacing, writing
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
@@ -418,8 +417,7 @@ class Run:
             component_config("vae", self.folder).check_size("online: size", config.online.size)
         self.prompts = [] if config.online is None else read_prompts(config.online.prompts, column=config.online.column)
         agree(lambda: flat(contents_of(config, self.folder, self.records, self.prompts)))
-        scheduler_file = self.folder / "scheduler" / "scheduler_config.json"
-        self.schedule = NoiseSchedule.from_dict(read_json(scheduler_file, expected=LAYOUT))
+        self.schedule = NoiseSchedule.from_file(self.folder / "scheduler" / "scheduler_config.json")
         self.base = self._load_base()
         self.frozen = self.program.frozen_of(self.base.params)
 
@@ -594,8 +592,7 @@ class Run:
 
 def component_config(part: str, folder: Path) -> Any:
     """The config of a network of a checkpoint."""
-    file = folder / part / "config.json"
-    return COMPONENTS[part].config.from_dict(read_json(file, expected=LAYOUT))
+    return read_config(part, folder / part)
 
 
 def check_data(records: Records, unet: UNetConfig, config: TrainConfig) -> None:

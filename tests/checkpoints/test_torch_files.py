@@ -353,6 +353,27 @@ def test_a_damaged_file_says_so_in_one_line_or_is_read_right(zipped, tmp_path):
     assert refused > 100
 
 
+def test_members_before_the_begin_of_the_file_are_named_with_the_file(tmp_path):
+    """The directory of an archive says where its members are; the system refuses to go there with EINVAL."""
+    file = save({"x": X}, tmp_path / "weights.pt")
+    rezipped(file)  # torch has a second directory for large files
+    data = bytearray(file.read_bytes())
+    end = data.rindex(b"PK\x05\x06")
+    (start,) = struct.unpack_from("<I", data, end + 16)
+    struct.pack_into("<I", data, end + 16, start + 2**16)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: cannot be read \(Invalid argument\)"):
+        read_torch_file(file)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    file = save({"x": torch.zeros(100_000)}, tmp_path / "weights.pt")
+    tensors = read_torch_file(file)
+    os.truncate(file, 1000)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: "):
+        tensors["x"].read()
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

@@ -36,7 +36,7 @@ def test_a_schedule_can_be_closed_over_by_cached_functions():
         ("rescale_betas_zero_snr", True, "False"),
         ("thresholding", True, "False"),
         ("trained_betas", [0.1, 0.2], "None"),
-        ("num_train_timesteps", 0, "an integer from 1 up"),
+        ("num_train_timesteps", 0, "integers from 1 to 100000"),
         ("beta_end", 1.0, "0 < beta_start <= beta_end < 1"),
     ],
 )
