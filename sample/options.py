@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax.numpy as jnp
 import tyro
@@ -193,10 +193,17 @@ def check_modules(rule: Rule, sources: dict[str, str], config: Drawing) -> None:
         )
     if unused := [name for name in sources if name not in asked]:
         useful = ", ".join(sorted(asked - {"base"})) or "none"
-        other = "e.g. --rule fine_tuned, which draws with this module" if config.rule == "cfg" else "another --rule"
+        rules = " or ".join(f"--rule {rule}" for rule in rules_with(list(sources)) or rules_with(unused[:1]))
         raise UserError(
-            f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected {other}"
+            f"--rule {config.rule} has no use for module {unused[0]!r}, only for {useful}; expected "
+            f"{rules or 'modules that a rule asks for'}"
         )
+
+
+def rules_with(modules: Sequence[str]) -> list[str]:
+    """The rules that need these modules and no others; fine_tuned and pgd go by any single one."""
+    rules = {name: named_rule(name, guidance_scale=7.5, w=1.0, module=modules[0]) for name in get_args(RuleName)}
+    return [name for name, rule in rules.items() if set(rule.networks()) - {"base"} == set(modules)]
 
 
 def fingerprints(config: Drawing, folder: Path, sources: dict[str, str]) -> dict[str, Any]:

@@ -303,7 +303,22 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--rule", "cpgd"), "--rule cpgd needs --w"),
         ((*DEMO, "--rule", "cpgd", "--w", "4"), "--rule cpgd needs a module 'pos'; expected --module pos=PATH"),
         ((*DEMO, "--w", "4"), "--rule cfg has no use for --w"),
-        ((*DEMO, "--module", "pos=pos.safetensors"), "only for none; expected e.g. --rule fine_tuned, which draws"),
+        (
+            (*DEMO, "--module", "dpo=dpo.safetensors"),
+            "--rule cfg has no use for module 'dpo', only for none; expected --rule fine_tuned or --rule pgd",
+        ),
+        (
+            (*DEMO, "--module", "pos=p.safetensors", "--module", "neg=n.safetensors"),
+            "expected --rule cpgd or --rule cpgd_conditional or --rule npo or --rule chats",
+        ),
+        (
+            (*DEMO, "--rule", "pgd", "--w", "4", "--module", "dpo=p.safetensors", "--module", "x=n.safetensors"),
+            "--rule pgd has no use for module 'x', only for dpo; expected --rule fine_tuned or --rule pgd",
+        ),
+        (
+            (*DEMO, "--rule", "cpgd", "--w", "4", *("--module", "pos=p", "--module", "neg=n", "--module", "bad=b")),
+            "has no use for module 'bad', only for neg, pos; expected --rule fine_tuned or --rule pgd or --rule auto",
+        ),
         ((*DEMO, "--module", "pos.safetensors"), "--module pos.safetensors: expected NAME=PATH"),
         ((*DEMO, "--rule", "pgd", "--w", "1", "--module", "a=nowhere.safetensors"), "nowhere.safetensors: no such"),
         ((*DEMO, "--rule", "pgd", "--w", "up", "--module", "a=b"), "'up' is no strength"),

@@ -14,6 +14,7 @@ from flax_pref.files import read_json
 from flax_pref.models import config as config_io
 
 MOST_TIMESTEPS = 100_000  # published models have a thousand
+LEAST_SIGNAL = 1e-30
 SUPPORTED = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -46,6 +47,13 @@ class NoiseSchedule:
             raise ValueError(
                 f"NoiseSchedule: beta_start={self.beta_start!r}, beta_end={self.beta_end!r} is not supported; "
                 "supported: 0 < beta_start <= beta_end < 1"
+            )
+        # Solvers divide by both.
+        if not (self.alphas_cumprod[0] < 1 and self.alphas_cumprod[-1] > LEAST_SIGNAL):
+            raise ValueError(
+                f"NoiseSchedule: beta_start={self.beta_start!r}, beta_end={self.beta_end!r} over num_train_timesteps="
+                f"{self.num_train_timesteps} is not supported; supported: some noise at the first step, and a share of "
+                f"signal over {LEAST_SIGNAL:g} at the last"
             )
 
     @classmethod

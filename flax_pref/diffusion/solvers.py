@@ -424,9 +424,9 @@ def from_config(
         ValueError: a name, class or field that is not supported, or an argument out of its range.
     """
     class_name = scheduler_config.get("_class_name")
-    if name is None and class_name not in SOLVERS:
+    if name is None and (not isinstance(class_name, str) or class_name not in SOLVERS):
         raise ValueError(
-            f"scheduler_config: _class_name={class_name!r} is not supported; supported: "
+            f"scheduler_config: _class_name={class_name!r:.80} is not supported; supported: "
             f"{' or '.join(SOLVERS)}; pass as name one of {', '.join(NAMES)} to sample with that instead"
         )
     name = name or SOLVERS[class_name]
@@ -452,6 +452,12 @@ def from_config(
             )
 
     schedule = NoiseSchedule.from_dict(scheduler_config)
+    offset = values.get("steps_offset", 0)
+    if type(offset) is not int or not 0 <= offset < schedule.num_train_timesteps:
+        raise ValueError(
+            f"scheduler_config: steps_offset={offset!r:.80} is not supported; supported: integers from 0 to "
+            f"{schedule.num_train_timesteps - 1}"
+        )
     options = {ARGUMENTS.get(field, field): values.get(field, default) for field, default in DEFAULTS[name].items()}
     if name == "ddim":
         options["eta"] = eta

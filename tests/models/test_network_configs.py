@@ -64,6 +64,9 @@ def test_the_towers_of_a_clip_are_checked_too(part, field):
     [
         *({field: value} for field in ("beta_start", "beta_end") for value in (float("nan"), float("inf"), 10**400)),
         *({"num_train_timesteps": value} for value in (10**12, 1e12, 0, float("nan"))),
+        *({"beta_start": 1e-30, "beta_schedule": kind} for kind in ("linear", "scaled_linear")),
+        {"num_train_timesteps": 100_000},
+        {"beta_end": 0.9999},
         {"steps_offset": float("nan")},
         {"sigma_min": float("inf")},
         {"trained_betas": [0.1, float("nan")]},
@@ -73,6 +76,15 @@ def test_a_schedule_of_numbers_that_are_none_is_refused_by_name(change):
     for read in (NoiseSchedule.from_dict, lambda config: from_config(config, 4)):
         with pytest.raises(ValueError, match=rf"{next(iter(change))}=.* is not supported; supported: "):
             read(FAMILIES["sd15"].scheduler_config | change)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"), [("steps_offset", (None, "x", -1, 1000, 10**30, {})), ("_class_name", ([], {}, 3))]
+)
+def test_a_solver_of_fields_that_are_none_is_refused_by_name(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{field}=.* is not supported; supported: "):
+            from_config(FAMILIES["sd15"].scheduler_config | {"_class_name": "DDIMScheduler", field: value}, 4)
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999", '[1, {"x": -1e999}]'])
