@@ -98,6 +98,26 @@ class CLIPTokenizer:
         ]
         return ["" if start is None else text[start:] for text, start in zip(texts, starts, strict=True)]
 
+    def spelled_out(self, texts: Sequence[str]) -> list[str]:
+        """The texts with all vectors of a textual inversion for the first of them, as pipelines of diffusers do.
+
+        An inversion of several vectors adds `<toy>`, `<toy>_1`, `<toy>_2` and so on; a prompt names `<toy>`.
+        """
+        added = {token.content for token in self.added_tokens}
+        several = {token: [token] for token in added if f"{token}_1" in added}
+        for token, vectors in several.items():
+            while (following := f"{token}_{len(vectors)}") in added:
+                vectors.append(following)
+        if not several:
+            return list(texts)
+        whole = []
+        for text, encoding in zip(texts, self._encode(texts), strict=True):
+            found = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
+            for token in sorted(found & several.keys()):
+                text = text.replace(token, " ".join(several[token]))
+            whole.append(text)
+        return whole
+
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         if isinstance(texts, str):
             raise TypeError("CLIPTokenizer takes a list of texts, not one string; write tokenizer([text])")

@@ -62,7 +62,7 @@ def encode_batch(
         prompts: B texts.
         sharding: of the leading axis of what the encoders read and give.
     """
-    ids = [tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers]
+    ids = [tokenizer(tokenizer.spelled_out(prompts)) for tokenizer in pipeline.tokenizers]
     return encode_ids(pipeline, ids if sharding is None else jax.device_put(ids, sharding))
 
 
@@ -103,7 +103,8 @@ def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:
     """Warns of what of the prompts does not fit into the tokenizer's length."""
     prompts = list(dict.fromkeys(prompts))
     tokenizer = pipeline.tokenizers[0]
-    cuts = {prompt: cut for prompt, cut in zip(prompts, tokenizer.cut(prompts), strict=True) if cut}
+    whole = tokenizer.spelled_out(prompts)
+    cuts = {prompt: cut for prompt, cut in zip(prompts, tokenizer.cut(whole), strict=True) if cut}
     if not cuts:
         return
     quoted = "; ".join(f"{cut.strip()!r} of {prompt!r}" for prompt, cut in list(cuts.items())[:QUOTED])

@@ -98,8 +98,11 @@ class ExportedSampler:
         keys = image_keys(seed, prompt_ids)
         inputs = {
             "keys": np.asarray(jax.random.key_data(keys)),
-            "ids": [tokenizer(prompts) for tokenizer in self.tokenizers],
-            "negative_ids": [tokenizer([text or "" for text in negative_prompts]) for tokenizer in self.tokenizers],
+            "ids": [tokenizer(tokenizer.spelled_out(prompts)) for tokenizer in self.tokenizers],
+            "negative_ids": [
+                tokenizer(tokenizer.spelled_out([text or "" for text in negative_prompts]))
+                for tokenizer in self.tokenizers
+            ],
             "no_negative": np.array([text is None for text in negative_prompts]),
         }
         size = self.description["batch_size"]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import transformers
+from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import AddedToken
 
 from flax_pref.checkpoints.tokenizer import load_tokenizer
@@ -102,6 +103,18 @@ def test_the_folder_that_transformers_saves_after_textual_inversion_is_read(tmp_
     ids = load_tokenizer(tmp_path / "saved")(PROMPTS)
     np.testing.assert_array_equal(ids, theirs(tmp_path / "saved"))
     assert FIRST in ids[1] and FIRST + 1 in ids[1] and FIRST + 1 not in ids[5, :4]
+
+
+def test_a_textual_inversion_of_several_vectors_is_spelled_out_as_in_pipelines_of_diffusers(tmp_path):
+    vectors = {"<toy>": FIRST, "<toy>_1": FIRST + 1, "<toy>_2": FIRST + 2, "<cat>": FIRST + 3}
+    folder = write(tmp_path, files={"added_tokens.json": vectors})
+    prompts = ["a <toy>", "<cat> and <toy>, <toy>", "a cat", "<toy>_1", "<TOY>", "fat " * 30 + "<toy>"]
+    expected = TextualInversionLoaderMixin().maybe_convert_prompt(
+        prompts, transformers.CLIPTokenizer.from_pretrained(folder)
+    )
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.spelled_out(prompts) == expected
+    assert expected[0] == "a <toy> <toy>_1 <toy>_2"
 
 
 @pytest.mark.parametrize(
