@@ -12,9 +12,8 @@ import jax
 import pytest
 from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
+from flax_pref.methods import OnlineMethod, PairMethod
 from flax_pref.rewards.reward import Weighted
-from flax_pref.training.methods import OfflineMethod
-from flax_pref.training.online import OnlineMethod
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.trainer import train
 
@@ -93,7 +92,7 @@ def test_a_config_is_of_the_kind_that_the_program_in_its_docstring_reads(file):
 
 
 def test_no_config_is_left_out_of_the_tables_of_published_settings():
-    assert training_configs(OfflineMethod) == set(PUBLISHED)
+    assert training_configs(PairMethod) == set(PUBLISHED)
     assert training_configs(OnlineMethod) == set(PUBLISHED_ONLINE)
 
 

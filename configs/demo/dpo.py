@@ -8,7 +8,7 @@ Reads runs/demo/prepared, which `python -m train.encode configs/demo/encode.py` 
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import DiffusionDPO
+from flax_pref.methods import DiffusionDPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.samples import SampleConfig

@@ -9,7 +9,7 @@ positive_negative in configs/demo/demo.py.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import PositiveNegative
+from flax_pref.methods import PositiveNegative
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.samples import SampleConfig

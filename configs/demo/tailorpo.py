@@ -7,9 +7,9 @@ Reads the captions of runs/demo/pairs.parquet, which `make demo` writes.
 
 from pathlib import Path
 
+from flax_pref.methods import TailorPO
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
-from flax_pref.training.online import TailorPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.samples import SampleConfig

@@ -18,7 +18,7 @@ Not run here. The paper reports gains over Diffusion-DPO, sampled with the metho
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import CHATS
+from flax_pref.methods import CHATS
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

@@ -13,9 +13,9 @@ Not run here. The paper shows the size of the files falling steadily over its 50
 
 from pathlib import Path
 
+from flax_pref.methods import DDPO
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
-from flax_pref.training.online import DDPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.sources import OnlineConfig

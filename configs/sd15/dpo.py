@@ -18,7 +18,7 @@ Not run here. The launcher says about 24 hours for the 2,000 steps; the paper's 
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import DiffusionDPO
+from flax_pref.methods import DiffusionDPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

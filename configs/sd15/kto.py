@@ -17,7 +17,7 @@ Not run here. The paper reports gains over Diffusion-DPO by human raters and sco
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import KTO
+from flax_pref.methods import KTO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import CheckpointConfig, TrainConfig
 

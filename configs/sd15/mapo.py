@@ -17,7 +17,7 @@ Not run here, and nothing is published to compare it with.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import MaPO
+from flax_pref.methods import MaPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

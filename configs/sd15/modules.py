@@ -17,7 +17,7 @@ Not run here. The paper reports gains over Diffusion-DPO for this model too.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import PositiveNegative
+from flax_pref.methods import PositiveNegative
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

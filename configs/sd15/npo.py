@@ -19,7 +19,7 @@ this module in place of the base for the empty prompt.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import NPO
+from flax_pref.methods import NPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig

@@ -18,7 +18,7 @@ winner's error that does not rise: watch winner in metrics.jsonl.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import SDPO
+from flax_pref.methods import SDPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

@@ -16,9 +16,9 @@ D3PO (20.40) and SPO (20.38) and above DDPO (20.24); TailorPO-G 20.68.
 
 from pathlib import Path
 
+from flax_pref.methods import TailorPO
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
-from flax_pref.training.online import TailorPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.sources import OnlineConfig

@@ -20,7 +20,7 @@ preferred the trained network to SDXL in about 70 % of cases.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import DiffusionDPO
+from flax_pref.methods import DiffusionDPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

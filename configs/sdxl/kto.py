@@ -18,7 +18,7 @@ Not run here. Nothing is published to compare it with.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import KTO
+from flax_pref.methods import KTO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import CheckpointConfig, TrainConfig
 

@@ -17,7 +17,7 @@ Not run here. The authors' model card reports 22.5 for PickScore and 31.2 for HP
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import MaPO
+from flax_pref.methods import MaPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

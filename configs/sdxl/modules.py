@@ -18,7 +18,7 @@ Diffusion-DPO; that of cPGD, the rule for these modules, is not known to us.
 from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.training.methods import PositiveNegative
+from flax_pref.methods import PositiveNegative
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig
 

@@ -14,9 +14,9 @@ Not run here. The paper's figures are for its own preference model and cannot be
 
 from pathlib import Path
 
+from flax_pref.methods import SPO
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
-from flax_pref.training.online import SPO
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.sources import OnlineConfig

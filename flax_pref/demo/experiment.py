@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -30,9 +29,8 @@ from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.evaluation.report import MethodResult, Sweep, build_report, write_report
+from flax_pref.methods import DiffusionDPO, PairMethod, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
-from flax_pref.objectives.denoising import positive_negative
-from flax_pref.objectives.dpo import diffusion_dpo
 from flax_pref.training.loop import fit
 from flax_pref.training.methods import check_positive, check_share
 
@@ -217,25 +215,28 @@ class Demo:
     def train(self, pairs: Records) -> None:
         """Trains the bank: the DPO module, then the positive and negative modules in one run."""
         config = self.config
-        objectives = (
-            (config.dpo, partial(diffusion_dpo, schedule=self.schedule, beta=config.beta), "training dpo"),
-            (config.positive_negative, partial(positive_negative, schedule=self.schedule), "training pos and neg"),
+        runs = (
+            (config.dpo, DiffusionDPO(beta=config.beta), "training dpo"),
+            (config.positive_negative, PositiveNegative(), "training pos and neg"),
         )
-        for seed, (training, objective, label) in enumerate(objectives):
-            self.train_modules(training, objective, pairs, config.seed + seed, label)
+        for seed, (training, method, label) in enumerate(runs):
+            self.train_modules(training, method, pairs, config.seed + seed, label)
         _, lora = split_lora(self.pipeline.unet.params)
         for i, name in enumerate(MODULES):
             save_lora(select_lora(lora, i), config.output / f"{name}.safetensors", alpha=config.alpha)
 
-    def train_modules(self, training: ModuleTraining, objective, pairs: Records, seed: int, label: str) -> None:
-        """Minimises one objective; modules that it does not predict with keep their weights."""
+    def train_modules(
+        self, training: ModuleTraining, method: PairMethod, pairs: Records, seed: int, label: str
+    ) -> None:
+        """Trains the modules of a method; the others keep their weights."""
         unet, scaling_factor = self.pipeline.unet, self.pipeline.vae.config.scaling_factor
         backbone, lora = split_lora(unet.params)
         config = InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout)
 
         def loss(lora, batch, key):
             predict = bank_predict(unet.graphdef, join_lora(backbone, lora))
-            return objective(predict, latent_modes(batch, scaling_factor), key)
+            batch = latent_modes(batch, scaling_factor)
+            return method.loss(predict, batch, key, schedule=self.schedule)
 
         with PairBatches(pairs, config, seed=seed) as batches:
             state, _ = fit(

@@ -21,12 +21,11 @@ from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import Network, save_network
 from flax_pref.config import check_least, check_seed
 from flax_pref.demo import world
+from flax_pref.demo.losses import autoencoding, denoising
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
-from flax_pref.objectives.autoencoding import autoencoding
-from flax_pref.objectives.denoising import denoising
 from flax_pref.training.loop import fit
 from flax_pref.training.methods import check_positive, check_share
 
@@ -56,7 +55,7 @@ class Phase:
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is kept; 0 keeps the last weights."""
     largest_weight: float = 1.0
-    """Of a timestep in the denoising loss, see `objectives.denoising.velocity_weights`; for the UNet only."""
+    """Of a timestep in the denoising loss, see `demo.losses.velocity_weights`; for the UNet only."""
 
     def __post_init__(self):
         check_least(self, 1, "steps", "batch_size")

@@ -411,7 +411,7 @@ def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
 
     `networks` names the network of each of R rows, `("base", "base", "pos", "pos")`; latents are `[B, R, H, W, C]`,
     timesteps `[B]` (an image's rows share it), and text the other arguments of the UNet by name, `[B, R, ...]` each:
-    see `diffusion.conditioning`. To be called while jax traces. It is what samplers and objectives take; a UNet without
+    see `diffusion.conditioning`. To be called while jax traces. It is what samplers and methods take; a UNet without
     adapters is a bank of "base" alone. For networks with weights of their own see `models.bank`.
     """
 

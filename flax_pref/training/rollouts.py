@@ -22,9 +22,9 @@ from flax_pref.checkpoints.weights import Network, replicated
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import clean_estimate, from_config
+from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.rewards.decoded import score_gradients, score_latents
 from flax_pref.rewards.reward import Reward
-from flax_pref.training.online import Drawing, Online
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Rollouts:
 
     def __init__(
         self,
-        method: Online,
+        method: OnlineMethod,
         predict_of: Callable[[Any, Any], Predict],
         frozen: Any,
         vae: Network,
@@ -266,7 +266,7 @@ class Rollouts:
             each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
             return of_latents(reward, vae, latents, each, sharding=self._sharding)
 
-        drawing = Drawing(
+        inputs = RolloutInputs(
             predict=self._predict_of(params, frozen),
             solver=solver,
             clean=self._clean,
@@ -277,7 +277,7 @@ class Rollouts:
             score=partial(judge, score_latents),
             ascent=partial(judge, score_gradients),
         )
-        return self._method.draw(drawing)
+        return self._method.draw(inputs)
 
     def _told_of(self, numbers: np.ndarray) -> Any:
         """Conditioning on prompts, `[B, ...]` each, on the devices."""
@@ -292,7 +292,7 @@ class Rollouts:
         )
 
 
-def take_batch(method: Online, experience: Any, text: Any, empty: Any, solver: Any, index: Any) -> dict[str, Any]:
+def take_batch(method: OnlineMethod, experience: Any, text: Any, empty: Any, solver: Any, index: Any) -> dict[str, Any]:
     """Examples of the experience, as the objective of a method takes them; to be jitted.
 
     Args:

@@ -40,6 +40,7 @@ from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.files import one_writer, replacing, writing
+from flax_pref.methods import Method, OnlineMethod
 from flax_pref.models.attention import Kernel
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
@@ -54,9 +55,7 @@ from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import check_rewards, make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
-from flax_pref.training.methods import OfflineMethod
 from flax_pref.training.networks import LoRA, Weights, trained_networks
-from flax_pref.training.online import OnlineMethod
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder
 from flax_pref.training.rollouts import Rollouts
@@ -104,7 +103,7 @@ class TrainConfig:
     """The base: folder in the layout of diffusers, Hub id, or "demo"."""
     variant: str | None = None
     """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
-    method: OfflineMethod | OnlineMethod
+    method: Method
     data: Path | None = None
     """Of methods that train on pairs: folder of a prepared set, as train.encode writes it."""
     input: InputConfig | None = None
@@ -352,19 +351,19 @@ class Program:
             scaling_factor: of the autoencoder.
         """
         config = self.config
-        loss = config.method.objective(schedule, {name: jnp.asarray(array) for name, array in empty.items()})
+        empty = {name: jnp.asarray(array) for name, array in empty.items()}
         drawn = config.latents == "sample"
 
         def objective(params, frozen, batch, key):
             key, latents_key = jax.random.split(key)
             batch = draw_latents(batch, latents_key, scaling_factor) if drawn else latent_modes(batch, scaling_factor)
-            return loss(self.trained.predict(params, frozen), batch, key)
+            return config.method.loss(self.trained.predict(params, frozen), batch, key, schedule=schedule, empty=empty)
 
         return objective
 
     def online_objective(self) -> Callable:
         """The same of examples that the run draws itself."""
-        return lambda params, frozen, *rest: self.config.method.objective(self.trained.predict(params, frozen), *rest)
+        return lambda params, frozen, *rest: self.config.method.loss(self.trained.predict(params, frozen), *rest)
 
     def step(self, objective: Callable) -> Any:
         """`(state, frozen, batch) -> (state, metrics)`, jitted; to be called while the mesh is set."""

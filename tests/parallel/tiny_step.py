@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.methods import DiffusionDPO
 from flax_pref.models.lora import add_lora, bank_predict, join_lora, split_lora
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
-from flax_pref.objectives.dpo import diffusion_dpo
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, shardings
 
 # Attention in the middle alone: it has every kind of layer, and compiles in half the time.
@@ -94,7 +94,7 @@ class Step:
         """`(trained, optimizer, gradients, metrics)`."""
 
         def loss(trained):
-            return diffusion_dpo(self.predict(trained, frozen), batch, key, schedule=SCHEDULE, beta=100.0)
+            return DiffusionDPO(beta=100.0).loss(self.predict(trained, frozen), batch, key, schedule=SCHEDULE)
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trained)
         updates, optimizer = self.tx.update(gradients, optimizer, trained)

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from flax_pref.checkpoints.weights import Network
+from flax_pref.methods import D3PO, DDPO, SPO, OnlineMethod, TailorPO
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
-from flax_pref.training.online import D3PO, DDPO, SPO, Online, TailorPO
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -99,7 +99,9 @@ class Brightness:
         return 1 - jnp.square(view - wanted).sum(axis=1)
 
 
-def rollouts(method: str | Online, *, config=CONFIG, reward=None, seed=0, sharding=None, prompts=PROMPTS) -> Rollouts:
+def rollouts(
+    method: str | OnlineMethod, *, config=CONFIG, reward=None, seed=0, sharding=None, prompts=PROMPTS
+) -> Rollouts:
     return Rollouts(
         METHODS.get(method, method),
         predict_of,

@@ -17,8 +17,8 @@ from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Br
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config, log_prob
+from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.rewards.jpeg import JpegSize
-from flax_pref.training.online import D3PO, DDPO, SPO, TailorPO
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
 SHAPE = (SIZE[0] // 2, SIZE[1] // 2, CHANNELS)
@@ -205,7 +205,7 @@ def test_every_example_comes_once_in_an_iteration_with_its_own_prompt_and_step(m
     latents = np.concatenate([batch["latents"] for batch in batches])
     assert len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0)) >= len(latents) - CONFIG.prompts
     np.testing.assert_array_equal(first["latents"], batches[0]["latents"])
-    loss, metrics = own.objective(online_world.predict_of(PARAMS, weights()), batches[0], None)
+    loss, metrics = own.loss(online_world.predict_of(PARAMS, weights()), batches[0], None)
     assert np.isfinite(loss) and "reward" in metrics
 
 

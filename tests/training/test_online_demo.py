@@ -16,9 +16,9 @@ from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.models.lora import bank_predict, join_lora, split_lora
 from flax_pref.rewards.reward import Weighted, make_reward
-from flax_pref.training.online import D3PO, DDPO, SPO, TailorPO
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 
 S = 3.0
@@ -57,7 +57,7 @@ class Run:
         return bank_predict(self.unet.graphdef, join_lora(backbone, lora))
 
     def loss(self, lora, backbone, batch):
-        return self.method.objective(self.predict_of(lora, backbone), batch, jax.random.key(0))
+        return self.method.loss(self.predict_of(lora, backbone), batch, jax.random.key(0))
 
     def mean_reward(self, lora, seeds):
         """Of images of the training prompts, drawn as a user would draw them."""

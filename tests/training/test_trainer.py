@@ -5,8 +5,6 @@ import json
 import re
 import resource
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +19,11 @@ from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.config import UserError, run_main
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
-from flax_pref.diffusion import guidance
 from flax_pref.files import one_writer
+from flax_pref.methods import CHATS, SDPO, DiffusionDPO, PairMethod, PositiveNegative
 from flax_pref.models.lora import split_lora
 from flax_pref.training import trainer
 from flax_pref.training.export import ExportConfig
-from flax_pref.training.methods import CHATS, SDPO, DiffusionDPO, PositiveNegative
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Recorder
@@ -36,7 +33,7 @@ from train import modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pull:
+class Pull(PairMethod):
     """Adapters are pulled to a noisy mean of the batch: a method whose step is compiled at once."""
 
     strength: float = 1.0
@@ -44,11 +41,8 @@ class Pull:
     modules: ClassVar[tuple[str, ...]] = ("pos",)
     reference: ClassVar[bool] = False
 
-    def objective(self, schedule: Any, empty: Any) -> Callable:
-        return partial(pull, strength=self.strength)
-
-    def rule(self, w: float, guidance_scale: float) -> guidance.Rule:
-        return guidance.pgd(w, guidance_scale, "pos")
+    def loss(self, predict: Any, batch: Any, key: Any, *, schedule: Any, empty: Any) -> tuple:
+        return pull(predict, batch, key, strength=self.strength)
 
 
 def pull(predict, batch, key, *, strength):

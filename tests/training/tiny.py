@@ -25,12 +25,12 @@ from flax_pref.data.prepared import (
     shard_name,
     write_shard,
 )
+from flax_pref.methods import DiffusionDPO
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
-from flax_pref.training.methods import DiffusionDPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig

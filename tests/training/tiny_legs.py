@@ -14,9 +14,9 @@ import jax
 from jax.experimental import multihost_utils
 from tiny import tiny_run
 
+from flax_pref.methods import DiffusionDPO, PositiveNegative
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.training import trainer
-from flax_pref.training.methods import DiffusionDPO, PositiveNegative
 
 METHODS = {"dpo": DiffusionDPO(beta=100.0), "modules": PositiveNegative()}
 SMALL = 64  # elements from which the fsdp axis divides a leaf; no parameter of these networks is large

@@ -17,12 +17,12 @@ from typing import Literal
 import jax
 
 from flax_pref.data.pipeline import InputConfig
+from flax_pref.methods import DiffusionDPO
 from flax_pref.models.attention import Kernel
 from flax_pref.models.remat import Remat
 from flax_pref.parallel.memory import aligned
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import compile_and_count
-from flax_pref.training.methods import DiffusionDPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.planning import step_job

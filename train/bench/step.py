@@ -25,15 +25,15 @@ from flax.traverse_util import flatten_dict
 from flax_pref.checkpoints.weights import with_attention, with_remat
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.files import read_json
+from flax_pref.methods import DiffusionDPO, PositiveNegative
+from flax_pref.methods.errors import draw_noise
 from flax_pref.models.attention import Kernel
 from flax_pref.models.lora import BASE, select_lora, split_lora
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
-from flax_pref.objectives.denoising import draw_noise
 from flax_pref.parallel.peak import peak_of, step_flops
-from flax_pref.training.methods import DiffusionDPO, PositiveNegative
 from flax_pref.training.networks import LoRA, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.step import make_step, new_state
@@ -270,10 +270,9 @@ def prepare(bench: Step, name: str) -> Prepared:
     def program(remat: Remat):
         network = with_remat(base, remat)
         trained, begin = trained_networks(network, method.modules, bench.adapters, LoRA(rank=bench.rank))
-        objective = method.objective(schedule, None)
 
         def loss(params, frozen, batch, key):
-            return objective(trained.predict(params, frozen), batch, key)
+            return method.loss(trained.predict(params, frozen), batch, key, schedule=schedule)
 
         independent = trained.independent if len(method.modules) > 1 else None
         kinds = {"independent": independent, "modules": method.modules}

@@ -1,4 +1,4 @@
-"""Online training: the policy draws images, a reward compares them, and a loss learns from that.
+"""Online methods: the policy draws images, a reward compares them, and a loss learns from that.
 
 Each iteration draws the trajectories of some prompts with the current weights, the *experience*, then takes minibatches
 from it, every step of every trajectory being an example. Methods differ in what is drawn and which loss takes it:
@@ -7,13 +7,16 @@ from it, every step of every trajectory being an example. Methods differ in what
     SPO        the best and the worst of a pool of such candidates
     D3PO       two images from one initial noise; the better one's steps are preferred
     DDPO       several images for each prompt, judged against each other: a policy gradient
+
+They learn from steps that the policy itself has taken: `x_{t-1} = mu(x_t) + sigma_t z`, the stochastic DDIM step of
+`diffusion.solvers`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +25,14 @@ import numpy as np
 from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, sample_trajectory
 from flax_pref.diffusion.solvers import Solver, step
-from flax_pref.objectives.d3po import d3po
-from flax_pref.objectives.ddpo import advantages, ddpo
-from flax_pref.objectives.spo import spo
-from flax_pref.objectives.tailorpo import guided, tailorpo
+from flax_pref.methods.errors import check_field
+from flax_pref.models.lora import BASE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Methods
 
 
-class Drawing(NamedTuple):
+class RolloutInputs(NamedTuple):
     """What trajectories of B prompts are drawn with, while JAX traces.
 
     Attributes:
@@ -58,8 +59,8 @@ class Drawing(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Online:
-    """What all methods have in common."""
+class OnlineMethod:
+    """A method that draws its own images, with a reward; its fields are its hyper-parameters."""
 
     modules: ClassVar[tuple[str, ...]]
     """Names of what is trained."""
@@ -82,17 +83,24 @@ class Online:
 
     def expect(self, field: str, holds: bool, expected: str) -> None:
         """Raises a ValueError that names a field, unless the condition holds."""
-        if not holds:
-            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; expected {expected}")
+        check_field(self, field, holds, expected)
 
     @property
     def needs_gradients(self) -> bool:
         """Whether the reward must be differentiable."""
         return False
 
-    @property
-    def objective(self) -> Callable:
-        """`(predict, batch, key) -> (loss, metrics)`."""
+    def loss(
+        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch and its metrics, scalars.
+
+        Args:
+            predict: the networks, "base" and that of `modules`.
+            batch: what `batch` gives, and `row`, the solver's row of each example; `text` and `empty`, conditioning on
+                the prompt and on none, pytrees of `[B, ...]` arrays.
+            key: for methods that draw; those here draw nothing.
+        """
         raise NotImplementedError
 
     def rule(self, w: float, guidance_scale: float) -> Rule:
@@ -108,7 +116,7 @@ class Online:
         """Shapes of what `draw` returns of one prompt; all arrays are float32."""
         raise NotImplementedError
 
-    def draw(self, drawing: Drawing) -> dict[str, jax.Array]:
+    def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
         """The experience of B prompts, `[B, ...]` each."""
         raise NotImplementedError
 
@@ -123,7 +131,7 @@ class Online:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preferences(Online):
+class Preferences(OnlineMethod):
     """What methods with a reference and pairs have in common."""
 
     beta: float = 0.1
@@ -139,182 +147,138 @@ class Preferences(Online):
         self.expect("margin", 0 <= self.margin < math.inf, "a number from 0 up")
         self.expect("ratio_clip", self.ratio_clip is None or 0 < self.ratio_clip < 1, "None, or between 0 and 1")
 
-    def options(self) -> dict[str, Any]:
-        """Arguments of the loss."""
-        return {name: getattr(self, name) for name in ("beta", "guidance_scale", "margin", "ratio_clip")}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepPairs(Preferences):
-    """Pairs of candidates for a step from the same latents."""
+    """Pairs of candidates for a step from the same latents, `x^w` and `x^l` for x_{t-1}.
+
+        loss = mean over the pairs that count of -log sigmoid(Delta)
+        Delta = beta (log p_theta(x^w | x_t) / p_ref(x^w | x_t) - log p_theta(x^l | x_t) / p_ref(x^l | x_t))
+              = beta / (D sigma_t^2) <x^w - x^l, mu_theta(x_t) - mu_ref(x_t)>
+
+    Log-densities are averaged over the D dimensions. Both steps begin at x_t, so that what is quadratic cancels and one
+    prediction of the policy and one of the reference make the loss of a pair.
+    """
+
+    def loss(
+        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `OnlineMethod`; the metrics are those of `pair_loss`.
+
+        The batch has `latents [B, H, W, C]`, x_t; `winner` and `loser`, x_{t-1} likewise; `rewards [B, 2]`, of winner
+        and loser; `reward [B]`, of the image that the trajectory ended in, for the metrics.
+        """
+        row, s = batch["row"], self.guidance_scale
+        predicted, expected = guided_pair(predict, self.modules[0], batch, batch["latents"][:, None], s)
+        shift = pred_coef(row) * (predicted - expected)[:, 0]  # mu_theta(x_t) - mu_ref(x_t)
+        if self.ratio_clip is None:
+            difference = batch["winner"] - batch["loser"]
+            logits = self.beta * mean_product(difference, shift) / safe_variance(row)
+        else:
+            middle = step(batch["latents"], expected[:, 0], row)[0] + shift / 2
+            winner, loser = (
+                clip_ratio(mean_product(batch[image] - middle, shift) / safe_variance(row), self.ratio_clip)
+                for image in ("winner", "loser")
+            )
+            logits = self.beta * (winner - loser)
+        return pair_loss(logits, batch, self.margin)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-        """See `Online`."""
+        """See `OnlineMethod`."""
         images = dict.fromkeys(("latents", "winner", "loser"), (*self.examples, *latent))
         return {**images, "rewards": (*self.examples, 2), "reward": ()}
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        """See `Online`."""
+        """See `OnlineMethod`."""
         steps = {name: experience[name][index] for name in ("latents", "winner", "loser", "rewards")}
         return {**steps, "reward": experience["reward"][index[0]]}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TailorPO(StepPairs):
-    """TailorPO and, with a rate, TailorPO-G (arXiv:2502.01667); see `objectives.tailorpo`."""
-
-    modules: ClassVar[tuple[str, ...]] = ("tailorpo",)
-
-    follow: Literal["winner", "random", "loser"] = "winner"
-    """The candidate that the trajectory goes on from."""
-    rate: float = 0.0
-    """Of TailorPO-G: before the loss the winner moves by `-rate` times the gradient of `(r_high - r)^2`; 0: not."""
-    rise: float = 0.1
-    """Of TailorPO-G: r_high lies this far above the winner's reward r."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.expect("follow", self.follow in ("winner", "random", "loser"), "'winner', 'random' or 'loser'")
-        self.expect("rate", 0 <= self.rate < math.inf, "a number from 0 up")
-        self.expect("rise", 0 < self.rise < math.inf, "a number above 0")
-
-    @property
-    def needs_gradients(self) -> bool:
-        """See `Online`."""
-        return self.rate > 0
-
-    @property
-    def objective(self) -> Callable:
-        """See `Online`."""
-        return partial(tailorpo, **self.options())
-
-    def draw(self, drawing: Drawing) -> dict[str, jax.Array]:
-        """See `Online`."""
-        # The gradient of (r_high - r)^2 is -2 rise times that of r.
-        return draw_step_pairs(drawing, self, pool=2, follow=self.follow, ascent=2 * self.rise * self.rate)
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SPO(StepPairs):
-    """SPO (arXiv:2406.04314), with a reward of the estimated image where its authors trained a reward of noisy ones."""
+def guided(
+    predict: Predict, network: str, batch: Mapping[str, Any], latents: jax.Array, guidance_scale: float
+) -> jax.Array:
+    """`eps(x, empty) + s (eps(x, text) - eps(x, empty))` of K latents of each row of a batch, in one prediction.
 
-    modules: ClassVar[tuple[str, ...]] = ("spo",)
+    Args:
+      predict: the networks.
+      network: its name.
+      batch: has `row`, `text` and `empty`; see `OnlineMethod.loss`.
+      latents: `[B, K, H, W, C]`.
+      guidance_scale: s; with 1 nothing is predicted without the prompt.
 
-    beta: float = 10.0
-    """See `Preferences`."""
-    pool: int = 4
-    """Candidates for a step; the trajectory goes on from any of them."""
-    skip: int = 4
-    """Steps at the beginning that have one candidate, and that nothing is learned from."""
-
-    def __post_init__(self):
-        self.expect("pool", self.pool >= 2, "2 or more")
-        self.expect("skip", self.skip >= 0, "0 or more")
-        super().__post_init__()
-
-    @property
-    def objective(self) -> Callable:
-        """See `Online`."""
-        return partial(spo, **self.options())
-
-    def draw(self, drawing: Drawing) -> dict[str, jax.Array]:
-        """See `Online`."""
-        return draw_step_pairs(drawing, self, pool=self.pool, follow="random", ascent=0.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class D3PO(Preferences):
-    """D3PO (arXiv:2311.13231); see `objectives.d3po`."""
-
-    modules: ClassVar[tuple[str, ...]] = ("d3po",)
-
-    @property
-    def objective(self) -> Callable:
-        """See `Online`."""
-        return partial(d3po, **self.options())
-
-    def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-        """See `Online`."""
-        return {"latents": (2, self.steps + 1, *latent), "rewards": (2,)}
-
-    def draw(self, drawing: Drawing) -> dict[str, jax.Array]:
-        """See `Online`: winners first."""
-        latents, _, rewards = draw_trajectories(drawing, self, images=2, one_start=True)
-        order = jnp.argsort(-rewards, axis=1)
-        latents = jnp.take_along_axis(latents, order[:, :, None, None, None, None], axis=1)
-        return {"latents": latents, "rewards": jnp.take_along_axis(rewards, order, axis=1)}
-
-    def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        """See `Online`."""
-        prompt, number = index
-        rewards = experience["rewards"][prompt]
-        latents, next_latents = (experience["latents"][prompt, :, i] for i in (number, number + 1))
-        return {"latents": latents, "next_latents": next_latents, "rewards": rewards, "reward": rewards.mean(axis=1)}
+    Returns:
+      `[B, K, H, W, C]`, in no less than float32.
+    """
+    count, unguided = latents.shape[1], guidance_scale == 1
+    prompts = [batch["text"]] * count if unguided else [batch["empty"]] * count + [batch["text"]] * count
+    text = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *prompts)
+    inputs = latents if unguided else jnp.concatenate([latents, latents], axis=1)
+    noise_pred = predict((network,) * len(prompts), inputs, batch["row"].timesteps, text)
+    noise_pred = noise_pred.astype(jnp.promote_types(noise_pred.dtype, jnp.float32))
+    if unguided:
+        return noise_pred
+    without, told = noise_pred[:, :count], noise_pred[:, count:]
+    return without + guidance_scale * (told - without)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DDPO(Online):
-    """DDPO (arXiv:2305.13301) with importance sampling; see `objectives.ddpo`."""
-
-    modules: ClassVar[tuple[str, ...]] = ("ddpo",)
-    reference: ClassVar[bool] = False
-
-    images_per_prompt: int = 8
-    """That are judged against each other."""
-    ratio_clip: float = 1e-4
-    """Of probabilities under the new and the old policy, for log-densities that are averaged over dimensions."""
-    advantage_clip: float = 10.0
-    """Largest size of an advantage."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.expect("images_per_prompt", self.images_per_prompt >= 2, "2 or more: one alone is its own mean")
-        self.expect("ratio_clip", 0 < self.ratio_clip < 1, "a number between 0 and 1")
-        self.expect("advantage_clip", 0 < self.advantage_clip < math.inf, "a number above 0")
-
-    @property
-    def objective(self) -> Callable:
-        """See `Online`."""
-        return partial(
-            ddpo,
-            guidance_scale=self.guidance_scale,
-            ratio_clip=self.ratio_clip,
-            advantage_clip=self.advantage_clip,
-        )
-
-    @property
-    def examples(self) -> tuple[int, ...]:
-        """See `Online`."""
-        return self.images_per_prompt, self.steps
-
-    def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-        """See `Online`."""
-        images = (self.images_per_prompt,)
-        return {
-            "latents": (*images, self.steps + 1, *latent),
-            "log_prob": self.examples,
-            "advantage": images,
-            "reward": images,
-        }
-
-    def draw(self, drawing: Drawing) -> dict[str, jax.Array]:
-        """See `Online`."""
-        latents, log_probs, rewards = draw_trajectories(drawing, self, images=self.images_per_prompt, one_start=False)
-        return {"latents": latents, "log_prob": log_probs, "advantage": advantages(rewards), "reward": rewards}
-
-    def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        """See `Online`."""
-        *image, number = index
-        return {
-            "latents": experience["latents"][index],
-            "next_latents": experience["latents"][(*image, number + 1)],
-            "log_prob": experience["log_prob"][index],
-            "advantage": experience["advantage"][tuple(image)],
-            "reward": experience["reward"][tuple(image)],
-        }
+def guided_pair(
+    predict: Predict, policy: str, batch: Mapping[str, Any], latents: jax.Array, guidance_scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """`guided` of the policy, and of the base as a constant, a prediction of its own."""
+    predicted = guided(predict, policy, batch, latents, guidance_scale)
+    return predicted, jax.lax.stop_gradient(guided(predict, BASE, batch, latents, guidance_scale))
 
 
-OnlineMethod = TailorPO | SPO | D3PO | DDPO
+def pred_coef(row: Solver) -> jax.Array:
+    """k_t of `mu = a x_t + k_t noise_pred`, `[B, 1, 1, 1]`."""
+    return (row.estimate_coefs[:, 0] * row.estimate_from_pred)[:, None, None, None]
+
+
+def mean_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`<a, b> / D`, `[...]` of `[..., H, W, C]`."""
+    return (a * b).mean(axis=(-3, -2, -1))
+
+
+def safe_variance(row: Solver) -> jax.Array:
+    """sigma_t^2 `[B]`; one where a step draws no noise, for its pairs do not count, see `pair_loss`."""
+    return jnp.where(row.fresh_noise_coef > 0, jnp.square(row.fresh_noise_coef), 1)
+
+
+def clip_ratio(log_ratio: jax.Array, ratio_clip: float | None) -> jax.Array:
+    """The logarithm of a ratio that is limited to `1 - ratio_clip ... 1 + ratio_clip`; as it is where that is None."""
+    if ratio_clip is None:
+        return log_ratio
+    return jnp.clip(log_ratio, jnp.log1p(-ratio_clip), jnp.log1p(ratio_clip))
+
+
+def pair_loss(logits: jax.Array, batch: Mapping[str, Any], margin: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`-log sigmoid` of each pair's logit `[B]`, then the mean over the pairs that count; zero if none does.
+
+    A pair counts if the gap of its rewards is above the margin, and if its step has drawn noise.
+
+    Returns:
+      loss, and the metrics `loss`; `accuracy`, the share of pairs that the policy ranks right against the reference,
+      among those that count (one half where it is undecided); `used`, the share of pairs that count; `gap`, the mean
+      of the gaps of all pairs; `reward`, the mean over the batch.
+    """
+    gap = batch["rewards"][:, 0] - batch["rewards"][:, 1]
+    used = (gap > margin) & (batch["row"].fresh_noise_coef > 0)
+
+    def mean_of_used(values):
+        return jnp.where(used, values, 0).sum() / jnp.maximum(used.sum(), 1)
+
+    loss = mean_of_used(-jax.nn.log_sigmoid(logits))
+    return loss, {
+        "loss": loss,
+        "accuracy": mean_of_used((logits > 0) + 0.5 * (logits == 0)),
+        "used": used.mean(),
+        "gap": gap.mean(),
+        "reward": batch["reward"].mean(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,7 +286,7 @@ OnlineMethod = TailorPO | SPO | D3PO | DDPO
 
 
 def draw_step_pairs(
-    drawing: Drawing, method: StepPairs, *, pool: int, follow: str, ascent: float
+    drawing: RolloutInputs, method: StepPairs, *, pool: int, follow: str, ascent: float
 ) -> dict[str, jax.Array]:
     """Trajectories with a pool of candidates for each step, and the best and the worst of each pool.
 
@@ -405,7 +369,7 @@ def _take(x: jax.Array, which: jax.Array) -> jax.Array:
 
 
 def draw_trajectories(
-    drawing: Drawing, method: Online, *, images: int, one_start: bool
+    drawing: RolloutInputs, method: OnlineMethod, *, images: int, one_start: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole trajectories of several images for each prompt.
 

@@ -13,16 +13,10 @@ from preference_formulas import SCHEDULE
 
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import Network
+from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
 from flax_pref.models.layers import Linear
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, split_lora
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
-from flax_pref.objectives.chats import chats
-from flax_pref.objectives.denoising import positive_negative
-from flax_pref.objectives.dpo import diffusion_dpo
-from flax_pref.objectives.kto import diffusion_kto
-from flax_pref.objectives.mapo import mapo
-from flax_pref.objectives.npo import npo, positive_negative_dpo
-from flax_pref.objectives.sdpo import diffusion_sdpo
 from flax_pref.training.loop import fit
 
 CONFIG = UNetConfig(
@@ -34,7 +28,7 @@ CONFIG = UNetConfig(
     attention_head_dim=2,
     norm_num_groups=4,
 )
-MODULES = ("dpo", "pos", "neg")
+MODULES = ("dpo", "sdpo", "kto", "mapo", "pos", "neg")
 PAIRS, STEPS = 16, 30
 
 
@@ -108,9 +102,9 @@ def falls(history, name):
 @pytest.mark.parametrize(
     ("objective", "trained", "learned"),
     [
-        (positive_negative, {"pos", "neg"}, lambda h: falls(h, "winner") and falls(h, "loser")),
-        (partial(positive_negative, positive=None), {"neg"}, lambda h: falls(h, "loser")),
-        (partial(mapo, beta=0.1, policy="dpo"), {"dpo"}, lambda h: last(h, "winner") < last(h, "loser")),
+        (PositiveNegative().loss, {"pos", "neg"}, lambda h: falls(h, "winner") and falls(h, "loser")),
+        (PositiveNegative(train="neg").loss, {"neg"}, lambda h: falls(h, "loser")),
+        (MaPO(beta=0.1).loss, {"mapo"}, lambda h: last(h, "winner") < last(h, "loser")),
     ],
     ids=["positive and negative", "negative alone", "mapo"],
 )
@@ -124,17 +118,17 @@ def test_training_moves_what_it_is_meant_to_and_only_its_modules(objective, trai
 @pytest.mark.parametrize(
     ("objective", "trained", "start", "learned"),
     [
-        (partial(diffusion_dpo, beta=20.0), {"dpo"}, np.log(2), lambda h: last(h, "winner") < last(h, "loser")),
+        (DiffusionDPO(beta=20.0).loss, {"dpo"}, np.log(2), lambda h: last(h, "winner") < last(h, "loser")),
         (
-            partial(diffusion_sdpo, beta=20.0, mu=0.6),
-            {"dpo"},
+            SDPO(beta=20.0, mu=0.6).loss,
+            {"sdpo"},
             np.log(2),
             # The winner's error falls below the reference's, which DPO does not see to.
             lambda h: last(h, "winner") < min(last(h, "loser"), 0) and 0 < last(h, "safeguard") < 1,
         ),
-        (partial(npo, beta=20.0), {"neg"}, np.log(2), lambda h: last(h, "winner") > last(h, "loser")),
+        (NPO(beta=20.0).loss, {"neg"}, np.log(2), lambda h: last(h, "winner") > last(h, "loser")),
         (
-            partial(positive_negative_dpo, beta=20.0),
+            PositiveNegativeDPO(beta=20.0).loss,
             {"pos", "neg"},
             2 * np.log(2),
             lambda h: (
@@ -143,14 +137,14 @@ def test_training_moves_what_it_is_meant_to_and_only_its_modules(objective, trai
             ),
         ),
         (
-            partial(chats, beta=10.0, empty=EMPTY),
+            partial(CHATS(beta=10.0).loss, empty=EMPTY),
             {"pos", "neg"},
             np.log(2),
             lambda h: last(h, "winner") < 0 and last(h, "loser") < 0,
         ),
         (
-            partial(diffusion_kto, beta=10.0, policy="dpo"),
-            {"dpo"},
+            KTO(beta=10.0).loss,
+            {"kto"},
             0.5,
             lambda h: last(h, "winner") < last(h, "loser"),
         ),

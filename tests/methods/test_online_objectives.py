@@ -9,10 +9,8 @@ import pytest
 from preference_formulas import SCHEDULE, gradients, sigmoid
 
 from flax_pref.diffusion.solvers import ddim
-from flax_pref.objectives.d3po import d3po
-from flax_pref.objectives.ddpo import advantages, ddpo
-from flax_pref.objectives.spo import spo
-from flax_pref.objectives.tailorpo import tailorpo
+from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
+from flax_pref.methods.ddpo import advantages
 
 COUNT, SHAPE, S, CLIP = 5, (2, 2, 2), 4.0, 0.02
 TOLERANCE = 1e-6  # relative: of the loss, and of the largest gradient of a network
@@ -160,14 +158,14 @@ def policy_gradient(predictions, clip, largest):
 
 
 CASES = {
-    "tailorpo": (tailorpo, step_pairs, {"beta": 3.0}),
-    "tailorpo with a margin": (tailorpo, step_pairs, {"beta": 3.0, "margin": 0.06}),
-    "tailorpo with a clip": (tailorpo, step_pairs, {"beta": 3.0, "ratio_clip": CLIP}),
-    "spo": (spo, step_pairs, {"beta": 10.0}),
-    "spo with a clip": (spo, step_pairs, {"beta": 10.0, "ratio_clip": CLIP}),
-    "d3po": (d3po, trajectories, {"beta": 3.0}),
-    "d3po with a clip": (d3po, trajectories, {"beta": 3.0, "ratio_clip": CLIP}),
-    "ddpo": (ddpo, policy_gradient, {"ratio_clip": CLIP, "advantage_clip": 10.0}),
+    "tailorpo": (TailorPO, step_pairs, {"beta": 3.0}),
+    "tailorpo with a margin": (TailorPO, step_pairs, {"beta": 3.0, "margin": 0.06}),
+    "tailorpo with a clip": (TailorPO, step_pairs, {"beta": 3.0, "ratio_clip": CLIP}),
+    "spo": (SPO, step_pairs, {"beta": 10.0}),
+    "spo with a clip": (SPO, step_pairs, {"beta": 10.0, "ratio_clip": CLIP}),
+    "d3po": (D3PO, trajectories, {"beta": 3.0}),
+    "d3po with a clip": (D3PO, trajectories, {"beta": 3.0, "ratio_clip": CLIP}),
+    "ddpo": (DDPO, policy_gradient, {"ratio_clip": CLIP, "advantage_clip": 10.0}),
 }
 NAMES = {"ratio_clip": "clip", "advantage_clip": "largest"}
 
@@ -177,11 +175,11 @@ def relative(found, expected):
 
 
 def loss_of(objective, options, rewards=REWARDS):
-    method = objective.__name__
+    method = objective.modules[0]
 
     def loss(predictions):
         batch = batch_of(method, rewards)
-        return objective(predict_with(predictions), batch, None, guidance_scale=S, **options)[0]
+        return objective(guidance_scale=S, **options).loss(predict_with(predictions), batch, None)[0]
 
     return loss
 
@@ -206,7 +204,7 @@ def test_the_closed_form_of_a_pair_is_the_difference_of_its_log_densities():
     for pair in range(COUNT):
         rewards = np.zeros((COUNT, 2))
         rewards[pair, 0] = 1
-        loss = float(loss_of(tailorpo, {"beta": 2.0}, rewards)(PREDICTIONS))
+        loss = float(loss_of(TailorPO, {"beta": 2.0}, rewards)(PREDICTIONS))
         ratios = [log_ratio(PREDICTIONS, CANDIDATES[:, image], 0)[pair] for image in (0, 1)]
         assert -np.log(np.expm1(loss)) == pytest.approx(2.0 * (ratios[0] - ratios[1]), rel=1e-9, abs=1e-12)
 
@@ -227,12 +225,12 @@ def without_guidance_in_the_loss(predictions, beta):
 
 @pytest.mark.parametrize("wrong", [with_the_mean_inside, partial(step_pairs, clip=CLIP), without_guidance_in_the_loss])
 def test_a_known_mistake_would_be_found(wrong):
-    value, found = jax.value_and_grad(loss_of(tailorpo, {"beta": 3.0}))(jax.tree.map(jnp.asarray, PREDICTIONS))
+    value, found = jax.value_and_grad(loss_of(TailorPO, {"beta": 3.0}))(jax.tree.map(jnp.asarray, PREDICTIONS))
     assert relative(value, wrong(PREDICTIONS, beta=3.0).real) > 1000 * TOLERANCE
     assert relative(found["policy"], gradients(partial(wrong, beta=3.0), PREDICTIONS)["policy"]) > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("objective", [tailorpo, spo, d3po])
+@pytest.mark.parametrize("objective", [TailorPO, SPO, D3PO])
 def test_only_a_clip_that_is_asked_for_takes_gradients_away(objective):
     def dead(options):
         gradient = jax.grad(loss_of(objective, {"beta": 3.0, **options}))(jax.tree.map(jnp.asarray, PREDICTIONS))
@@ -247,13 +245,13 @@ def test_only_a_clip_that_is_asked_for_takes_gradients_away(objective):
 # Pairs that do not count
 
 
-@pytest.mark.parametrize("objective", [tailorpo, spo, d3po])
+@pytest.mark.parametrize("objective", [TailorPO, SPO, D3PO])
 def test_where_no_pair_counts_nothing_is_learned_and_nothing_breaks(objective):
     for rewards in (np.zeros((COUNT, 2)), np.full((COUNT, 2), np.nan)):
-        batch = batch_of(objective.__name__, rewards)
+        batch = batch_of(objective.modules[0], rewards)
 
         def loss(predictions, batch=batch):
-            return objective(predict_with(predictions), batch, None, beta=1.0, guidance_scale=S)
+            return objective(beta=1.0, guidance_scale=S).loss(predict_with(predictions), batch, None)
 
         (value, metrics), found = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, PREDICTIONS))
         assert value == 0 and metrics["used"] == 0
@@ -266,7 +264,7 @@ def test_a_step_that_draws_no_noise_does_not_count():
     assert batch["row"].fresh_noise_coef[-1] == 0
 
     def loss(predictions):
-        return tailorpo(predict_with(predictions), batch, None, beta=3.0, guidance_scale=S)
+        return TailorPO(beta=3.0, guidance_scale=S).loss(predict_with(predictions), batch, None)
 
     (_, metrics), found = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, PREDICTIONS))
     assert metrics["used"] == pytest.approx(3 / 5)
@@ -275,9 +273,8 @@ def test_a_step_that_draws_no_noise_does_not_count():
 
 def test_metrics_tell_how_many_pairs_count_and_how_far_they_are_apart():
     undecided = dict.fromkeys(("base", "policy"), jnp.asarray(PREDICTIONS["base"]))
-    loss, metrics = tailorpo(
-        predict_with(undecided), batch_of("tailorpo"), None, beta=3.0, guidance_scale=S, margin=0.06
-    )
+    method = TailorPO(beta=3.0, guidance_scale=S, margin=0.06)
+    loss, metrics = method.loss(predict_with(undecided), batch_of("tailorpo"), None)
     assert float(loss) == pytest.approx(np.log(2), rel=1e-12)
     expected = {"loss": np.log(2), "accuracy": 0.5, "used": 3 / 5, "gap": 0.47, "reward": 0.445}
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected)
@@ -289,7 +286,7 @@ def test_metrics_tell_how_many_pairs_count_and_how_far_they_are_apart():
 
 def test_before_an_update_the_policy_gradient_is_that_of_the_advantages_and_nothing_is_clipped():
     same = dict.fromkeys(("base", "policy"), jnp.asarray(PREDICTIONS["base"]))
-    loss, metrics = ddpo(predict_with(same), batch_of("ddpo"), None, guidance_scale=S)
+    loss, metrics = DDPO(guidance_scale=S).loss(predict_with(same), batch_of("ddpo"), None)
     assert float(loss) == pytest.approx(-np.clip(ADVANTAGE, -10, 10).mean(), rel=1e-6)
     assert metrics["clipped"] == 0
 
@@ -308,7 +305,7 @@ def test_advantages_compare_images_of_one_prompt():
 
 @pytest.mark.parametrize(
     ("objective", "scale", "rows"),
-    [(tailorpo, S, 2), (tailorpo, 1.0, 1), (d3po, S, 4), (d3po, 1.0, 2), (ddpo, S, 2)],
+    [(TailorPO, S, 2), (TailorPO, 1.0, 1), (D3PO, S, 4), (D3PO, 1.0, 2), (DDPO, S, 2)],
 )
 def test_a_step_is_one_prediction_of_the_policy_and_one_of_the_reference(objective, scale, rows):
     calls = []
@@ -317,8 +314,8 @@ def test_a_step_is_one_prediction_of_the_policy_and_one_of_the_reference(objecti
         calls.append(networks)
         return latents
 
-    method = objective.__name__
+    method = objective.modules[0]
     options = {} if method == "ddpo" else {"beta": 1.0}
-    objective(predict, batch_of(method), None, guidance_scale=scale, **options)
+    objective(guidance_scale=scale, **options).loss(predict, batch_of(method), None)
     reference = [] if method == "ddpo" else [("base",) * rows]
     assert calls == [(method,) * rows, *reference]

@@ -10,13 +10,9 @@ import pytest
 import torch
 from preference_formulas import IMAGES, SCHEDULE, gradients, safeguards, squared_errors
 
-from flax_pref.objectives.chats import chats
-from flax_pref.objectives.denoising import draw_noise, positive_negative
-from flax_pref.objectives.dpo import diffusion_dpo
-from flax_pref.objectives.kto import diffusion_kto
-from flax_pref.objectives.mapo import likelihood, mapo
-from flax_pref.objectives.npo import npo, positive_negative_dpo
-from flax_pref.objectives.sdpo import diffusion_sdpo
+from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
+from flax_pref.methods.errors import draw_noise
+from flax_pref.methods.mapo import likelihood
 
 KEY = jax.random.key(7)
 PAIRS, SHAPE = 6, (2, 2, 2)
@@ -99,41 +95,42 @@ def of_errors(formula):
 
 
 def sdpo(predictions, beta):
+    predictions = {"base": predictions["base"], "dpo": predictions["sdpo"]}
     weights = safeguards(predictions, known_noise(), MU)
     return formulas.sdpo(squared_errors(predictions, known_noise()), beta, weights)
 
 
 CASES = {
     "positive and negative": (
-        partial(positive_negative),
+        PositiveNegative().loss,
         of_errors(lambda error: error["pos", "winner"].mean() + error["neg", "loser"].mean()),
         ("pos", "neg"),
     ),
     "positive alone": (
-        partial(positive_negative, negative=None),
+        PositiveNegative(train="pos").loss,
         of_errors(lambda error: error["pos", "winner"].mean()),
         ("pos",),
     ),
     "negative alone": (
-        partial(positive_negative, positive=None),
+        PositiveNegative(train="neg").loss,
         of_errors(lambda error: error["neg", "loser"].mean()),
         ("neg",),
     ),
-    "dpo": (partial(diffusion_dpo, beta=3.0), of_errors(partial(formulas.dpo, beta=3.0)), ("base", "dpo")),
-    "sdpo": (partial(diffusion_sdpo, beta=3.0, mu=MU), partial(sdpo, beta=3.0), ("base", "dpo")),
-    "npo": (partial(npo, beta=3.0), of_errors(partial(formulas.swapped_dpo, beta=3.0)), ("base", "neg")),
+    "dpo": (DiffusionDPO(beta=3.0).loss, of_errors(partial(formulas.dpo, beta=3.0)), ("base", "dpo")),
+    "sdpo": (SDPO(beta=3.0, mu=MU).loss, partial(sdpo, beta=3.0), ("base", "sdpo")),
+    "npo": (NPO(beta=3.0).loss, of_errors(partial(formulas.swapped_dpo, beta=3.0)), ("base", "neg")),
     "dpo and npo": (
-        partial(positive_negative_dpo, beta=3.0),
+        PositiveNegativeDPO(beta=3.0).loss,
         of_errors(lambda error: formulas.dpo(error, "pos", 3.0) + formulas.swapped_dpo(error, 3.0)),
         ("base", "pos", "neg"),
     ),
     "chats": (
-        partial(chats, beta=3.0, empty=EMPTY),
+        partial(CHATS(beta=3.0).loss, empty=EMPTY),
         of_errors(partial(formulas.chats, beta=3.0)),
         ("base", "pos", "neg"),
     ),
-    "kto": (partial(diffusion_kto, beta=3.0), of_errors(partial(formulas.kto, beta=3.0)), ("base", "kto")),
-    "mapo": (partial(mapo, beta=0.1), of_errors(partial(formulas.mapo, beta=0.1)), ("mapo",)),
+    "kto": (KTO(beta=3.0).loss, of_errors(partial(formulas.kto, beta=3.0)), ("base", "kto")),
+    "mapo": (MaPO(beta=0.1).loss, of_errors(partial(formulas.mapo, beta=0.1)), ("mapo",)),
 }
 
 
@@ -173,7 +170,7 @@ def test_the_data_has_pairs_of_every_kind_that_the_safeguard_tells_apart():
 @pytest.mark.parametrize(("spread", "positive"), [((0.1, 0.3), True), ((2.0, 3.0), False)])
 def test_kto_judges_against_the_mean_but_never_below_zero(spread, positive):
     predictions = predictions_of("base") | predictions_of("kto", seed=1, spread=spread)
-    objective = partial(diffusion_kto, schedule=SCHEDULE, beta=3.0)
+    objective = partial(KTO(beta=3.0).loss, schedule=SCHEDULE)
     compared = compare(objective, of_errors(partial(formulas.kto, beta=3.0)), predictions)
     assert max(compared.values()) < TOLERANCE
     baseline = float(objective(predict_with(predictions), BATCH, KEY)[1]["baseline"])
@@ -182,15 +179,15 @@ def test_kto_judges_against_the_mean_but_never_below_zero(spread, positive):
 
 def test_the_safeguard_changes_gradients_and_not_the_loss():
     predictions = jax.tree.map(jnp.asarray, predictions_of("base", "dpo"))
-    options = {"schedule": SCHEDULE, "beta": 3.0}
 
-    def both(objective):
+    def both(method):
         value, gradient = jax.value_and_grad(
-            lambda predictions: objective(predict_with(predictions), BATCH, KEY, **options)[0]
+            lambda predictions: method.loss(predict_with(predictions), BATCH, KEY, schedule=SCHEDULE)[0]
         )(predictions)
-        return float(value), gradient["dpo"]
+        return float(value), gradient[method.modules[0]]
 
-    (plain, gradient), (guarded, guarded_gradient) = both(diffusion_dpo), both(partial(diffusion_sdpo, mu=MU))
+    predictions["sdpo"] = predictions["dpo"]
+    (plain, gradient), (guarded, guarded_gradient) = both(DiffusionDPO(beta=3.0)), both(SDPO(beta=3.0, mu=MU))
     assert guarded == pytest.approx(plain, rel=1e-12)
     np.testing.assert_allclose(guarded_gradient[:, 0], gradient[:, 0], rtol=1e-12, err_msg="winners")
     weights = safeguards(predictions_of("base", "dpo"), known_noise(), MU)
@@ -203,7 +200,7 @@ def test_the_safeguard_changes_gradients_and_not_the_loss():
 
 @pytest.mark.parametrize("wrong", [formulas.dpo_with_the_mean_inside, formulas.dpo_with_a_clipped_ratio])
 def test_a_known_mistake_would_be_found(wrong):
-    objective = partial(diffusion_dpo, schedule=SCHEDULE, beta=3.0)
+    objective = partial(DiffusionDPO(beta=3.0).loss, schedule=SCHEDULE)
     compared = compare(objective, of_errors(partial(wrong, beta=3.0)), predictions_of("base", "dpo"))
     assert min(compared.values()) > 1000 * TOLERANCE, "loss and gradient both tell"
 
@@ -215,7 +212,7 @@ def test_no_pair_loses_its_gradient_however_far_it_is_from_the_reference():
     assert (abs(logits) > 0.1).sum() >= PAIRS // 2, "data where clipping at 0.1 would do harm"
 
     def loss(predictions):
-        return diffusion_dpo(predict_with(predictions), BATCH, KEY, schedule=SCHEDULE, beta=3.0)[0]
+        return DiffusionDPO(beta=3.0).loss(predict_with(predictions), BATCH, KEY, schedule=SCHEDULE)[0]
 
     assert (jnp.abs(jax.grad(loss)(predictions)["dpo"]).max(axis=(2, 3, 4)) > 1e-6).all()
 
@@ -251,7 +248,7 @@ def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
 
     def loss(policy):
         predict = predict_with({"base": jnp.asarray(predictions["base"]), "dpo": policy})
-        return diffusion_dpo(predict, BATCH, KEY, schedule=SCHEDULE, beta=beta)[0]
+        return DiffusionDPO(beta=beta).loss(predict, BATCH, KEY, schedule=SCHEDULE)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(predictions["dpo"]))
     of_torch = np.moveaxis(policy.grad.numpy().reshape(2, PAIRS, *SHAPE), 0, 1)
@@ -267,18 +264,18 @@ def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
 @pytest.mark.parametrize(
     ("objective", "loss"),
     [
-        (partial(diffusion_dpo, beta=5000.0), np.log(2)),
-        (partial(diffusion_sdpo, beta=5000.0, mu=MU), np.log(2)),
-        (partial(npo, beta=4000.0), np.log(2)),
-        (partial(positive_negative_dpo, beta=5000.0), 2 * np.log(2)),
-        (partial(chats, beta=1000.0, empty=EMPTY), np.log(2)),
-        (partial(diffusion_kto, beta=1000.0), 0.5),
+        (DiffusionDPO(beta=5000.0).loss, np.log(2)),
+        (SDPO(beta=5000.0, mu=MU).loss, np.log(2)),
+        (NPO(beta=4000.0).loss, np.log(2)),
+        (PositiveNegativeDPO(beta=5000.0).loss, 2 * np.log(2)),
+        (partial(CHATS(beta=1000.0).loss, empty=EMPTY), np.log(2)),
+        (KTO(beta=1000.0).loss, 0.5),
     ],
     ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "kto"],
 )
 def test_an_untrained_module_is_undecided(objective, loss):
     base = predictions_of("base")["base"]
-    same = dict.fromkeys(("base", "dpo", "pos", "neg", "kto"), jnp.asarray(base))
+    same = dict.fromkeys(("base", "dpo", "sdpo", "pos", "neg", "kto"), jnp.asarray(base))
     found, metrics = objective(predict_with(same), BATCH, KEY, schedule=SCHEDULE)
     assert float(found) == pytest.approx(loss, rel=1e-12)
     decided = {name: float(value) for name, value in metrics.items() if name.endswith("accuracy")}
@@ -313,7 +310,7 @@ def test_chats_drops_prompts_of_losers_for_the_negative_module_and_the_reference
         calls.append((networks, {name: np.asarray(x) for name, x in text.items()}))
         return latents
 
-    chats(predict, BATCH, KEY, schedule=SCHEDULE, beta=1.0, empty=EMPTY)
+    CHATS(beta=1.0).loss(predict, BATCH, KEY, schedule=SCHEDULE, empty=EMPTY)
     assert [networks for networks, _ in calls] == [("pos", "neg"), ("base", "base")]
     (_, told), (_, told_reference) = calls
     dropped = told["text_embeds"][:, 1, 0] == -1
@@ -332,7 +329,7 @@ def test_chats_drops_the_share_of_prompts_that_is_asked_for(dropout, share):
         assert (np.asarray(text["text_embeds"])[:, 1] == -1).mean() == share
         return latents
 
-    chats(predict, BATCH, KEY, schedule=SCHEDULE, beta=1.0, empty=EMPTY, dropout=dropout)
+    CHATS(beta=1.0, dropout=dropout).loss(predict, BATCH, KEY, schedule=SCHEDULE, empty=EMPTY)
 
 
 def test_the_score_of_mapo_does_not_overflow_where_training_has_diverged():
@@ -344,9 +341,9 @@ def test_the_score_of_mapo_does_not_overflow_where_training_has_diverged():
 def test_a_base_that_does_not_predict_noise_is_refused():
     velocity = type(SCHEDULE)(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="prediction_type is 'v_prediction', expected 'epsilon'"):
-        diffusion_dpo(predict_with({}), BATCH, KEY, schedule=velocity, beta=1.0)
+        DiffusionDPO(beta=1.0).loss(predict_with({}), BATCH, KEY, schedule=velocity)
 
 
 def test_no_module_to_train_is_an_error():
-    with pytest.raises(ValueError, match="at least one module"):
-        positive_negative(predict_with({}), BATCH, KEY, schedule=SCHEDULE, positive=None, negative=None)
+    with pytest.raises(ValueError, match="train is 'none'; expected 'both', 'pos' or 'neg'"):
+        PositiveNegative(train="none")

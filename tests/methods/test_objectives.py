@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from preference_formulas import SCHEDULE
 
-from flax_pref.objectives.autoencoding import autoencoding
-from flax_pref.objectives.denoising import denoising, draw_noise, noisy_images, positive_negative, velocity_weights
-from flax_pref.objectives.dpo import diffusion_dpo
+from flax_pref.demo.losses import autoencoding, denoising, velocity_weights
+from flax_pref.methods import DiffusionDPO, PositiveNegative
+from flax_pref.methods.errors import draw_noise, noisy_images
 
 KEY = jax.random.key(7)
 PAIRS, SHAPE = 5, (4, 4, 3)
@@ -64,7 +64,7 @@ def test_weighted_denoising_is_the_error_of_the_velocity_as_far_as_weights_are_n
 
 
 def test_positive_learns_from_winners_and_negative_from_losers(batch):
-    loss, metrics = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)
+    loss, metrics = PositiveNegative().loss(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)
     winner = errors("pos", batch["winner"], batch["text"]).mean()
     loser = errors("neg", batch["loser"], batch["text"]).mean()
     assert float(metrics["winner"]) == pytest.approx(winner, rel=1e-5)
@@ -73,9 +73,9 @@ def test_positive_learns_from_winners_and_negative_from_losers(batch):
 
 
 def test_a_module_alone_learns_as_it_does_beside_the_other(batch):
-    both = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)[1]
-    winner = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, negative=None)[1]
-    loser = positive_negative(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, positive=None)[1]
+    both = PositiveNegative().loss(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)[1]
+    winner = PositiveNegative(train="pos").loss(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)[1]
+    loser = PositiveNegative(train="neg").loss(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)[1]
     for image, alone in (("winner", winner), ("loser", loser)):
         assert alone.keys() == {"loss", image}
         assert float(alone[image]) == pytest.approx(float(both[image]), rel=1e-6)
@@ -107,7 +107,7 @@ def test_sdxl_is_told_the_size_of_each_image_and_other_networks_are_not(batch):
 
 @pytest.mark.parametrize("beta", [1.0, 20.0])
 def test_dpo_is_the_papers_loss_per_pair(beta, batch):
-    loss, metrics = diffusion_dpo(predict_with(GAIN), batch, KEY, schedule=SCHEDULE, beta=beta)
+    loss, metrics = DiffusionDPO(beta=beta).loss(predict_with(GAIN), batch, KEY, schedule=SCHEDULE)
     winner = errors("dpo", batch["winner"], batch["text"]) - errors("base", batch["winner"], batch["text"])
     loser = errors("dpo", batch["loser"], batch["text"]) - errors("base", batch["loser"], batch["text"])
     # The mean over pairs is taken outside of the log-sigmoid.
@@ -118,14 +118,16 @@ def test_dpo_is_the_papers_loss_per_pair(beta, batch):
 
 
 def test_dpo_of_an_untrained_module_is_log_2_with_accuracy_one_half(batch):
-    loss, metrics = diffusion_dpo(predict_with(GAIN | {"dpo": GAIN["base"]}), batch, KEY, schedule=SCHEDULE, beta=5000)
+    loss, metrics = DiffusionDPO(beta=5000).loss(
+        predict_with(GAIN | {"dpo": GAIN["base"]}), batch, KEY, schedule=SCHEDULE
+    )
     assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
     assert float(metrics["accuracy"]) == 0.5
 
 
 def test_dpo_gives_no_gradient_to_the_reference(batch):
     def loss(gain):
-        return diffusion_dpo(predict_with(gain), batch, KEY, schedule=SCHEDULE, beta=2.0)[0]
+        return DiffusionDPO(beta=2.0).loss(predict_with(gain), batch, KEY, schedule=SCHEDULE)[0]
 
     gradient = jax.grad(loss)({"base": 0.3, "dpo": 0.45})
     assert gradient["base"] == 0

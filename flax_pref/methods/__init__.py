@@ -1,0 +1,52 @@
+"""Training methods: one file each, the paper's equation and its hyper-parameters in one dataclass.
+
+To add one, write its file and add its name here; `errors.py` and `online.py` have what methods share.
+"""
+
+from flax_pref.methods.chats import CHATS
+from flax_pref.methods.d3po import D3PO
+from flax_pref.methods.ddpo import DDPO
+from flax_pref.methods.diffusion_dpo import DiffusionDPO
+from flax_pref.methods.errors import PairMethod
+from flax_pref.methods.kto import KTO
+from flax_pref.methods.mapo import MaPO
+from flax_pref.methods.npo import NPO
+from flax_pref.methods.online import OnlineMethod
+from flax_pref.methods.positive_negative import PositiveNegative
+from flax_pref.methods.positive_negative_dpo import PositiveNegativeDPO
+from flax_pref.methods.sdpo import SDPO
+from flax_pref.methods.spo import SPO
+from flax_pref.methods.tailorpo import TailorPO
+
+Method = (
+    PositiveNegative
+    | DiffusionDPO
+    | SDPO
+    | NPO
+    | PositiveNegativeDPO
+    | CHATS
+    | KTO
+    | MaPO
+    | TailorPO
+    | SPO
+    | D3PO
+    | DDPO
+)
+
+__all__ = [
+    "CHATS",
+    "D3PO",
+    "DDPO",
+    "KTO",
+    "NPO",
+    "SDPO",
+    "SPO",
+    "DiffusionDPO",
+    "MaPO",
+    "Method",
+    "OnlineMethod",
+    "PairMethod",
+    "PositiveNegative",
+    "PositiveNegativeDPO",
+    "TailorPO",
+]

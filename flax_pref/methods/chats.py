@@ -1,0 +1,83 @@
+"""CHATS: a positive and a negative module in one loss (arXiv:2502.12579)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from flax_pref.diffusion.guidance import Rule, chats
+from flax_pref.diffusion.sampler import Predict
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.methods.errors import (
+    PairMethod,
+    errors,
+    logistic_loss,
+    noisy_images,
+    pair_metrics,
+    positive,
+    reference_errors,
+    text_of_images,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CHATS(PairMethod):
+    """The positive module learns from winners and the negative one from losers, together.
+
+        loss = mean over pairs of -log sigmoid(-beta ((L_w(pos) - L_w^ref) + (L_l(neg) - L_l^ref)))
+
+    For some pairs the negative module, and the reference beside it, do not see the prompt.
+    """
+
+    beta: float = 1000.0
+    """Strength of the pull to the reference, without a factor 1/2, as in the authors' code."""
+    dropout: float = 0.5
+    """Share of pairs whose prompt the negative module does not see, 0 to 1. The authors' code draws once for all pairs
+    of a device, here each pair draws for itself."""
+
+    modules: ClassVar[tuple[str, ...]] = ("pos", "neg")
+
+    def __post_init__(self):
+        self.expect("beta", positive(self.beta), "a positive number")
+        self.expect("dropout", 0 <= self.dropout <= 1, "0 to 1")
+
+    def loss(
+        self,
+        predict: Predict,
+        batch: Mapping[str, Any],
+        key: jax.Array,
+        *,
+        schedule: NoiseSchedule,
+        empty: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `PairMethod`; `empty` is required, and the authors' code has zeros for it.
+
+        The metrics are `loss`, `accuracy` (share of pairs that both together predict better than the reference),
+        `winner` and `loser` (the positive module's error of winners and the negative one's of losers, each minus that
+        of the reference).
+        """
+        noise_key, dropout_key = jax.random.split(key)
+        noisy = noisy_images(batch, noise_key, schedule)
+        dropped = jax.random.bernoulli(dropout_key, self.dropout, noisy.timesteps.shape)
+        noisy = noisy._replace(text=drop_loser_prompts(batch, dropped, empty))
+        winner, loser = errors(predict, self.modules, noisy) - reference_errors(predict, noisy)
+        logits = -self.beta * (winner + loser)
+        loss = logistic_loss(logits)
+        return loss, pair_metrics(loss, logits, winner, loser)
+
+    def rule(self, w: float, guidance_scale: float) -> Rule:
+        """CHATS; it has no w."""
+        return chats(guidance_scale)
+
+
+def drop_loser_prompts(batch: Mapping[str, Any], dropped: jax.Array, empty: Any) -> Any:
+    """The text of winners and losers, `[B, 2, ...]` each, with the empty prompt for losers of `dropped [B]` pairs."""
+
+    def drop(x, of_empty):
+        return jnp.where(dropped.reshape(-1, *(1,) * (x.ndim - 1)), jnp.asarray(of_empty, x.dtype), x)
+
+    untold = {**batch, "text": jax.tree.map(drop, batch["text"], empty)}
+    winner, loser = text_of_images(batch, ("winner",)), text_of_images(untold, ("loser",))
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), winner, loser)

@@ -1,0 +1,183 @@
+"""Preference pairs: noised images, denoising errors, and what all methods that learn from pairs share.
+
+L is the denoising error, the mean over a latent of the squared error of the predicted noise (arXiv:2006.11239, equation
+14). The two images of a pair share timestep and noise, and so do the modules and the reference, which is the base: with
+adapters the backbone without them, no second copy of the weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_pref.diffusion.guidance import Rule, pgd
+from flax_pref.diffusion.sampler import Predict
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.models.lora import BASE
+
+PAIR = ("winner", "loser")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairMethod:
+    """A method that learns from preference pairs; its fields are its hyper-parameters."""
+
+    modules: ClassVar[tuple[str, ...]]
+    """Names of the modules that it trains."""
+    reference: ClassVar[bool] = True
+    """Whether it compares them with the base."""
+    independent: ClassVar[bool] = False
+    """Whether the gradient of a module depends on no other: each is then clipped, and skips steps, by itself."""
+
+    def loss(
+        self,
+        predict: Predict,
+        batch: Mapping[str, Any],
+        key: jax.Array,
+        *,
+        schedule: NoiseSchedule,
+        empty: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch and its metrics, scalars.
+
+        Args:
+            predict: the networks, "base" and those of `modules`.
+            batch: `winner` and `loser`, scaled latents `[B, H, W, C]`; `text`, a pytree of `[B, ...]` arrays that
+                predict takes; where `text_embeds` is among them, as in SDXL, also `time_ids [B, 2, 6]`, the sizes of
+                winner and loser.
+            key: draws timesteps and noise.
+            schedule: of the noise.
+            empty: conditioning on no prompt, a pytree as `text` without its first axis; for methods that drop prompts.
+
+        Raises:
+            ValueError: the base does not predict noise.
+        """
+        raise NotImplementedError
+
+    def rule(self, w: float, guidance_scale: float) -> Rule:
+        """The rule that samples with the trained modules; by default PGD, where w = 1 is the module itself."""
+        return pgd(w, guidance_scale, self.modules[0])
+
+    def expect(self, field: str, holds: bool, expected: str) -> None:
+        """Raises a ValueError that names a field, unless the condition holds."""
+        check_field(self, field, holds, expected)
+
+
+def check_field(method: Any, field: str, holds: bool, expected: str) -> None:
+    """Raises a ValueError that names a method's field, unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{type(method).__name__}: {field} is {getattr(method, field)!r}; expected {expected}")
+
+
+def positive(value: float) -> bool:
+    """Whether a number is above zero and finite."""
+    return 0 < value < math.inf
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class NoisyImages(NamedTuple):
+    """R rows for each entry of a batch, each an image of it, with the same noise at the same timestep.
+
+    Attributes:
+      latents: `[B, R, H, W, C]`.
+      timesteps: `[B]`.
+      text: what else the networks are told, a pytree of `[B, R, ...]` arrays.
+      noise: `[B, 1, H, W, C]`, what the networks are to predict.
+    """
+
+    latents: jax.Array
+    timesteps: jax.Array
+    text: Any
+    noise: jax.Array
+
+
+def noisy_images(
+    batch: Mapping[str, Any], key: jax.Array, schedule: NoiseSchedule, images: tuple[str, ...] = PAIR
+) -> NoisyImages:
+    """What networks predict from; the same key gives the same noise and timesteps, whatever the images.
+
+    Args:
+      batch: what `images` name, scaled latents `[B, H, W, C]`, and `text`, see `PairMethod.loss`.
+      key: draws timesteps and noise.
+      schedule: of the noise.
+      images: names of the image of each of the R rows.
+
+    Raises:
+      ValueError: the networks do not predict noise.
+    """
+    if schedule.prediction_type != "epsilon":
+        raise ValueError(
+            f"methods: prediction_type is {schedule.prediction_type!r}, expected 'epsilon': their errors are those "
+            "of predicted noise; take a base that predicts noise"
+        )
+    timesteps, noise = draw_noise(schedule, batch[images[0]], key)
+    latents = jnp.stack([schedule.add_noise(batch[image], noise, timesteps) for image in images], axis=1)
+    return NoisyImages(latents, timesteps, text_of_images(batch, images), noise[:, None])
+
+
+def text_of_images(batch: Mapping[str, Any], images: tuple[str, ...]) -> Any:
+    """The text of a batch for R rows, `[B, R, ...]` each: the same in all, but in SDXL with the size of the image."""
+    text = jax.tree.map(lambda x: jnp.stack([x] * len(images), axis=1), batch["text"])
+    if isinstance(text, Mapping) and "text_embeds" in text and "time_ids" not in text:
+        return {**text, "time_ids": jnp.stack([batch["time_ids"][:, PAIR.index(image)] for image in images], axis=1)}
+    return text
+
+
+def draw_noise(schedule: NoiseSchedule, latents: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`t ~ U{0 .. T-1}` and `eps ~ N(0, 1)` for each row of `latents [B, H, W, C]`: `([B], [B, H, W, C])`."""
+    timestep_key, noise_key = jax.random.split(key)
+    timesteps = jax.random.randint(timestep_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+    return timesteps, jax.random.normal(noise_key, latents.shape)
+
+
+def errors(predict: Predict, networks: tuple[str, ...], noisy: NoisyImages) -> jax.Array:
+    """L of the network of each row, `[R, B]`, so that rows can be unpacked; one batched prediction."""
+    noise_pred = predict(networks, noisy.latents, noisy.timesteps, noisy.text)
+    return denoising_error(noise_pred, noisy.noise).T
+
+
+def denoising_error(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
+    """`L = mean over H, W, C of (eps_theta - eps)^2`, `[...]` of `[..., H, W, C]`, in no less than float32."""
+    return jnp.square(residual(noise_pred, noise)).mean(axis=(-3, -2, -1))
+
+
+def residual(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
+    """`eps_theta - eps` in no less than float32; the gradient of L with respect to `eps_theta` is a multiple of it."""
+    return noise_pred.astype(jnp.promote_types(noise_pred.dtype, jnp.float32)) - noise
+
+
+def reference_errors(predict: Predict, noisy: NoisyImages) -> jax.Array:
+    """L of the reference for every image, `[R, B]`, a constant.
+
+    It is a prediction of its own: as rows of the policy's, the reference would take part in computing gradients.
+    """
+    return jax.lax.stop_gradient(errors(predict, (BASE,) * noisy.latents.shape[1], noisy))
+
+
+def logistic_loss(logits: jax.Array) -> jax.Array:
+    """`-log sigmoid` of each pair's logit `[B]`, then the mean over pairs: in this order (Jensen's inequality)."""
+    return -jax.nn.log_sigmoid(logits).mean()
+
+
+def pair_metrics(loss: jax.Array, logits: jax.Array, winner: jax.Array, loser: jax.Array) -> dict[str, jax.Array]:
+    """The metrics that methods that learn from pairs share, scalars.
+
+    Args:
+      loss: of the batch.
+      logits: `[B]`, above zero where a pair is ranked as it should be; those that are zero, as before any training,
+        count one half in `accuracy`.
+      winner: errors `[B]`, minus those of the reference where there is one.
+      loser: of losers likewise.
+    """
+    accuracy = jnp.mean((logits > 0) + 0.5 * (logits == 0))
+    return {"loss": loss, "accuracy": accuracy, "winner": winner.mean(), "loser": loser.mean()}

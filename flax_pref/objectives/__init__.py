@@ -1,1 +1,0 @@
-"""Training objectives: pure functions `(predict, batch, key) -> (loss, metrics)`, one file per method."""
