@@ -189,6 +189,24 @@ def run_main(main: Callable[[list[str]], None]) -> int:
     return 0
 
 
+def check_field(config: Any, field: str, holds: bool, expected: str) -> None:
+    """Raises a ValueError that names a field, its value and what was expected, unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}; expected {expected}")
+
+
+def check_positive(config: Any, *fields: str) -> None:
+    """Raises a ValueError that names the first of these fields whose number is not above zero and finite."""
+    for field in fields:
+        check_field(config, field, 0 < getattr(config, field) < math.inf, "a positive number")
+
+
+def check_share(config: Any, *fields: str) -> None:
+    """Raises a ValueError that names the first of these fields whose number is not between zero and one."""
+    for field in fields:
+        check_field(config, field, 0 <= getattr(config, field) <= 1, "0 to 1")
+
+
 def check_least(config: Any, least: float = 1, /, *fields: str) -> None:
     """Raises a ValueError that names the first of these fields whose number is smaller; None is no number."""
     for field in fields:

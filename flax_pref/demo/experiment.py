@@ -13,7 +13,7 @@ import optax
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
-from flax_pref.config import check_least, check_seed
+from flax_pref.config import check_least, check_positive, check_seed, check_share
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
@@ -32,7 +32,6 @@ from flax_pref.evaluation.report import MethodResult, Sweep, build_report, write
 from flax_pref.methods import DiffusionDPO, PairMethod, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
 from flax_pref.training.loop import fit
-from flax_pref.training.methods import check_positive, check_share
 
 _score = jax.jit(judge.score)
 

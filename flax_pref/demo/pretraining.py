@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flax_pref.checkpoints.diffusers import Pipeline, load_vae
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import Network, save_network
-from flax_pref.config import check_least, check_seed
+from flax_pref.config import check_least, check_positive, check_seed, check_share
 from flax_pref.demo import world
 from flax_pref.demo.losses import autoencoding, denoising
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -27,7 +27,6 @@ from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 from flax_pref.training.loop import fit
-from flax_pref.training.methods import check_positive, check_share
 
 # The schedule of Stable Diffusion 1.5.
 SCHEDULER = {

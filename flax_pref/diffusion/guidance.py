@@ -4,14 +4,14 @@
 
 A rule is a function of a few lines that says which. Below, `CFG_s(N) = (1 - s) eps_N(x, empty) + s eps_N(x, text)`, and
 all rules have the form `steady(s) + w contrast(s)`: the contrast is what a guidance interval switches off, and what
-changes slowly enough to be predicted in some steps only.
+changes slowly enough to be predicted in some steps only. A rule may have several contrasts, each with its own strength.
 
 Strengths, w and s, are numbers, one number for each image, or a `Schedule` along the trajectory.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -100,6 +100,24 @@ class Schedule:
 
 
 Strength = float | Sequence[float] | np.ndarray | Schedule
+Strengths = Strength | Mapping[str, Strength]
+
+
+def parse_strengths(text: str) -> Schedule | dict[str, Schedule]:
+    """Reads one strength, see `Schedule.parse`, or several by name: `pos=3,neg=linear:0:1`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if "=" not in text:
+        return Schedule.parse(text)
+    parsed: dict[str, Schedule] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip() or name.strip() in parsed:
+            raise ValueError(f"{text!r}: expected a strength for each name, once, such as pos=3,neg=1")
+        parsed[name.strip()] = Schedule.parse(value)
+    return parsed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,9 +165,9 @@ class Rule:
     """`eps_hat = steady(s) + w contrast(s)`, with its strengths and with what may be done to make it cheaper.
 
     Attributes:
-        formula: gives steady and contrast for a guidance scale.
+        formula: gives steady and contrast for a guidance scale; or steady and a dict of contrasts by name.
         guidance_scale: s of classifier-free guidance; 1 is none.
-        w: strength of the contrast.
+        w: strength of the contrast; or a dict of strengths, one for each contrast by its name.
         every: the contrast is predicted in the first of every so many steps of w's interval, and reused in the others.
         between: how it is reused: "hold" as it is, or "extrapolate" on the line through the last two.
         rescale: None, or the share phi of classifier-free guidance rescale (arXiv:2305.08891, section 3.4), a number or
@@ -159,9 +177,9 @@ class Rule:
             encoded empty text "", whatever the rows "empty" see.
     """
 
-    formula: Callable[[np.ndarray], tuple[Combination, Combination]]
+    formula: Callable[[np.ndarray], tuple[Combination, Combination | Mapping[str, Combination]]]
     guidance_scale: Strength = 1.0
-    w: Strength = 0.0
+    w: Strengths = 0.0
     every: int = 1
     between: Literal["hold", "extrapolate"] = "hold"
     rescale: float | np.ndarray | None = None
@@ -172,7 +190,11 @@ class Rule:
             raise ValueError(f"every={self.every!r} must be a whole number from 1 up")
         if self.between not in ("hold", "extrapolate"):
             raise ValueError(f"between={self.between!r}, expected 'hold' or 'extrapolate'")
-        strengths = {"guidance_scale": self.guidance_scale, "w": self.w, "proxy": self.proxy}
+        strengths = {"guidance_scale": self.guidance_scale, **self.strengths, "proxy": self.proxy}
+        if (names := self.terms(np.float64(1.0))[1].keys()) != self.strengths.keys():
+            raise ValueError(
+                f"w has strengths for {', '.join(self.strengths)}; expected one for each of {', '.join(names)}"
+            )
         for name, value in (strengths | ({} if self.rescale is None else {"rescale": self.rescale})).items():
             values = value.values if isinstance(value, Schedule) else (value,)
             for number in np.concatenate([np.ravel(value) for value in values]):
@@ -181,9 +203,20 @@ class Rule:
                 if name == "rescale" and not 0 <= number <= 1:
                     raise ValueError(f"rescale must lie in 0 .. 1, got {number}")
 
+    @property
+    def strengths(self) -> Mapping[str, Strength]:
+        """The strength of each contrast; a single one is named "w"."""
+        return self.w if isinstance(self.w, Mapping) else {"w": self.w}
+
+    def terms(self, guidance_scale: np.ndarray) -> tuple[Combination, Mapping[str, Combination]]:
+        """Steady, and the contrast of each of `strengths`."""
+        steady, contrast = self.formula(guidance_scale)
+        return steady, contrast if isinstance(contrast, Mapping) else {"w": contrast}
+
     def networks(self) -> tuple[str, ...]:
         """The networks that the rule asks for predictions of."""
-        rows = [row for part in self.formula(np.float64(2.0)) for row in part.coefficients]
+        steady, contrasts = self.terms(np.float64(2.0))
+        rows = [row for part in (steady, *contrasts.values()) for row in part.coefficients]
         return tuple(dict.fromkeys(network for network, _ in rows))
 
 
@@ -210,17 +243,18 @@ def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, refer
     )
 
 
-def cpgd(w: Strength, guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
+def cpgd(w: Strengths, guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
     """Contrastive preference guidance, `CFG_s(base) + w (CFG_s(positive) - CFG_s(negative))` (arXiv:2602.18799).
 
-    With "base" for one of the two modules it is the one-sided rule of the other.
+    With "base" for one of the two modules it is the one-sided rule of the other. With a strength for each module,
+    `w={"pos": a, "neg": b}`, it is `CFG_s(base) + a (CFG_s(pos) - CFG_s(base)) + b (CFG_s(base) - CFG_s(neg))`.
     """
-    return Rule(
-        formula=lambda s: (cfg_of("base", s), cfg_of(positive, s) - cfg_of(negative, s)),
-        guidance_scale=guidance_scale,
-        w=w,
-        **options,
-    )
+
+    def formula(s):
+        base, pos, neg = (cfg_of(network, s) for network in ("base", positive, negative))
+        return base, {positive: pos - base, negative: base - neg} if isinstance(w, Mapping) else pos - neg
+
+    return Rule(formula=formula, guidance_scale=guidance_scale, w=w, **options)
 
 
 def cpgd_conditional(
@@ -279,12 +313,13 @@ def merge_weights(rule: Rule) -> dict[str, float]:
     Raises:
         ValueError: w is not one number, or the rule has no contrast.
     """
-    if np.ndim(rule.w) or isinstance(rule.w, Schedule):
-        raise ValueError(f"w={rule.w!r}: only one number for all steps and images can be merged into weights")
-    _, contrast = rule.formula(np.float64(0.0))  # at s = 0 the whole of CFG_s(N) is one prediction of N
     shares: dict[str, float] = {}
-    for (network, _), coefficient in contrast.coefficients.items():
-        shares[network] = shares.get(network, 0.0) + float(rule.w * coefficient)
+    _, contrasts = rule.terms(np.float64(0.0))  # at s = 0 the whole of CFG_s(N) is one prediction of N
+    for name, w in rule.strengths.items():
+        if np.ndim(w) or isinstance(w, Schedule):
+            raise ValueError(f"{name}={w!r}: only one number for all steps and images can be merged into weights")
+        for (network, _), coefficient in contrasts[name].coefficients.items():
+            shares[network] = shares.get(network, 0.0) + float(w * coefficient)
     if not shares:
         raise ValueError("a rule without w has nothing to merge; expected PGD, cPGD or one of their kind")
     return shares
@@ -299,7 +334,7 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: indices of the rows that it predicts.
-        contrast: "none", "new" (predicted here) or "reused" (from the last step that predicted it).
+        contrast: "none", "new" (all contrasts are predicted here) or "reused" (from the last step that did).
     """
 
     rows: tuple[int, ...]
@@ -309,15 +344,17 @@ class Plan(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A rule for S steps of R rows and N images: what a sampler follows. Tables of one layout share what is compiled.
+    """A rule of J contrasts for S steps of R rows and N images: what a sampler follows.
+
+    Tables of one layout share what is compiled.
 
     Attributes:
         rows: network and prompt of each row.
         plans: one for each step.
         steady: coefficients, float32 `[S, R, N]`.
-        contrast: coefficients, float32 `[S, R, N]`.
+        contrast: coefficients, float32 `[S, J, R, N]`.
         text: steady and contrast of the text prediction that rescaling goes by, likewise; None where it is not done.
-        w: float32 `[S, N]`.
+        w: float32 `[S, J, N]`.
         extrapolation: float32 `[S]`, 0 where the contrast is held.
         rescale: float32 `[N]`, or None.
         proxy: float32 scalar.
@@ -365,26 +402,28 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
         ValueError: a strength has another number of values, or a coefficient is not finite.
     """
     steps, images = range(num_steps), (num_steps, num_images)
-    s, w = _schedule(rule.guidance_scale), _schedule(rule.w)
-    scale, strength = (
-        _broadcast(schedule.at(num_steps, off), images, name)
-        for name, schedule, off in (("guidance_scale", s, 1.0), ("w", w, 0.0))
-    )
-    steady, contrast = rule.formula(scale)
-    rows = tuple({**steady.coefficients, **contrast.coefficients})
+    s, ws = _schedule(rule.guidance_scale), {name: _schedule(w) for name, w in rule.strengths.items()}
+    scale = _broadcast(s.at(num_steps, 1.0), images, "guidance_scale")
+    strength = np.stack([_broadcast(w.at(num_steps, 0.0), images, name) for name, w in ws.items()], axis=1)
+    steady, contrasts = rule.terms(scale)
+    rows = tuple(dict.fromkeys(row for part in (steady, *contrasts.values()) for row in part.coefficients))
     networks = [network for network, _ in rows]
     rows = tuple(sorted(rows, key=lambda row: networks.index(row[0])))  # rows of one network beside each other
     # What a step needs, by a scale like any other where guidance is on: values must not decide.
-    steady_needs, contrast_needs = (
-        [np.broadcast_to(part.of(row), num_steps) != 0 for row in rows]
-        for part in rule.formula(np.where(s.active(num_steps), np.pi, 1.0))
-    )
-    contrasted = w.active(num_steps) & np.any(contrast_needs, axis=0) if rows else np.zeros(num_steps, bool)
+    steady_typical, contrasts_typical = rule.terms(np.where(s.active(num_steps), np.pi, 1.0))
+    steady_needs = np.array([_needs(steady_typical, row, num_steps) for row in rows])
+    # For each contrast, the steps in which it counts, and in which it needs each row.
+    needs = {name: np.array([_needs(part, row, num_steps) for row in rows]) for name, part in contrasts_typical.items()}
+    counts = {name: ws[name].active(num_steps) & needs[name].any(axis=0) for name in ws}
+    contrasted = np.any(list(counts.values()), axis=0)
     order = np.cumsum(contrasted) - 1
     new = contrasted & (order % rule.every == 0)
+    # A step predicts what counts in it or in a step that uses its contrasts again.
+    users = [np.cumsum(new) == number for number in np.cumsum(new)]
+    contrast_needs = np.any([needs[name] & [bool((counts[name] & own).any()) for own in users] for name in ws], axis=0)
     plans = tuple(
         Plan(
-            tuple(r for r in range(len(rows)) if steady_needs[r][i] or (new[i] and contrast_needs[r][i])),
+            tuple(r for r in range(len(rows)) if steady_needs[r, i] or (new[i] and contrast_needs[r, i])),
             "new" if new[i] else "reused" if contrasted[i] else "none",
         )
         for i in steps
@@ -393,15 +432,14 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     extrapolation = (
         np.where((order >= rule.every) & (rule.between == "extrapolate"), order % rule.every, 0) / rule.every
     )
+    text = rule.terms(np.float64(1.0))
     table = Table(
         rows=rows,
         plans=plans,
         steady=_coefficients(steady, rows, images),
-        contrast=_coefficients(contrast, rows, images),
+        contrast=_stacked(contrasts, rows, images),
         # At s = 1 a guided prediction is the text prediction that it is made of.
-        text=None
-        if rule.rescale is None
-        else tuple(_coefficients(part, rows, images) for part in rule.formula(np.float64(1.0))),
+        text=None if rule.rescale is None else (_coefficients(text[0], rows, images), _stacked(text[1], rows, images)),
         w=strength.astype(np.float32),
         extrapolation=extrapolation.astype(np.float32),
         rescale=None
@@ -411,7 +449,7 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     )
     for r, (network, prompt) in enumerate(rows):
         with np.errstate(over="ignore"):
-            total = np.abs(table.steady[:, r]) + np.abs(table.w) * np.abs(table.contrast[:, r])
+            total = np.abs(table.steady[:, r]) + (np.abs(table.w) * np.abs(table.contrast[:, :, r])).sum(axis=1)
         if not np.isfinite(total).all():
             raise ValueError(f"coefficient of ({network}, {prompt}) must be finite, got {total.max()}")
     return table
@@ -425,6 +463,15 @@ def _broadcast(values: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndar
     if values.ndim and values.shape[-1] not in (1, shape[-1]):
         raise ValueError(f"{name} has {values.shape[-1]} values for {shape[-1]} images; expected one, or one for each")
     return np.broadcast_to(values, shape)
+
+
+def _needs(part: Combination, row: tuple[str, Prompt], num_steps: int) -> np.ndarray:
+    """Whether the coefficient of a row is not zero, bool `[S]`."""
+    return np.broadcast_to(part.of(row), num_steps) != 0
+
+
+def _stacked(parts: Mapping[str, Combination], rows: Sequence, images: tuple[int, int]) -> np.ndarray:
+    return np.stack([_coefficients(part, rows, images) for part in parts.values()], axis=1)
 
 
 def _coefficients(part: Combination, rows: Sequence, images: tuple[int, int]) -> np.ndarray:

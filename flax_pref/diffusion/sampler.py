@@ -108,8 +108,8 @@ class State(NamedTuple):
     Attributes:
         latents: `[B, H, W, C]`.
         history: of the solver.
-        contrast: the last prediction of the rule's contrast `[K, B, H, W, C]`, and the one before it; empty where none
-            is used again.
+        contrast: the last prediction of the rule's contrasts `[J, K, B, H, W, C]`, and the one before it; empty where
+            none is used again.
     """
 
     latents: jax.Array
@@ -135,9 +135,9 @@ def _walk(
     observe is called in each step as `observe(latents, noise_pred, row, next_latents)`; without a start, that is drawn.
     """
     num_images, num_steps = len(keys), len(solver.timesteps)
-    if table.w.shape != (num_steps, num_images):
+    if (table.w.shape[0], table.w.shape[-1]) != (num_steps, num_images):
         raise ValueError(
-            f"sample: a table of {table.w.shape[0]} steps and {table.w.shape[1]} images, but the solver has "
+            f"sample: a table of {table.w.shape[0]} steps and {table.w.shape[-1]} images, but the solver has "
             f"{num_steps} steps and there are {num_images} keys"
         )
     prompts = _prompts(table, text, empty, empty if blank is None else blank, num_images)
@@ -155,21 +155,19 @@ def _walk(
         timesteps = jnp.full(num_images, row.timesteps)
         arguments = networks, model_input, timesteps, conditioning[plan.rows]
 
-        # A contrast that later steps use again is a sum of its own.
+        # Contrasts that later steps use again are sums of their own.
         kept = plan.contrast == "new" and reuses
         if kept:
-            sums = jnp.concatenate([steady, contrast])
+            sums = jnp.concatenate([steady[None], contrast])
         else:
-            sums = steady + w * contrast if plan.contrast == "new" else steady
-        predictions = combine(predict, sums[:, chosen], *arguments)
+            sums = (steady + (w[:, None, None] * contrast).sum(axis=0) if plan.contrast == "new" else steady)[None]
+        flat = sums.reshape(-1, *sums.shape[2:])[:, chosen]
+        predictions, *newest = combine(predict, flat, *arguments).reshape(*sums.shape[:2], *start.shape)
 
-        held = state.contrast
-        if kept:
-            predictions, newest = jnp.split(predictions, 2)
-            held = newest, state.contrast[0]
+        held = (jnp.stack(newest), state.contrast[0]) if kept else state.contrast
         if reuses and plan.contrast != "none":
             last, before = held
-            predictions += w[:, None, None, None] * (last + extrapolation * (last - before))
+            predictions += (w[:, None, :, None, None, None] * (last + extrapolation * (last - before))).sum(axis=0)
         noise_pred = predictions[0] if table.rescale is None else _rescale(*predictions, table.rescale)
         noise = draw_normal(keys, i, shape) if solver.stochastic else None
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
@@ -179,8 +177,8 @@ def _walk(
         start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
     # K sums of predictions: the guided one and, where it is rescaled, the text prediction that it is made of.
     sums = [(table.steady, table.contrast)] + ([] if table.text is None else [table.text])
-    steady, contrast = (jnp.stack(parts, axis=1) for parts in zip(*sums, strict=True))
-    unknown = jnp.zeros((len(sums), *start.shape), start.dtype)
+    steady, contrast = (jnp.stack(parts, axis=-3) for parts in zip(*sums, strict=True))
+    unknown = jnp.zeros((*contrast.shape[1:3], *start.shape), start.dtype)
     state = State(start, no_history(solver, start), (unknown,) * (2 if reuses else 0))
     strengths = (steady, contrast, table.w, table.extrapolation)
     state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from flax_pref.config import check_positive, check_share
 from flax_pref.diffusion.guidance import Rule, chats
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -16,7 +17,6 @@ from flax_pref.methods.errors import (
     logistic_loss,
     noisy_images,
     pair_metrics,
-    positive,
     reference_errors,
     text_of_images,
 )
@@ -40,8 +40,8 @@ class CHATS(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("pos", "neg")
 
     def __post_init__(self):
-        self.expect("beta", positive(self.beta), "a positive number")
-        self.expect("dropout", 0 <= self.dropout <= 1, "0 to 1")
+        check_positive(self, "beta")
+        check_share(self, "dropout")
 
     def loss(
         self,

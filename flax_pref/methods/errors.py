@@ -6,7 +6,6 @@ adapters the backbone without them, no second copy of the weights.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,21 +63,6 @@ class PairMethod:
     def rule(self, w: float, guidance_scale: float) -> Rule:
         """The rule that samples with the trained modules; by default PGD, where w = 1 is the module itself."""
         return pgd(w, guidance_scale, self.modules[0])
-
-    def expect(self, field: str, holds: bool, expected: str) -> None:
-        """Raises a ValueError that names a field, unless the condition holds."""
-        check_field(self, field, holds, expected)
-
-
-def check_field(method: Any, field: str, holds: bool, expected: str) -> None:
-    """Raises a ValueError that names a method's field, unless the condition holds."""
-    if not holds:
-        raise ValueError(f"{type(method).__name__}: {field} is {getattr(method, field)!r}; expected {expected}")
-
-
-def positive(value: float) -> bool:
-    """Whether a number is above zero and finite."""
-    return 0 < value < math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from flax_pref.config import check_positive
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.methods.errors import PairMethod, errors, noisy_images, pair_metrics, positive, reference_errors
+from flax_pref.methods.errors import PairMethod, errors, noisy_images, pair_metrics, reference_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class KTO(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("kto",)
 
     def __post_init__(self):
-        self.expect("beta", positive(self.beta), "a positive number")
+        check_positive(self, "beta")
 
     def loss(
         self,

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from flax_pref.config import check_positive
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.methods.errors import PairMethod, errors, logistic_loss, noisy_images, pair_metrics, positive
+from flax_pref.methods.errors import PairMethod, errors, logistic_loss, noisy_images, pair_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,7 @@ class MaPO(PairMethod):
     reference: ClassVar[bool] = False
 
     def __post_init__(self):
-        self.expect("beta", positive(self.beta), "a positive number")
-        self.expect("snr", positive(self.snr), "a positive number")
+        check_positive(self, "beta", "snr")
 
     def loss(
         self,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from flax_pref.config import check_positive
 from flax_pref.diffusion.guidance import Rule, npo
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -20,7 +21,6 @@ from flax_pref.methods.errors import (
     logistic_loss,
     noisy_images,
     pair_metrics,
-    positive,
     reference_errors,
 )
 
@@ -39,7 +39,7 @@ class NPO(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("neg",)
 
     def __post_init__(self):
-        self.expect("beta", positive(self.beta), "a positive number")
+        check_positive(self, "beta")
 
     def loss(
         self,

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, sample_trajectory
 from flax_pref.diffusion.solvers import Solver, step
-from flax_pref.methods.errors import check_field
 from flax_pref.models.lora import BASE
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
+from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, cpgd
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -28,7 +29,7 @@ class PositiveNegative(PairMethod):
     independent: ClassVar[bool] = True
 
     def __post_init__(self):
-        self.expect("train", self.train in ("both", *PAIR_OF_MODULES), "'both', 'pos' or 'neg'")
+        check_field(self, "train", self.train in ("both", *PAIR_OF_MODULES), "'both', 'pos' or 'neg'")
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from flax_pref.config import check_positive
 from flax_pref.diffusion.guidance import Rule, cpgd
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -16,7 +17,6 @@ from flax_pref.methods.errors import (
     logistic_loss,
     noisy_images,
     pair_metrics,
-    positive,
     reference_errors,
 )
 
@@ -35,7 +35,7 @@ class PositiveNegativeDPO(PairMethod):
     independent: ClassVar[bool] = True
 
     def __post_init__(self):
-        self.expect("beta", positive(self.beta), "a positive number")
+        check_positive(self, "beta")
 
     def loss(
         self,

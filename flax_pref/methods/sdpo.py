@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from flax_pref.config import check_share
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.diffusion_dpo import DiffusionDPO
@@ -32,7 +33,7 @@ class SDPO(DiffusionDPO):
 
     def __post_init__(self):
         super().__post_init__()
-        self.expect("mu", 0 <= self.mu <= 1, "0 to 1")
+        check_share(self, "mu")
 
     def loss(
         self,

@@ -218,7 +218,7 @@ def torch_sampler(
     keys, *conditioning = inputs
     num_steps = len(solver.timesteps)
     table = tabulate(RULES["cpgd"], num_steps, len(keys))
-    coefficients = torch.from_numpy(table.steady + table.w[:, None] * table.contrast).to(on)
+    coefficients = torch.from_numpy(table.steady + (table.w[:, :, None] * table.contrast).sum(axis=1)).to(on)
     shape = (size, size, network.config.in_channels)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
     scheduler = DDIMScheduler.from_config(family.scheduler_config)

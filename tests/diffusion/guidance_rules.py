@@ -19,6 +19,14 @@ RULES = {
         lambda eps, w, s: cfg_of(eps, "base", s) + w * (cfg_of(eps, "dpo", s) - cfg_of(eps, "neg", s)),
     ),
     "cpgd": (cpgd, lambda eps, w, s: cfg_of(eps, "base", s) + w * (cfg_of(eps, "pos", s) - cfg_of(eps, "neg", s))),
+    "cpgd, a strength for each module": (
+        lambda w, s, **o: cpgd({"pos": w, "neg": 0.7}, s, **o),
+        lambda eps, w, s: (
+            cfg_of(eps, "base", s)
+            + w * (cfg_of(eps, "pos", s) - cfg_of(eps, "base", s))
+            + 0.7 * (cfg_of(eps, "base", s) - cfg_of(eps, "neg", s))
+        ),
+    ),
     "cpgd conditional": (
         cpgd_conditional,
         lambda eps, w, s: cfg_of(eps, "base", s) + w * (eps("pos", "text") - eps("neg", "text")),

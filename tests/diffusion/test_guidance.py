@@ -1,10 +1,22 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
 from guidance_rules import RULES, S
 
-from flax_pref.diffusion.guidance import Rule, Schedule, cfg, cpgd, cpgd_conditional, npo, pgd, tabulate
+from flax_pref.diffusion.guidance import (
+    Rule,
+    Schedule,
+    cfg,
+    cpgd,
+    cpgd_conditional,
+    merge_weights,
+    npo,
+    parse_strengths,
+    pgd,
+    tabulate,
+)
 
 NETWORKS, PROMPTS = ("base", "dpo", "pos", "neg"), ("empty", "text", "proxy")
 # A scalar "prediction" for every network and prompt: what a rule makes of them is its formula.
@@ -14,7 +26,7 @@ EPS = {pair: i + 0.5 for i, pair in enumerate(itertools.product(NETWORKS, PROMPT
 def guided(table):
     """What the table makes of EPS in each step for each image, `[S, N]`."""
     predictions = np.array([EPS[row] for row in table.rows])
-    total = table.steady + table.w[:, None] * table.contrast
+    total = table.steady + (table.w[:, :, None] * table.contrast).sum(axis=1)
     return np.einsum("srn,r->sn", total, predictions)
 
 
@@ -67,7 +79,7 @@ def test_the_layout_does_not_depend_on_strengths(name):
 def test_a_network_that_is_named_twice_is_predicted_once():
     table = tabulate(cpgd(3.0, S, "pos", "pos"), 1, 1)
     assert table.rows == (("base", "empty"), ("base", "text"), ("pos", "empty"), ("pos", "text"))
-    np.testing.assert_array_equal(table.contrast, np.zeros((1, 4, 1)))
+    np.testing.assert_array_equal(table.contrast, np.zeros((1, 1, 4, 1)))
     assert rows_of(tabulate(cpgd(2.0, S, "pos", "base"), 1, 1)) == [
         [("base", "empty"), ("base", "text"), ("pos", "empty"), ("pos", "text")]
     ]
@@ -126,6 +138,18 @@ def test_a_strength_can_be_typed(text):
     assert (schedule.start, schedule.stop) == {"@": (0.2, 0.8), "5": (0.0, 0.5)}.get(
         "@" if "@0.2" in text else text[-1] if "@" in text else "", (0.0, 1.0)
     )
+
+
+def test_several_strengths_can_be_typed_by_name():
+    parsed = parse_strengths("pos=3, neg=linear:0:2@0.2:0.8")
+    assert parsed["pos"] == Schedule((3.0,)) and parsed["neg"] == Schedule((0.0, 2.0), "linear", 0.2, 0.8)
+    assert parse_strengths("4") == Schedule((4.0,))
+    for text in ("pos=3,1", "=3", "pos=1,pos=2", "pos=four"):
+        with pytest.raises(ValueError, match=re.escape(text) if text != "pos=four" else "'four' is no strength"):
+            parse_strengths(text)
+    with pytest.raises(ValueError, match="w has strengths for pos; expected one for each of pos, neg"):
+        cpgd({"pos": 3.0}, S)
+    assert merge_weights(cpgd({"pos": 3.0, "neg": 1.0}, S)) == {"pos": 3.0, "base": -2.0, "neg": -1.0}
 
 
 @pytest.mark.parametrize("text", ["", "four", "linear:1", "cubic:1:2", "4@", "4@0.5", "4@0.8:0.2", "4@0:2", "list:"])

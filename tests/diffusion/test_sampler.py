@@ -149,6 +149,11 @@ TEXT_OF = {
     "pgd": lambda eps, w: eps("base", "text") + w * (eps("dpo", "text") - eps("base", "text")),
     "pgd of another base": lambda eps, w: eps("base", "text") + w * (eps("dpo", "text") - eps("neg", "text")),
     "cpgd": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("neg", "text")),
+    "cpgd, a strength for each module": lambda eps, w: (
+        eps("base", "text")
+        + w * (eps("pos", "text") - eps("base", "text"))
+        + 0.7 * (eps("base", "text") - eps("neg", "text"))
+    ),
     "cpgd conditional": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("neg", "text")),
     "positive only": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("base", "text")),
     "negative only": lambda eps, w: eps("base", "text") + w * (eps("base", "text") - eps("neg", "text")),
@@ -156,6 +161,36 @@ TEXT_OF = {
     "chats": lambda eps, w: eps("pos", "text"),
     "autoguidance": lambda eps, w: eps("neg", "text") + w * (eps("base", "text") - eps("neg", "text")),
 }
+
+
+@pytest.mark.parametrize("between", ["hold", "extrapolate"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_strength_has_its_own_course_and_interval(every, between):
+    pos, neg = Schedule((1, 3), "linear", stop=0.7), Schedule((2.0,), start=0.25)
+    steps, known = ddim(SCHEDULE, 8), {"pos": [], "neg": []}
+
+    def guide(i, eps):
+        guided = RULES["cfg"][1](eps, 1.0, S)
+        for name, schedule, sign in (("pos", pos, 1), ("neg", neg, -1)):
+            if i % every == 0:
+                known[name].append(sign * contrast_of(name, eps))
+            contrast = known[name][-1]
+            if between == "extrapolate" and len(known[name]) > 1:
+                contrast = contrast + (i % every) / every * (known[name][-1] - known[name][-2])
+            guided = guided + schedule.at(8, 0.0)[i, 0] * contrast
+        return guided
+
+    def contrast_of(name, eps):
+        module = (1 - S) * eps(name, "empty") + S * eps(name, "text")
+        return module - RULES["cfg"][1](eps, 1.0, S)
+
+    check(draw(cpgd({"pos": pos, "neg": neg}, S, every=every, between=between), steps), guide, steps)
+
+
+def test_a_module_whose_strength_is_off_is_not_evaluated():
+    steps = ddim(SCHEDULE, 10)
+    rule = cpgd({"pos": Schedule((W,), stop=0.5), "neg": Schedule((W,), start=0.8)}, S)
+    assert counted(rule, steps) == {"base": 20, "pos": 10, "neg": 4}
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])

@@ -19,9 +19,9 @@ import flax_pref
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
 from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.methods import NPO, DiffusionDPO
 from flax_pref.parallel import agreement
 from flax_pref.parallel.agreement import LISTED, Content, Fact, agree, begin_together, code, described, differing, flat
-from flax_pref.training.methods import NPO, DiffusionDPO
 from flax_pref.training.trainer import FREE_OF_HOSTS
 from tests.training.tiny import tiny_run, tiny_set, tiny_world
 
@@ -86,18 +86,18 @@ def test_a_long_list_and_a_long_value_are_cut():
 def test_versions_and_every_source_file_are_compared(tmp_path, monkeypatch):
     own = code()
     assert own["version of jax"].value == jax.__version__ and own["jax_enable_x64"].value == "False"
-    assert {"flax_pref/training/step.py", "flax_pref/objectives/dpo.py"} <= own.keys()
+    assert {"flax_pref/training/step.py", "flax_pref/methods/diffusion_dpo.py"} <= own.keys()
     package = tmp_path / "flax_pref"
     shutil.copytree(Path(flax_pref.__file__).parent, package, ignore=shutil.ignore_patterns("base", "__pycache__"))
     monkeypatch.setattr(flax_pref, "__file__", str(package / "__init__.py"))
     assert compared(own, code.__wrapped__()) == "", "a copy of the code elsewhere is the same code"
-    with (package / "objectives" / "dpo.py").open("a") as file:
+    with (package / "methods" / "diffusion_dpo.py").open("a") as file:
         file.write("# changed\n")
     version = agreement.metadata.version
     monkeypatch.setattr(agreement.metadata, "version", lambda name: "0.0.1" if name == "jax" else version(name))
     told = compared(own, code.__wrapped__())
     assert f"version of jax: {jax.__version__} on host 0, 0.0.1 on host 1" in told
-    assert "flax_pref/objectives/dpo.py: SHA-256 " in told and "step.py" not in told
+    assert "flax_pref/methods/diffusion_dpo.py: SHA-256 " in told and "step.py" not in told
 
 
 def test_alone_nothing_is_computed_or_compared():
