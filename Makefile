@@ -31,7 +31,7 @@ plan: .venv/installed-tpu
 
 # Whether a training step and a sampler of full size still fit a TPU chip and are as fast as recorded.
 plan-check: .venv/installed-tpu
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m plan tests/test_plans.py tests/parallel
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m plan tests/test_plans.py tests/planning
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

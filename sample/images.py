@@ -33,8 +33,8 @@ from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
 from flax_pref.diffusion.text_to_image import watched as watched_steps
-from flax_pref.evaluation.image_files import ImageFormat
-from flax_pref.evaluation.image_set import ImageSet, Item, Layout, Writer, image_names
+from flax_pref.images.image_files import ImageFormat
+from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat

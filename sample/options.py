@@ -14,13 +14,13 @@ from flax_pref.checkpoints.abstract import describe
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
-from flax_pref.checkpoints.weights import Network, with_attention
 from flax_pref.config import UserError
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, STEADY, RuleName, named_rule
 from flax_pref.diffusion.solvers import Solver, from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.attention import Kernel
+from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import QuantizedType, quantize
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig

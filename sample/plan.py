@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_pref.checkpoints.abstract import abstract_pipeline
-from flax_pref.checkpoints.weights import with_attention
 from flax_pref.config import UserError, parse_flags, run_main
-from flax_pref.diffusion.planning import drawing_jobs, with_adapters
 from flax_pref.diffusion.rules import named_rule
 from flax_pref.models.bank import AXIS
+from flax_pref.models.network import with_attention
 from flax_pref.models.platform import default_dtype
 from flax_pref.parallel.mesh import make_mesh
-from flax_pref.parallel.plan import Job
-from flax_pref.parallel.planning import PlanFlags, compare, show
-from flax_pref.parallel.topologies import Topology, chips_of
+from flax_pref.planning.command import PlanFlags, compare, show
+from flax_pref.planning.plan import Job
+from flax_pref.planning.sampling import drawing_jobs, with_adapters
+from flax_pref.planning.topologies import Topology, chips_of
 from sample.options import Drawing, check_drawing, drawn_terms, size_of, solver_of, with_preset
 
 
@@ -102,4 +102,4 @@ def jobs(config: Config, slice: Topology) -> tuple[Mesh, list[Job]]:
 if __name__ == "__main__":
     status = run_main(main)
     sys.stdout.flush()
-    os._exit(status)  # the compiler may still be busy, see `parallel.plan.laid_out`
+    os._exit(status)  # the compiler may still be busy, see `planning.plan.laid_out`

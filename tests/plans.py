@@ -22,7 +22,7 @@ import filelock
 
 from flax_pref.files import replacing, write_json
 from flax_pref.parallel.memory import size_text
-from flax_pref.parallel.planning import in_process
+from flax_pref.planning.command import in_process
 
 RECORDED = Path(__file__).with_name("plans.json")
 PAGE = Path("docs/performance.md")

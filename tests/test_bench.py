@@ -9,6 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import common
+from bench.__main__ import main
+from bench.common import time_in_turns
+from bench.guidance import sampler, sampler_inputs
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.solvers import from_config
@@ -16,10 +20,6 @@ from flax_pref.models.presets import FAMILIES, SD15
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
 from flax_pref.parallel import peak
-from sample.bench import common
-from sample.bench.__main__ import main
-from sample.bench.common import time_in_turns
-from sample.bench.guidance import sampler, sampler_inputs
 
 TINY = SD15._replace(
     unet=UNetConfig(
@@ -39,7 +39,7 @@ TINY = SD15._replace(
         norm_num_groups=4,
     ),
 )
-BASE = str(resources.files("flax_pref.demo") / "base")
+BASE = str(resources.files("flax_pref.world") / "base")
 
 
 @pytest.fixture(autouse=True, scope="module")

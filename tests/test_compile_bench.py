@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bench.__main__ import main
 from tests.training.tiny import tiny_checkpoint
-from train.bench.__main__ import main
 
 
 def test_the_second_start_compiles_nothing(tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from flax_pref.serving.sampler import FORMAT, load_sampler
 from sample import export, images, options
 
 ROOT = Path(__file__).parents[1]
-BASE = str(resources.files("flax_pref.demo") / "base")
+BASE = str(resources.files("flax_pref.world") / "base")
 PROMPTS = ["a small red circle in the middle, white background", "a large blue cross", "a large red cross"]
 QUICK = ("--model", "demo", "--steps", "2", "--guidance-scale", "3", "--batch-size", "2")
 

@@ -24,13 +24,13 @@ from PIL import Image
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
-from flax_pref.evaluation.image_files import read_metadata
 from flax_pref.files import one_writer
+from flax_pref.images.image_files import read_metadata
 from flax_pref.models.lora import select_lora, split_lora
 from sample import images, options
 
 ROOT = Path(__file__).parents[1]
-BASE = str(resources.files("flax_pref.demo") / "base")
+BASE = str(resources.files("flax_pref.world") / "base")
 PROMPTS = [f"a {size} {colour} circle in the middle, white background" for size in ("small", "large") for colour in (
     "red", "blue", "green", "yellow")]  # fmt: skip
 QUICK = ("--steps", "2", "--guidance-scale", "3")
@@ -267,7 +267,7 @@ DEMO = ("--model", "demo", "--prompt", "a")
     [
         (("--model", "no/such/model", "--prompt", "a"), "no/such/model: no such file or folder"),
         (("--model", "owner/name", "--prompt", "a"), "owner/name: no such file or folder, the Hub cannot be reached"),
-        (("--model", "flax_pref/demo", "--prompt", "a"), "flax_pref/demo/model_index.json: no such file; expected a"),
+        (("--model", "flax_pref/world", "--prompt", "a"), "flax_pref/world/model_index.json: no such file; expected a"),
         (("--model", "README.md", "--prompt", "a"), "README.md: may hold code"),
         ((*DEMO, "--step", "3"), "perhaps you meant --steps"),
         ((*DEMO, "--steps", "0"), "--steps 0: expected at least 1"),

@@ -17,11 +17,11 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.data.prompts import Prompt
-from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.models.lora import select_lora, split_lora
 
 ROOT = Path(__file__).parents[1]
-BASE = resources.files("flax_pref.demo") / "base"
+BASE = resources.files("flax_pref.world") / "base"
 
 # Every Python that a command starts runs this first. The environment of the tests has the libraries, so an import of
 # theirs would succeed.
@@ -62,7 +62,7 @@ COMMANDS = {
         ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
         '--prompt "a lighthouse in a storm" --seed 0 --out runs/images'
     ): (
-        "{python} -m sample.images --model flax_pref/demo/base --prompt 'a lighthouse in a storm' --steps 2"
+        "{python} -m sample.images --model flax_pref/world/base --prompt 'a lighthouse in a storm' --steps 2"
         " --out {tmp}/images"
     ),
     (

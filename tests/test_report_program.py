@@ -11,7 +11,7 @@ import pytest
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
-from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.images.image_set import ImageSet, Item
 from sample import report
 
 PAGES = ["report.html", "vote.html"]

@@ -17,8 +17,9 @@ from PIL import Image
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
-from flax_pref.demo import judge, world
-from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.images.image_set import ImageSet, Item
+from flax_pref.world import judge
+from flax_pref.world import scenes as world
 from sample import score
 
 ROOT = Path(__file__).parents[1]

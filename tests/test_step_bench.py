@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bench.__main__ import main
 from flax_pref.models.unet import UNetConfig
-from train.bench.__main__ import main
 
 UNET = UNetConfig(
     block_out_channels=(8,),

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from bench.__main__ import main
+from bench.data import TorchPairs
+from bench.writing import random_photos
 from flax_pref.data.images import decode_image, encode_jpeg, fit_image
 from flax_pref.data.prepared import PreparedSet
-from sample.bench.writing import random_photos
-from train.bench.__main__ import main
-from train.bench.data import TorchPairs
 
 SMALL = ("--pairs", 12, "--captions", 3, "--batch-size", 4, "--batches", 2, "--threads", 1, "--rounds", 1)
 

@@ -4,7 +4,7 @@ import sys
 
 from flax_pref.config import check_output_folder, dump_config, load_config, run_main
 from flax_pref.demo.experiment import Demo, DemoConfig
-from flax_pref.evaluation.report import comparison_table, table, text_table
+from flax_pref.demo.report import comparison_table, table, text_table
 from flax_pref.files import one_writer, writing
 
 

@@ -9,8 +9,8 @@ import sys
 
 from flax_pref.config import load_config, run_main
 from flax_pref.data.preparation import EncodeConfig
-from flax_pref.parallel.planning import PlanFlags, compare, own_flags, show
-from flax_pref.training.planning import candidates, jobs
+from flax_pref.planning.command import PlanFlags, compare, own_flags, show
+from flax_pref.planning.training import candidates, jobs
 from flax_pref.training.trainer import TrainConfig
 
 
@@ -27,4 +27,4 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     status = run_main(main)
     sys.stdout.flush()
-    os._exit(status)  # the compiler may still be busy, see `parallel.plan.laid_out`
+    os._exit(status)  # the compiler may still be busy, see `planning.plan.laid_out`

@@ -3,7 +3,7 @@
     python -m train.base configs/demo/base.py
 
 Trains a byte-pair tokenizer, an autoencoder (64 x 64 pixels to 8 x 8 x 8 latents), and a UNet with its text encoder,
-and writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/demo/base/ was made by
+and writes the diffusers folder runs/base/pipeline/. The folder that ships in flax_pref/world/base/ was made by
 these settings from another draw of the initial weights, its layout phase in two runs of 600 and 1600 steps, the first
 with a learning rate of 5e-4: a new run gives another network of the same kind.
 """

@@ -7,8 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.hub import HUB_ID, find_file
-from flax_pref.checkpoints.weights import Component, Network, Tensors, fill, open_tensors
+from flax_pref.checkpoints.weights import Component, Tensors, fill, open_tensors
 from flax_pref.models.blip import ImageRewardConfig, ImageRewardModel
+from flax_pref.models.network import Network
 
 PUBLISHED = "zai-org/ImageReward"
 FILE = "ImageReward.pt"

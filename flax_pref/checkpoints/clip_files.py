@@ -13,7 +13,6 @@ from flax_pref.checkpoints.hub import find_files
 from flax_pref.checkpoints.torch_files import read_torch_file
 from flax_pref.checkpoints.weights import (
     COMPONENTS,
-    Network,
     Tensors,
     TorchTensors,
     abstract_network,
@@ -23,6 +22,7 @@ from flax_pref.checkpoints.weights import (
 )
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
+from flax_pref.models.network import Network
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

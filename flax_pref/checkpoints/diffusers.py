@@ -12,16 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
-from flax_pref.checkpoints.weights import (
-    COMPONENTS,
-    LAYOUT,
-    Network,
-    Placement,
-    load_network,
-    read_config,
-    save_network,
-)
+from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Placement, load_network, read_config, save_network
 from flax_pref.files import new_folder, read_json, write_json
+from flax_pref.models.network import Network
 
 # Folders of the text encoders and tokenizers of each supported pipeline class.
 FAMILIES = {

@@ -34,7 +34,7 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     """
     name = str(path_or_id)
     if name == DEMO:
-        return Path(str(resources.files("flax_pref.demo") / "base"))
+        return Path(str(resources.files("flax_pref.world") / "base"))
     suffix = f".{variant}" if variant else ""
     weights = [
         pattern

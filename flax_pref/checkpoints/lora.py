@@ -30,10 +30,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from flax_pref.checkpoints.weights import KERNEL_AXES, Network
+from flax_pref.checkpoints.weights import KERNEL_AXES
 from flax_pref.files import read_json, replacing, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNetConfig
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import FILE_NAMES, PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
-from flax_pref.checkpoints.weights import Network
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import split_lora
+from flax_pref.models.network import Network
 
 OWN_BASE = "own_base"  # in rules: the base that modules were trained on, where that is not the one they guide
 LORA_FILES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)  # in folders of diffusers and PEFT

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,61 +21,16 @@ from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
 from flax_pref.files import new_folder, read_json, write_json
-from flax_pref.models.attention import Kernel
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionModel
 from flax_pref.models.layers import Keys
-from flax_pref.models.remat import Remat, set_remat
-from flax_pref.models.unet import UNet2DCondition, UNetConfig, set_attention
+from flax_pref.models.network import Network
+from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 
 LAYOUT = "a folder in the layout of diffusers"
 # `(path of a parameter, its shape) -> sharding`, e.g. from rules by path.
 Placement = Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding]
-
-
-class Network(NamedTuple):
-    """A network as data; `nnx.merge(graphdef, params)` is the module.
-
-    Attributes:
-        config: UNetConfig, VAEConfig or CLIPTextConfig.
-        graphdef: structure of the module, hashable.
-        params: nested dict of arrays.
-    """
-
-    config: Any
-    graphdef: nnx.GraphDef
-    params: dict
-
-
-def with_attention(network: Network, kernel: Kernel) -> Network:
-    """A UNet with another kernel for its attention; see `models.attention`.
-
-    Raises:
-        ValueError: there is no such kernel.
-    """
-    unet = nnx.merge(network.graphdef, network.params)
-    set_attention(unet, kernel)
-    return network._replace(graphdef=nnx.graphdef(unet))
-
-
-def with_remat(network: Network, remat: Remat) -> Network:
-    """A network that keeps less for the backward pass; see `models.remat.set_remat`.
-
-    Raises:
-        ValueError: there is no such policy.
-    """
-    module = nnx.merge(network.graphdef, network.params)
-    set_remat(module, remat)
-    return network._replace(graphdef=nnx.graphdef(module))
-
-
-def replicated(network: Network, mesh: jax.sharding.Mesh | None) -> Network:
-    """The network with its parameters on every device of a mesh; as it is where there is none."""
-    if mesh is None:
-        return network
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return network._replace(params=jax.device_put(network.params, everywhere))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

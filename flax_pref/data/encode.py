@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.checkpoints.weights import replicated
 from flax_pref.config import UserError
 from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import Records, Shapes
 from flax_pref.data.selection import Selection
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty
+from flax_pref.models.network import replicated
 
 T, R = TypeVar("T"), TypeVar("R")
 

@@ -21,17 +21,18 @@ from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import Records
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
-from flax_pref.demo import judge, world
+from flax_pref.demo.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
 from flax_pref.diffusion.latents import latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
-from flax_pref.evaluation.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.methods import DiffusionDPO, PairMethod, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
 from flax_pref.training.loop import fit
+from flax_pref.world import judge
+from flax_pref.world import scenes as world
 
 _score = jax.jit(judge.score)
 
@@ -131,7 +132,7 @@ class Demo:
 
     def __init__(self, config: DemoConfig):
         self.config = config
-        folder = config.base if config.base is not None else resources.files("flax_pref.demo") / "base"
+        folder = config.base if config.base is not None else resources.files("flax_pref.world") / "base"
         base = load_pipeline(folder)
         unet = lora_network(
             base.unet,

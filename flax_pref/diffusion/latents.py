@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from flax_pref.checkpoints.weights import Network
 from flax_pref.diffusion.conditioning import chunks
+from flax_pref.models.network import Network
 
 # Pixels per call of the autoencoder: one image of 1024 x 1024, four of 512 x 512. Its activations at full resolution
 # have 128 channels and more, so a whole batch of images at once would set the memory peak of everything.

@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.checkpoints.weights import Network, replicated
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, size_ids, warn_of_cuts
 from flax_pref.diffusion.guidance import Rule, Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
+from flax_pref.models.network import Network, replicated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from flax_pref.evaluation.image_set import MANIFEST_SCHEMA, check_rows
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
 from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
@@ -33,6 +32,7 @@ from flax_pref.evaluation.statistics import (
     won,
 )
 from flax_pref.files import read_json
+from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows
 
 CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag")
 STATISTICS = {

@@ -21,8 +21,8 @@ from PIL import Image
 from flax_pref.config import UserError
 from flax_pref.data.prompts import TEXTS, Prompt
 from flax_pref.data.webdataset import headers
-from flax_pref.evaluation.image_files import read_metadata
-from flax_pref.evaluation.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
+from flax_pref.images.image_files import read_metadata
+from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
 
 # The table of scores beside the images, and its columns.
 SCORES, SCORE, EMBEDDING, PROBLEM = "scores.parquet", "score:", "embedding", "problem"

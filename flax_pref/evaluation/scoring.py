@@ -26,9 +26,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.image_set import MANIFEST_SCHEMA
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, Run, read_image
 from flax_pref.files import one_writer, remedy, replacing
+from flax_pref.images.image_set import MANIFEST_SCHEMA
 from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import Reward
 

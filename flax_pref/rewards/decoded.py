@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_pref.checkpoints.weights import Network, with_remat
 from flax_pref.diffusion.latents import PIXELS
+from flax_pref.models.network import Network, with_remat
 from flax_pref.rewards.reward import Reward
 
 

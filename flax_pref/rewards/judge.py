@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 import jax
 
-from flax_pref.demo import judge, world
+from flax_pref.world import judge
+from flax_pref.world import scenes as world
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """How well images of 64 x 64 pixels show their captions and how well they are made, 0 to 1; see `demo.judge`."""
+    """How well images of 64 x 64 pixels show their captions and how well they are made, 0 to 1; see `world.judge`."""
 
     name = "judge"
     differentiable = True

@@ -13,10 +13,11 @@ from jax.experimental import multihost_utils
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import FILE_NAMES, READERS, load_lora, merge_lora_network, save_lora
-from flax_pref.checkpoints.weights import Network, save_network
+from flax_pref.checkpoints.weights import save_network
 from flax_pref.config import check_least
 from flax_pref.files import replacing
 from flax_pref.models.lora import join_lora, select_lora, stack_lora
+from flax_pref.models.network import Network
 from flax_pref.parallel.hosts import wait_for_others
 from flax_pref.training.networks import LoRA, Trained
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_pref.checkpoints.lora import lora_network
-from flax_pref.checkpoints.weights import Network
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
+from flax_pref.models.network import Network
 from flax_pref.training.step import Independent
 
 

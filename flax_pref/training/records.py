@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.grid import image_grid
 from flax_pref.files import replacing, writing
+from flax_pref.images.grid import image_grid
 from flax_pref.training.tensorboard import Event, EventsWriter, SessionLog, Summary
 
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_pref.checkpoints.weights import Network, replicated
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import clean_estimate, from_config
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
+from flax_pref.models.network import Network, replicated
 from flax_pref.rewards.decoded import score_gradients, score_latents
 from flax_pref.rewards.reward import Reward
 

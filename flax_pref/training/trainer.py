@@ -25,13 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
-from flax_pref.checkpoints.weights import (
-    Network,
-    abstract_network,
-    read_config,
-    with_attention,
-    with_remat,
-)
+from flax_pref.checkpoints.weights import abstract_network, read_config
 from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
@@ -42,6 +36,7 @@ from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.files import one_writer, replacing, writing
 from flax_pref.methods import Method, OnlineMethod
 from flax_pref.models.attention import Kernel
+from flax_pref.models.network import Network, with_attention, with_remat
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig

@@ -24,9 +24,10 @@ from flax_pref.checkpoints.diffusers import (
     save_pipeline,
 )
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network, save_network, to_stored
+from flax_pref.checkpoints.weights import save_network, to_stored
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from flax_pref.checkpoints.lora import load_lora, load_lora_network, lora_network, save_lora
-from flax_pref.checkpoints.weights import Network
 from flax_pref.models.lora import merge_lora, split_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 
 # One layer of each kind that adapters can have, in the blocks of SD1.5 and SDXL with few channels.

@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import load_lora_network, lora_network, save_lora
 from flax_pref.checkpoints.modules import OWN_BASE, _find, fingerprint, load_modules, merge_modules
-from flax_pref.checkpoints.weights import Network, save_network
+from flax_pref.checkpoints.weights import save_network
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, merge_weights, pgd
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import combine_lora, merge_lora, select_lora, split_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 
 CONFIG = UNetConfig(

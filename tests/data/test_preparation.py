@@ -41,7 +41,7 @@ from flax_pref.files import one_writer
 from train import encode as encode_program
 
 ROOT = Path(__file__).parents[2]
-BASE = str(resources.files("flax_pref.demo") / "base")
+BASE = str(resources.files("flax_pref.world") / "base")
 HALF = 2.0**-8  # relative error of bfloat16
 ENCODING = Encoding(size=(64, 64), batch_size=3)
 

@@ -11,13 +11,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.demo import judge, world
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.world import judge
+from flax_pref.world import scenes as world
 
-BASE = resources.files("flax_pref.demo") / "base"
+BASE = resources.files("flax_pref.world") / "base"
 STEPS, SCALE = 10, 3.0  # the demo's
 
 

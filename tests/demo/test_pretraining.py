@@ -8,8 +8,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from flax_pref.checkpoints.diffusers import load_pipeline, save_pipeline
-from flax_pref.demo import world
 from flax_pref.demo.pretraining import Phase, train_base, train_tokenizer
+from flax_pref.world import scenes as world
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network
 from flax_pref.diffusion import conditioning
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
+from flax_pref.models.network import Network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]

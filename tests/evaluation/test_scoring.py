@@ -27,10 +27,10 @@ from PIL import Image
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.evaluation import scoring
-from flax_pref.evaluation.image_files import encode_image
-from flax_pref.evaluation.image_set import ImageSet, Item
 from flax_pref.evaluation.runs import ImageFile, open_run, read_image
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
+from flax_pref.images.image_files import encode_image
+from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.rewards.jpeg import JpegSize
 

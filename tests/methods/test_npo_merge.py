@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.modules import Guided, merge_modules
-from flax_pref.checkpoints.weights import Network
 from flax_pref.models.lora import combine_lora, join_lora, merge_lora, split_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 
 CONFIG = UNetConfig(

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.checkpoints.lora import load_lora_network, lora_network, merge_lora_network, save_lora
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network
 from flax_pref.diffusion.guidance import cfg, cpgd, cpgd_conditional, pgd, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -31,6 +30,7 @@ from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.bank import AXIS, Bank, Member, stack
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.lora import join_lora, select_lora, split_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 

@@ -8,9 +8,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import lora_network
-from flax_pref.checkpoints.weights import Network
 from flax_pref.models.layers import Linear
 from flax_pref.models.lora import add_lora, join_lora, merge_lora, select_lora, set_rows, split_lora, stack_lora
+from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 
 CONFIG = UNetConfig(

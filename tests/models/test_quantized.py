@@ -43,7 +43,7 @@ def test_parts_of_a_kernel_cannot_be_read_by_mistake():
 
 
 def test_the_loop_of_a_sampler_carries_the_small_weights():
-    unet = load_unet(resources.files("flax_pref.demo") / "base" / "unet")
+    unet = load_unet(resources.files("flax_pref.world") / "base" / "unet")
     channels = unet.config.in_channels
     table, keys = tabulate(cfg(3.0), 4, 1), image_keys([0], [0])
     text = {"encoder_hidden_states": jnp.zeros((1, 77, unet.config.cross_attention_dim))}

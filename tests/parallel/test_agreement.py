@@ -18,7 +18,7 @@ from PIL import Image
 import flax_pref
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
-from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.methods import NPO, DiffusionDPO
 from flax_pref.parallel import agreement
 from flax_pref.parallel.agreement import LISTED, Content, Fact, agree, begin_together, code, described, differing, flat

@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 import tiny_step
+from collectives import collectives
 
-from flax_pref.parallel.collectives import collectives
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 
 TEXT = """

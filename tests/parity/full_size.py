@@ -54,7 +54,7 @@ def relative_error(ours, theirs) -> float:
 
 def scored() -> dict[str, np.ndarray]:
     """Images of the size that scorers take, and captions as token ids of any vocabulary."""
-    from sample.bench.writing import random_photos
+    from bench.writing import random_photos
 
     ids = np.random.default_rng(2).integers(1000, 30000, (2, 77)).astype(np.int32)
     ids[:, -1] = 49407
@@ -62,8 +62,8 @@ def scored() -> dict[str, np.ndarray]:
 
 
 def inputs(part: str) -> dict[str, np.ndarray]:
+    from bench.common import random_inputs
     from flax_pref.models.presets import FAMILIES
-    from sample.bench.common import random_inputs
 
     family, kind = part.split()
     family = FAMILIES[family]
@@ -82,9 +82,9 @@ def inputs(part: str) -> dict[str, np.ndarray]:
 
 
 def write(part: str, folder: str) -> None:
+    from bench.common import random_network
     from flax_pref.checkpoints.weights import save_network
     from flax_pref.models.presets import FAMILIES
-    from sample.bench.common import random_network
 
     if part in SCORERS:
         return write_scorer(part, Path(folder))
@@ -101,10 +101,10 @@ def write(part: str, folder: str) -> None:
 def write_scorer(part: str, folder: Path) -> None:
     import torch
 
+    from bench.common import random_network
     from flax_pref.checkpoints.weights import save_network
     from flax_pref.models.blip import ImageRewardConfig
     from flax_pref.models.presets import CLIP_VIT_H
-    from sample.bench.common import random_network
     from tests.parity.image_reward_reference import random_weights
 
     if part == "pickscore":
@@ -148,10 +148,10 @@ def ours(part: str, folder: str) -> None:
 def score_ours(part: str, folder: Path) -> None:
     import jax
 
+    from bench.rewards import pickscore
     from flax_pref.checkpoints.blip_files import load_image_reward_model
     from flax_pref.checkpoints.clip_files import load_clip
     from flax_pref.rewards.image_reward import TOKENS, ImageReward
-    from sample.bench.rewards import pickscore
 
     given, started = scored(), time.perf_counter()
     if part == "pickscore":
@@ -247,7 +247,7 @@ def nhwc(tensor):
 def report(side: str, folder: str, outputs: dict, **seconds: float) -> None:
     for name, array in outputs.items():
         np.save(f"{folder}/{side}-{name}.npy", array)
-    from sample.bench.common import peak_gb
+    from bench.common import peak_gb
 
     figures = {name: round(value, 1) for name, value in seconds.items()} | {"peak_gb": round(peak_gb(), 1)}
     print(json.dumps(figures | ({"outputs": list(outputs)} if side == "ours" else {})))

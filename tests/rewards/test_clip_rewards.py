@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 from flax_pref.checkpoints import clip_files, hub
 from flax_pref.checkpoints.clip_files import load_clip
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network, abstract_network, save_network
+from flax_pref.checkpoints.weights import abstract_network, save_network
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
+from flax_pref.models.network import Network
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
 from flax_pref.rewards.clip import RECIPES, load_clip_reward
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_pref.demo import judge, world
 from flax_pref.rewards.decoded import in_turns
 from flax_pref.rewards.reward import REWARDS, Weighted, make_reward
+from flax_pref.world import judge
+from flax_pref.world import scenes as world
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ PROGRAM = """
 import jax, numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from flax_pref.checkpoints.weights import Network
+from flax_pref.models.network import Network
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 from flax_pref.rewards.decoded import score_latents
 from flax_pref.rewards.reward import Weighted, make_reward

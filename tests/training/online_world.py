@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_pref.checkpoints.weights import Network
 from flax_pref.methods import D3PO, DDPO, SPO, OnlineMethod, TailorPO
+from flax_pref.models.network import Network
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 

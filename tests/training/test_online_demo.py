@@ -11,7 +11,6 @@ import pytest
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import lora_network
-from flax_pref.demo import world
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.solvers import from_config
@@ -20,6 +19,7 @@ from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.models.lora import bank_predict, join_lora, split_lora
 from flax_pref.rewards.reward import Weighted, make_reward
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
+from flax_pref.world import scenes as world
 
 S = 3.0
 

@@ -12,10 +12,10 @@ from flax_pref.checkpoints.hub import DEMO
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
 from flax_pref.methods import DDPO, TailorPO
+from flax_pref.planning.training import Blank, records_of, step_job
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.planning import Blank, records_of, step_job
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.sources import OnlineConfig
 from flax_pref.training.trainer import Run, TrainConfig

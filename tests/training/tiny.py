@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from flax_pref.checkpoints.diffusers import Pipeline, save_pipeline
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
-from flax_pref.checkpoints.weights import Network, abstract_network, save_network
+from flax_pref.checkpoints.weights import abstract_network, save_network
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import (
     CAPTIONS,
@@ -28,6 +28,7 @@ from flax_pref.data.prepared import (
 from flax_pref.methods import DiffusionDPO
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
+from flax_pref.models.network import Network
 from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig

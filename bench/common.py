@@ -1,0 +1,140 @@
+"""What benches share: command line, random networks and inputs, timing in turns, memory."""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from flax_pref.checkpoints.weights import abstract_network
+from flax_pref.config import parse_flags
+from flax_pref.models.network import Network
+from flax_pref.models.presets import Family
+from flax_pref.parallel.peak import measured_bandwidth, measured_peak
+
+
+def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str]) -> None:
+    """Runs the bench that the arguments name, prints its figures, and writes them where its field `json` says.
+
+    Args:
+        benches: for each kind of flags, named as on the command line but for its capital, what gives the figures.
+        arguments: `["data", "--json", "data.json"]`.
+    """
+    kinds = {kind.__name__.lower(): kind() for kind in benches}
+    bench = parse_flags(arguments, tyro.extras.subcommand_type_from_defaults(kinds))
+    figures = benches[type(bench)](bench)
+    print(json.dumps(figures, indent=2))
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def random_network(kind: str, config, dtype="float32") -> Network:
+    """A network with random weights of the size that keeps activations bounded, in the given dtype."""
+    network = abstract_network(kind, config, jnp.dtype(dtype))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name, shape = path[-1].key, leaf.shape
+        values = rng.standard_normal(shape, dtype=np.float32)
+        scale = 0.02 if name == "embedding" else np.prod(shape[:-1]) ** -0.5 if name == "kernel" else 0.1
+        values *= np.float32(scale)
+        if name == "scale":
+            values += 1
+        return jnp.asarray(values, leaf.dtype)
+
+    return network._replace(params=jax.tree_util.tree_map_with_path(draw, network.params))
+
+
+def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.ndarray]:
+    """Arguments of a UNet; `size` in latent pixels."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "latents": (size, size, family.unet.in_channels),
+        "encoder_hidden_states": (77, family.unet.cross_attention_dim),
+    }
+    if family.unet.addition_embed_type == "text_time":
+        shapes["text_embeds"] = (family.text_encoders[-1].projection_dim,)
+    inputs = {name: rng.standard_normal((batch_size, *shape), dtype=np.float32) for name, shape in shapes.items()}
+    inputs["timesteps"] = np.linspace(981, 21, batch_size).astype(np.int32)
+    if "text_embeds" in inputs:
+        inputs["time_ids"] = np.tile(np.float32([8 * size, 8 * size, 0, 0, 8 * size, 8 * size]), (batch_size, 1))
+    return inputs
+
+
+def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each; one untimed call first. In turns, so that a busy machine slows all alike."""
+    if rounds < 1:
+        raise ValueError(f"bench: --rounds {rounds}; expected at least one timed call")
+    for call in candidates.values():
+        call()
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The device
+
+
+class Reached(NamedTuple):
+    """What a device was measured to reach, beside which a program's work is put.
+
+    Attributes:
+        flops: per second, in matrix products of the dtype in question.
+        bandwidth: bytes per second, read and written by a copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measured(cls, dtype: str) -> "Reached":
+        """Of JAX's default device, in about a second."""
+        return cls(measured_peak(dtype=dtype), measured_bandwidth())
+
+    def figures(self) -> dict[str, float]:
+        """For a bench to tell."""
+        return {
+            "measured_peak_tflops": round(self.flops / 1e12, 4),
+            "copy_gb_per_second": round(self.bandwidth / 1e9, 2),
+        }
+
+    def shares(self, flops: float, moved: float, seconds: float) -> dict[str, float]:
+        """What a program of so many FLOP and bytes, which takes so many seconds, reaches of it."""
+        return {
+            "share_of_measured_peak": round(flops / seconds / self.flops, 3),
+            "share_of_copy_bandwidth": round(moved / seconds / self.bandwidth, 3),
+        }
+
+
+def bytes_accessed(compiled: Any) -> float:
+    """What a compiled program reads and writes, as XLA counts it: the body of a loop once."""
+    return compiled.cost_analysis().get("bytes accessed", 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far; Linux counts in kB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def memory_peak_gb() -> float:
+    """Largest memory in use on the device so far; where the device is the host, that of this process."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 1e9 if stats else peak_gb()

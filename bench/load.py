@@ -1,0 +1,87 @@
+"""Time and peak host memory of loading a checkpoint of full size with random weights."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from bench.common import peak_gb, random_network
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.weights import load_network, save_network
+from flax_pref.models.presets import FAMILIES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """Measures the loading of a checkpoint."""
+
+    family: Literal["sd15", "sdxl"] = "sdxl"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    part: Literal["unet", "pipeline"] = "unet"
+    folder: Path | None = None
+    """A checkpoint in the layout of diffusers; None: a UNet with random weights in one float32 file, made for the
+    occasion in a temporary folder (needs 11 GB of disk and of memory for SDXL's)."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def bench_load(bench: Load) -> dict:
+    """Seconds and peak host memory of a process that loads a checkpoint and does nothing else."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = bench.folder
+        if folder is None:
+            if bench.part == "pipeline":
+                raise ValueError("bench: --part pipeline needs --folder, a checkpoint in the layout of diffusers")
+            folder = Path(temporary)
+            _child("write", folder / "unet", bench.family)
+        measured = json.loads(_child("load", folder, bench.part, bench.dtype))
+        files = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+    figures = {
+        **{"part": bench.part, "dtype": bench.dtype, "device": jax.devices()[0].device_kind},
+        "largest_file_gb": round(max(files) / 1e9, 2),
+        **measured,
+    }
+    figures["peak_over_largest_file"] = round(figures["peak_gb"] / (max(files) / 1e9), 3)
+    return figures
+
+
+def _child(*arguments) -> str:
+    """Runs this file in a process of its own, for a process remembers its peak."""
+    command = [sys.executable, "-m", "bench.load", *map(str, arguments)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        raise ValueError(f"bench: {' '.join(command)} failed, see above")
+    return child.stdout
+
+
+def _in_child(job: str, folder: str, *arguments: str) -> None:
+    if job == "write":
+        unet = random_network("unet", FAMILIES[arguments[0]].unet)
+        save_network(unet, folder, shard_bytes=2**62)
+        return
+    part, dtype = arguments
+    before = peak_gb()
+    started = time.perf_counter()
+    kind = jnp.dtype(dtype)
+    loaded = load_network("unet", Path(folder) / "unet", kind).params if part == "unet" else load_pipeline(folder, kind)
+    networks = [loaded] if part == "unet" else [p.params for p in (loaded.unet, loaded.vae, *loaded.text_encoders)]
+    leaves = jax.block_until_ready(jax.tree.leaves(networks))
+    seconds = time.perf_counter() - started
+    figures = {
+        "seconds": round(seconds, 1),
+        "parameters_gb": round(sum(leaf.nbytes for leaf in leaves) / 1e9, 2),
+        "start_gb": round(before, 2),
+        "peak_gb": round(peak_gb(), 2),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    _in_child(*sys.argv[1:])

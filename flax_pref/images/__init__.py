@@ -1,0 +1,1 @@
+"""Evaluation images as files: resumable sets, tar shards, grids."""

@@ -1,0 +1,190 @@
+"""The programs of a run with shapes in place of weights and data, as they would be compiled for a mesh."""
+
+import dataclasses
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_pref.checkpoints.abstract import abstract_pipeline, conditioning_shapes, describe
+from flax_pref.data.encode import CAPTIONS_AT_ONCE, encode_pixels
+from flax_pref.data.pipeline import host_batches
+from flax_pref.data.preparation import EncodeConfig
+from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
+from flax_pref.diffusion.conditioning import encode_ids
+from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.solvers import from_config
+from flax_pref.models.platform import default_dtype
+from flax_pref.models.presets import Family
+from flax_pref.models.remat import Remat
+from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
+from flax_pref.parallel.sharding import batch_sharding
+from flax_pref.planning.plan import Job
+from flax_pref.planning.topologies import Topology, chips_of
+from flax_pref.training.rollouts import take_batch
+from flax_pref.training.trainer import Program, TrainConfig, check_data, held_by
+
+
+def jobs(config: TrainConfig | EncodeConfig, slice: Topology) -> tuple[Mesh, list[Job]]:
+    """The mesh and the programs of train.modules, or of train.encode.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: as those programs, but that weights and data need not be there.
+    """
+    if isinstance(config, EncodeConfig):
+        mesh = make_mesh(config.mesh, slice.devices)
+        return mesh, encode_jobs(config, mesh)
+    mesh = make_mesh(config.mesh, slice.devices, TRAINING_AXES)
+    return mesh, [step_job(divisible(config, mesh), mesh)]
+
+
+def candidates(config: TrainConfig | EncodeConfig, slice: str) -> list[list[str]]:
+    """Flags to compare: fsdp axes of the hosts and of more chips, each with and without blocks computed again."""
+    if isinstance(config, EncodeConfig):
+        return [["--encoding.batch-size", str(size)] for size in (1, 2, 4, 8)]
+    sizes = [size for size in (1, 4, 16, 64) if size <= chips_of(slice)]
+    sizes = sizes if config.weights == "full" else sizes[:1]
+    meshes = ["data=-1" if size == 1 else f"data=-1,fsdp={size}" for size in sizes]
+    return [["--mesh", mesh, "--remat", remat] for mesh in meshes for remat in get_args(Remat)]
+
+
+def divisible(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The config with a batch, and a number of parts of it, that every chip has a share of; says where they differ.
+
+    The batch becomes the next multiple of the chips, and the parts the most up to the config's own number.
+    """
+    chips = mesh.size // mesh.shape.get("tensor", 1)
+    share = -(-config.batch_size // chips)
+    parts = max(parts for parts in range(1, config.accumulation + 1) if share % parts == 0)
+    size, asked = share * chips, (config.batch_size, config.accumulation)
+    if (size, parts) == asked:
+        return config
+    name = "input.batch_size" if config.online is None else "online.rollouts.batch_size"
+    print(
+        f"planned with {name}={size} and accumulation={parts}: {asked[0]} in {asked[1]} parts cannot be divided over "
+        f"{chips} chips"
+    )
+    if config.online is None:
+        return dataclasses.replace(config, input=dataclasses.replace(config.input, batch_size=size), accumulation=parts)
+    rollouts = dataclasses.replace(config.online.rollouts, batch_size=size)
+    return dataclasses.replace(config, online=dataclasses.replace(config.online, rollouts=rollouts), accumulation=parts)
+
+
+def step_job(config: TrainConfig, mesh: Mesh) -> Job:
+    """The step that train.modules makes with this config on this mesh; errors as `jobs`."""
+    family = describe(config.model)
+    program = Program(config, mesh, family.unet)
+    if config.online is None:
+        records = records_of(config, family)
+        check_data(records, family.unet, config)
+        schedule = NoiseSchedule.from_dict(family.scheduler_config)
+        objective = program.pair_objective(schedule, records.conditioning(EMPTY), family.vae.scaling_factor)
+        batch = batch_of(config, records, mesh)
+    else:
+        objective, batch = program.online_objective(), examples_of(config, family, mesh)
+    return Job(
+        name=f"train step of {type(config.method).__name__}",
+        program=program.step(objective),
+        arguments=(program.shapes, program.frozen, batch),
+        held=held_by(program.shapes, program.frozen, batch),
+        work=config.batch_size,
+        unit="pair" if config.online is None else "example",
+    )
+
+
+class Blank(Records):
+    """Records of which only the shapes are known: one pair of zeros."""
+
+    def __init__(self, shapes: Shapes, image_size: tuple[int, int]):
+        self.shapes, self.image_size, self.fingerprint = shapes, image_size, "blank"
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return 1
+
+    def pair(self, index: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        moments = np.zeros(self.shapes.moments, jnp.bfloat16)
+        sizes = np.zeros((len(moments), 2, 4), np.int32)
+        return {"row": np.int64(0), "caption": np.int64(EMPTY), "winner": moments, "loser": moments, "sizes": sizes}
+
+    def conditioning(self, caption: int) -> dict[str, np.ndarray]:
+        """See `Records`."""
+        return {name: np.zeros(shape, jnp.bfloat16) for name, shape in self.shapes.conditioning.items()}
+
+
+def records_of(config: TrainConfig, family: Family) -> Records:
+    """The prepared set of a config where it is there, else one of the resolution that the networks were trained on."""
+    if config.data.exists():
+        return PreparedSet(config.data)
+    vae = family.vae
+    side = family.resolution // vae.downscale_factor
+    moments = (1 + config.input.flip, side, side, 2 * vae.latent_channels)
+    return Blank(Shapes(moments, conditioning_shapes(family.unet, family.text_encoders)), (family.resolution,) * 2)
+
+
+def batch_of(config: TrainConfig, records: Records, mesh: Mesh) -> Any:
+    """Shapes of what `data.pipeline.PairBatches` yields."""
+    one_row = dataclasses.replace(config.input, batch_size=1)
+    example = host_batches(records, one_row, seed=0, rows=np.arange(1))[0]
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=sharding), example
+    )
+
+
+def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
+    """Shapes of the minibatches that `training.rollouts.Rollouts` gives."""
+    method, vae = config.method, family.vae
+    side = [size // vae.downscale_factor for size in config.online.size]
+    shapes = {name: (1, *shape) for name, shape in method.shapes((*side, vae.latent_channels)).items()}
+    text = conditioning_shapes(family.unet, family.text_encoders)
+    if family.unet.addition_embed_type == "text_time":
+        text["time_ids"] = (6,)
+    solver = from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
+
+    def one():
+        zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        told = {name: jnp.zeros((1, *shape)) for name, shape in text.items()}
+        empty = {name: jnp.zeros(shape) for name, shape in text.items()}
+        index = [jnp.zeros(1, jnp.int32) for _ in range(1 + len(method.examples))]
+        return take_batch(method, zeros, told, empty, solver, index)
+
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=sharding),
+        jax.eval_shape(one),
+    )
+
+
+def encode_jobs(config: EncodeConfig, mesh: Mesh) -> list[Job]:
+    """What train.encode does with a batch of pairs, and with one of captions; errors as `jobs`."""
+    with jax.set_mesh(mesh):
+        dtype = jnp.dtype(default_dtype(config.dtype))
+    pipeline = abstract_pipeline(config.model, dtype)
+    whole = NamedSharding(mesh, PartitionSpec())
+    divided = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def placed(network):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), network.params)
+
+    vae, encoders = placed(pipeline.vae), [placed(network) for network in pipeline.text_encoders]
+    held = {"autoencoder": vae, "text encoders": encoders}
+    pairs, captions = (count * mesh.size for count in (config.encoding.batch_size, CAPTIONS_AT_ONCE))
+    pixels = jax.ShapeDtypeStruct((pairs, 2, *config.encoding.size, 3), jnp.uint8, sharding=divided)
+
+    def encode(params, pixels):
+        return encode_pixels(pipeline.vae.graphdef, config.encoding.mirrored, params, pixels)
+
+    def caption(params, ids):
+        own = [network._replace(params=each) for network, each in zip(pipeline.text_encoders, params, strict=True)]
+        return encode_ids(dataclasses.replace(pipeline, text_encoders=tuple(own)), ids)
+
+    length = pipeline.text_encoders[0].config.max_position_embeddings
+    ids = [jax.ShapeDtypeStruct((captions, length), jnp.int32, sharding=divided) for _ in encoders]
+    return [
+        Job("captions", jax.jit(caption), (encoders, ids), held, captions, "caption", "text encoders"),
+        Job("encoding of images", jax.jit(encode), (vae, pixels), {**held, "batch": pixels}, pairs, "pair", "VAE"),
+    ]
