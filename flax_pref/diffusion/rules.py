@@ -1,17 +1,27 @@
-"""Guidance rules by name, with strengths as users write them."""
+"""Guidance rules by name, with strengths as users write them: a table, and rules of the user's own.
 
-from typing import Any, Literal
+To add a rule, write a function `(w, guidance_scale, **options) -> Rule` in `guidance.py` and its line in `RULES`; or
+use one of your own module as it is, with `python:MODULE:FUNCTION`.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from flax_pref.diffusion.guidance import (
     Rule,
     Schedule,
     Strength,
+    Strengths,
     autoguidance,
     cfg,
     chats,
     cpgd,
     cpgd_conditional,
     npo,
+    parse_strengths,
     pgd,
 )
 
@@ -27,15 +37,85 @@ RuleName = Literal[
     "chats",
     "autoguidance",
 ]
-STEADY = ("cfg", "fine_tuned", "npo", "chats")  # rules without a strength w
-CONTRASTING = ("pgd", "cpgd", "cpgd_conditional", "positive_only", "negative_only", "autoguidance")
+
+
+class Terms(NamedTuple):
+    """What a rule is made of; see `named_rule`."""
+
+    w: Any
+    guidance_scale: Any
+    module: str
+    reference: str
+    proxy: float
+
+
+class NamedRule(NamedTuple):
+    """An entry of the table.
+
+    Attributes:
+        make: the rule of its terms; options are those of `Rule`.
+        contrasts: whether it has a strength w.
+    """
+
+    make: Callable[..., Rule]
+    contrasts: bool
+
+
+RULES: dict[str, NamedRule] = {
+    "cfg": NamedRule(lambda t, **o: cfg(t.guidance_scale, **o), contrasts=False),
+    "fine_tuned": NamedRule(lambda t, **o: cfg(t.guidance_scale, t.module, **o), contrasts=False),
+    "npo": NamedRule(lambda t, **o: npo(t.guidance_scale, **o), contrasts=False),
+    "chats": NamedRule(lambda t, **o: chats(t.guidance_scale, proxy=t.proxy, **o), contrasts=False),
+    "pgd": NamedRule(lambda t, **o: pgd(t.w, t.guidance_scale, t.module, reference=t.reference, **o), contrasts=True),
+    "cpgd": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, **o), contrasts=True),
+    "cpgd_conditional": NamedRule(lambda t, **o: cpgd_conditional(t.w, t.guidance_scale, **o), contrasts=True),
+    "positive_only": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, negative=t.reference, **o), contrasts=True),
+    "negative_only": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, positive=t.reference, **o), contrasts=True),
+    "autoguidance": NamedRule(lambda t, **o: autoguidance(t.w, **o), contrasts=True),
+}
+STEADY = tuple(name for name, rule in RULES.items() if not rule.contrasts)  # rules without a strength w
+CONTRASTING = tuple(name for name, rule in RULES.items() if rule.contrasts)
+OWN = re.compile(r"python:([\w.]+):(\w+)")
+
+
+def find_rule(name: str) -> NamedRule:
+    """The entry of a name, or of a function of the user, `python:MODULE:FUNCTION`.
+
+    The function is called as `FUNCTION(w, guidance_scale, **options)`, or without w if it has no parameter of that
+    name, and returns a `Rule`; options are every, between and rescale. The module is imported, that is, executed.
+
+    Raises:
+        ValueError: there is no such rule, module or function.
+    """
+    if name in RULES:
+        return RULES[name]
+    if not (match := OWN.fullmatch(name)):
+        raise ValueError(f"no rule {name!r}; expected {', '.join(RULES)}, or python:MODULE:FUNCTION")
+    try:
+        function = getattr(importlib.import_module(match[1]), match[2])
+    except ImportError as error:
+        raise ValueError(
+            f"rule {name}: cannot import {match[1]} ({error}); run from its folder, or set PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"rule {name}: module {match[1]} has no {match[2]}") from error
+    contrasts = "w" in inspect.signature(function).parameters
+
+    def make(terms: Terms, **options) -> Rule:
+        strengths = {"w": terms.w} if contrasts else {}
+        rule = function(**strengths, guidance_scale=terms.guidance_scale, **options)
+        if not isinstance(rule, Rule):
+            raise ValueError(f"rule {name}: returned a {type(rule).__name__}; expected a flax_pref Rule")
+        return rule
+
+    return NamedRule(make, contrasts)
 
 
 def named_rule(
-    name: RuleName,
+    name: str,
     *,
     guidance_scale: Strength | str,
-    w: Strength | str | None = None,
+    w: Strengths | str | None = None,
     module: str = "module",
     reference: str = "base",
     every: int = 1,
@@ -43,37 +123,26 @@ def named_rule(
     rescale: float | None = None,
     proxy: float = 0.5,
 ) -> Rule:
-    """A rule of `diffusion.guidance`.
+    """A rule by its name.
 
     Args:
-        name: of the rule.
+        name: one of `RULES`, or `python:MODULE:FUNCTION`, see `find_rule`.
         guidance_scale: of classifier-free guidance; text is read by `Schedule.parse`.
-        w: strength of the modules, likewise; not used by rules in STEADY.
+        w: strength of the modules, or one for each contrast by name; text is read by `parse_strengths`. Rules without
+            a contrast do not use it.
         module: the network that pgd and fine_tuned go by.
         reference: the network that one-sided rules compare with.
         every: see `Rule`, as for between, rescale and proxy.
 
     Raises:
-        ValueError: a strength is not understood or not finite, or the rule has no guidance scale to rescale.
+        ValueError: there is no such rule, a strength is not understood or not finite, or the rule has no guidance scale
+            to rescale.
     """
     if name == "autoguidance" and rescale is not None:
         raise ValueError("rescale undoes what a guidance scale adds, and autoguidance has none; leave it out")
-    s, w = _strength(guidance_scale), _strength(w)
-    options: dict[str, Any] = {"rescale": rescale}
-    strong = {**options, "every": every, "between": between}
-    return {
-        "cfg": lambda: cfg(s, **options),
-        "fine_tuned": lambda: cfg(s, module, **options),
-        "npo": lambda: npo(s, **options),
-        "chats": lambda: chats(s, proxy=proxy, **options),
-        "pgd": lambda: pgd(w, s, module, reference=reference, **strong),
-        "cpgd": lambda: cpgd(w, s, **strong),
-        "cpgd_conditional": lambda: cpgd_conditional(w, s, **strong),
-        "positive_only": lambda: cpgd(w, s, negative=reference, **strong),
-        "negative_only": lambda: cpgd(w, s, positive=reference, **strong),
-        "autoguidance": lambda: autoguidance(w, **strong),
-    }[name]()
-
-
-def _strength(given: Strength | str | None) -> Strength | None:
-    return Schedule.parse(given) if isinstance(given, str) else given
+    s = Schedule.parse(guidance_scale) if isinstance(guidance_scale, str) else guidance_scale
+    rule = find_rule(name)
+    options: Mapping[str, Any] = {"rescale": rescale}
+    if rule.contrasts:
+        options = {**options, "every": every, "between": between}
+    return rule.make(Terms(parse_strengths(w) if isinstance(w, str) else w, s, module, reference, proxy), **options)
