@@ -8,30 +8,25 @@ Settings: scripts/train_sd15.sh of the authors' code (AIDC-AI/CHATS; arXiv:2502.
 times the batch of it: 16 pairs on each of 8 GPUs. It trains on 7,500 pairs of Open Image Preferences; Pick-a-Pic is
 our choice, as are 512 pixels instead of 1024.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 4.8 GB for weights, optimizer and
-gradients, and about 0.8 GB for the activations of a pair, as blocks are computed again in the backward pass; counted
-from shapes, but for the block in work, which is estimated. No machine has confirmed it.
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Memory per device: 4.8 GB for weights,
+optimizer and gradients, and about 0.8 GB of activations for each pair, with rematerialised blocks. Estimated from
+shapes; not measured.
 
 Not run here. The paper reports gains over Diffusion-DPO, sampled with the method's own rule.
 """
 
-from pathlib import Path
-
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import CHATS
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SD15
 
-config = TrainConfig(
-    output=Path("runs/sd15/chats"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    data=Path("runs/pick_a_pic_sd15"),
+config = SD15.pairs(
+    "chats",
     method=CHATS(beta=1000.0, dropout=0.5),
     weights="full",
     input=InputConfig(batch_size=128),
     optimizer=OptimizerConfig(learning_rate=1.28e-7, warmup_steps=100, weight_decay=0.01),
     steps=2000,
     accumulation=8,
-    remat="block",
     mesh="data=-1,fsdp=8",
 )

@@ -11,29 +11,19 @@ Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory
 Not run here. The paper shows the size of the files falling steadily over its 50,000 drawn images.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import DDPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SD15
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sd15/ddpo"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+config = SD15.online(
+    "ddpo",
     method=DDPO(steps=50, images_per_prompt=8, ratio_clip=1e-4, advantage_clip=10.0),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
-        rollouts=RolloutConfig(prompts=32, at_once=16, batch_size=160),
-        size=(512, 512),
-    ),
+    reward="compressibility",
+    rollouts=RolloutConfig(prompts=32, at_once=16, batch_size=160),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=1e-4),
     steps=2000,
     accumulation=5,
-    remat="block",
 )

@@ -6,30 +6,25 @@ Reads runs/pick_a_pic_sd15, which `python -m train.encode configs/sd15/encode_pi
 
 Settings: those of configs/sd15/dpo.py for both modules. The choice is ours: no paper trains the two in one run.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 4.8 GB for weights, optimizer and
-gradients, and about 1.5 GB for the activations of a pair, as blocks are computed again in the backward pass; counted
-from shapes, but for the block in work, which is estimated. No machine has confirmed it.
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Memory per device: 4.8 GB for weights,
+optimizer and gradients, and about 1.5 GB of activations for each pair, with rematerialised blocks. Estimated from
+shapes; not measured.
 
 Not run here, and nothing is published to compare it with.
 """
 
-from pathlib import Path
-
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import PositiveNegativeDPO
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SD15
 
-config = TrainConfig(
-    output=Path("runs/sd15/dpo_modules"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    data=Path("runs/pick_a_pic_sd15"),
+config = SD15.pairs(
+    "dpo_modules",
     method=PositiveNegativeDPO(beta=5000.0),
     weights="full",
     input=InputConfig(batch_size=2048, caption_dropout=0.2),
     optimizer=OptimizerConfig(learning_rate=2.048e-5, warmup_steps=500, weight_decay=0.01),
     steps=2000,
     accumulation=128,
-    remat="block",
     mesh="data=-1,fsdp=8",
 )

@@ -8,32 +8,26 @@ Settings: DPO-DPO-NPO/run_sd15.sh of the authors' code (G-U-N/Diffusion-NPO; arX
 without the factor 1/2. Its batch of 64 is that of one GPU, and how many there were is not said; it trains on
 Pick-a-Pic v1.
 
-Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Each takes 1.7 GB for the frozen weights,
-and about 0.8 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from
-shapes, but for the block in work, which is estimated. No machine has confirmed it.
+Hardware: 16 chips of TPU v5e, or 8 GPUs with 80 GB, two pairs at a time. Memory per device: 1.7 GB for the frozen
+weights, and about 0.8 GB of activations for each pair, with rematerialised blocks. Estimated from shapes; not
+measured.
 
 Not run here. The paper reports better images from the base and from models that were aligned before, sampled with
-this module in place of the base for the empty prompt.
+this module instead of the base for the empty prompt.
 """
-
-from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import NPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SD15
 
-config = TrainConfig(
-    output=Path("runs/sd15/npo"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    data=Path("runs/pick_a_pic_sd15"),
+config = SD15.pairs(
+    "npo",
     method=NPO(beta=1000.0),
     lora=LoRA(rank=8),
     input=InputConfig(batch_size=64),
     optimizer=OptimizerConfig(learning_rate=5e-6, weight_decay=0.01),
     steps=5000,
     accumulation=4,
-    remat="block",
-    mesh="data=-1",
 )

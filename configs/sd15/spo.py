@@ -12,29 +12,19 @@ Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory
 Not run here. The paper's figures are for its own preference model and cannot be compared.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import SPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SD15
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sd15/spo"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+config = SD15.online(
+    "spo",
     method=SPO(beta=10.0, pool=4, skip=4, ratio_clip=0.1),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
-        rollouts=RolloutConfig(prompts=64, at_once=16, batch_size=128),
-        size=(512, 512),
-    ),
+    reward="compressibility",
+    rollouts=RolloutConfig(prompts=64, at_once=16, batch_size=128),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=6e-5, weight_decay=1e-4),
     steps=2000,
     accumulation=4,
-    remat="block",
 )

@@ -14,29 +14,19 @@ Not run here. PickScore in the paper's Table 2 (SD1.5, 45 animal prompts): base 
 D3PO (20.40) and SPO (20.38) and above DDPO (20.24); TailorPO-G 20.68.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import TailorPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SD15
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sd15/tailorpo"),
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+config = SD15.online(
+    "tailorpo",
     method=TailorPO(beta=0.1),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("pickscore"),),
-        rollouts=RolloutConfig(prompts=64, at_once=16, batch_size=160),
-        size=(512, 512),
-    ),
+    reward="pickscore",
+    rollouts=RolloutConfig(prompts=64, at_once=16, batch_size=160),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=3e-5, weight_decay=1e-4),
     steps=2000,
     accumulation=5,
-    remat="block",
 )

@@ -8,24 +8,19 @@ Settings: scripts/train_sdxl.sh of the authors' code (AIDC-AI/CHATS; arXiv:2502.
 times the batch of it: 16 pairs on each of 8 GPUs. It trains on 7,500 pairs of Open Image Preferences; Pick-a-Pic is
 our choice.
 
-Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 8.4 GB for weights, optimizer and gradients, and
-about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
-but for the block in work, which is estimated. No machine has confirmed it.
+Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Memory per device: 8.4 GB for weights, optimizer and gradients,
+and about 2.6 GB of activations for each pair, with rematerialised blocks. Estimated from shapes; not measured.
 
 Not run here. The paper reports gains over Diffusion-DPO, sampled with the method's own rule.
 """
 
-from pathlib import Path
-
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import CHATS
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SDXL
 
-config = TrainConfig(
-    output=Path("runs/sdxl/chats"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
-    data=Path("runs/pick_a_pic_sdxl"),
+config = SDXL.pairs(
+    "chats",
     method=CHATS(beta=1000.0, dropout=0.5),
     weights="full",
     input=InputConfig(batch_size=128),
@@ -34,6 +29,5 @@ config = TrainConfig(
     ),
     steps=6000,
     accumulation=8,
-    remat="block",
     mesh="data=-1,fsdp=8",
 )

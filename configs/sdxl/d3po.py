@@ -11,29 +11,19 @@ Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory
 Not run here. The paper shows the size of the files falling over 400 rounds of drawing and training.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import D3PO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SDXL
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sdxl/d3po"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
+config = SDXL.online(
+    "d3po",
     method=D3PO(beta=0.1, ratio_clip=0.1),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
-        rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=160),
-        size=(1024, 1024),
-    ),
+    reward="compressibility",
+    rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=160),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=3e-5, weight_decay=1e-4),
     steps=2000,
     accumulation=20,
-    remat="block",
 )

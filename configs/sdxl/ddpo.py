@@ -10,29 +10,19 @@ Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory
 Not run here. The paper shows the size of the files falling steadily over its 50,000 drawn images.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import DDPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SDXL
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sdxl/ddpo"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
+config = SDXL.online(
+    "ddpo",
     method=DDPO(steps=50, images_per_prompt=8, ratio_clip=1e-4, advantage_clip=10.0),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
-        rollouts=RolloutConfig(prompts=32, at_once=8, batch_size=160),
-        size=(1024, 1024),
-    ),
+    reward="compressibility",
+    rollouts=RolloutConfig(prompts=32, at_once=8, batch_size=160),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=1e-4),
     steps=2000,
     accumulation=20,
-    remat="block",
 )

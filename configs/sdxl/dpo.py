@@ -8,32 +8,27 @@ Settings: launchers/sdxl.sh of the authors' code (SalesforceAIResearch/Diffusion
 times the batch of it. The paper (arXiv:2311.12908) says 2.048e-8 * 2000 / beta instead, a quarter of the steps for
 the warm-up. Code that builds on it takes a tenth of this learning rate for SDXL, as configs/sdxl/sdpo.py does.
 
-Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 4.5 GB for weights, optimizer and gradients, and
-about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
-but for the block in work, which is estimated. No machine has confirmed it. By plan (docs/planning.md) 256 chips of
-v5e do it too, a pair at a time each: `--mesh data=-1,fsdp=64 --accumulation 8` takes 14.7 of their 15.75 GiB.
+Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Memory per device: 4.5 GB for weights, optimizer and gradients,
+and about 2.6 GB of activations for each pair, with rematerialised blocks. Estimated from shapes; not measured. By
+plan (docs/planning.md) 256 chips of v5e do it too, a pair at a time each: `--mesh data=-1,fsdp=64 --accumulation 8`
+takes 14.7 of their 15.75 GiB.
 
 Not run here. The launcher says about 30 hours for 200 steps; the paper's machine has 16 A100. Its human raters
 preferred the trained network to SDXL in about 70 % of cases.
 """
 
-from pathlib import Path
-
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import DiffusionDPO
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SDXL
 
-config = TrainConfig(
-    output=Path("runs/sdxl/dpo"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
-    data=Path("runs/pick_a_pic_sdxl"),
+config = SDXL.pairs(
+    "dpo",
     method=DiffusionDPO(beta=5000.0),
     weights="full",
     input=InputConfig(batch_size=2048, caption_dropout=0.2),
     optimizer=OptimizerConfig(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=0.01),
     steps=2000,
     accumulation=128,
-    remat="block",
     mesh="data=-1,fsdp=8",
 )

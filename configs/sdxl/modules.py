@@ -7,31 +7,25 @@ Reads runs/pick_a_pic_sdxl, which `python -m train.encode configs/sdxl/encode_pi
 Settings: those of the authors' code (arXiv:2602.18799): 1e-9 times the batch, Adafactor, at most 2,000 steps of which
 200 warm up, a fifth of the captions dropped.
 
-Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 7.7 GB for weights, optimizer and gradients, and
-about 2.6 GB for the activations of a pair, as blocks are computed again in the backward pass; counted from shapes,
-but for the block in work, which is estimated. No machine has confirmed it.
+Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Memory per device: 7.7 GB for weights, optimizer and gradients,
+and about 2.6 GB of activations for each pair, with rematerialised blocks. Estimated from shapes; not measured.
 
 Not run here. The paper reports an average win rate over SDXL of 76.9 % for PGD with merged weights and 66.3 % for
 Diffusion-DPO; that of cPGD, the rule for these modules, is not known to us.
 """
 
-from pathlib import Path
-
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import PositiveNegative
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SDXL
 
-config = TrainConfig(
-    output=Path("runs/sdxl/modules"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
-    data=Path("runs/pick_a_pic_sdxl"),
+config = SDXL.pairs(
+    "modules",
     method=PositiveNegative(),
     weights="full",
     input=InputConfig(batch_size=2048, caption_dropout=0.2),
     optimizer=OptimizerConfig(name="adafactor", learning_rate=2.048e-6, warmup_steps=200, weight_decay=0.01),
     steps=2000,
     accumulation=128,
-    remat="block",
     mesh="data=-1,fsdp=8",
 )

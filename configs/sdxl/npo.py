@@ -9,31 +9,25 @@ with the factor 1/2, as here: only the trainer for SD1.5 lacks it. Its batch of 
 there were is not said; ours of 64 can be divided over 16 devices. It trains on Pick-a-Pic v1.
 
 Hardware: 16 chips of TPU v5p, or 16 GPUs with 80 GB. Each takes 5.1 GB for the frozen weights, and about 2.6 GB for
-the activations of a pair, by the ratio of adapters to full weights that was counted for Stable Diffusion 1.5. No
-machine has confirmed it.
+the activations of a pair, by the ratio of adapters to full weights that was counted for Stable Diffusion 1.5.
+Estimated from shapes; not measured.
 
 Not run here. The paper reports better images from the base and from models that were aligned before, sampled with
-this module in place of the base for the empty prompt.
+this module instead of the base for the empty prompt.
 """
-
-from pathlib import Path
 
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.methods import NPO
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.trainer import TrainConfig
+from flax_pref.training.recipes import SDXL
 
-config = TrainConfig(
-    output=Path("runs/sdxl/npo"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
-    data=Path("runs/pick_a_pic_sdxl"),
+config = SDXL.pairs(
+    "npo",
     method=NPO(beta=2000.0),
     lora=LoRA(rank=8),
     input=InputConfig(batch_size=64),
     optimizer=OptimizerConfig(learning_rate=5e-6, weight_decay=0.01),
     steps=5000,
     accumulation=4,
-    remat="block",
-    mesh="data=-1",
 )

@@ -12,29 +12,19 @@ Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory
 Not run here. The paper's figures are for its own preference model and cannot be compared.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import SPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SDXL
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sdxl/spo"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
+config = SDXL.online(
+    "spo",
     method=SPO(beta=10.0, pool=2, skip=4, ratio_clip=0.1),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("compressibility"),),
-        rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=128),
-        size=(1024, 1024),
-    ),
+    reward="compressibility",
+    rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=128),
     lora=LoRA(rank=64),
     optimizer=OptimizerConfig(learning_rate=1e-5, weight_decay=1e-4),
     steps=2000,
     accumulation=16,
-    remat="block",
 )

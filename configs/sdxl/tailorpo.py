@@ -14,29 +14,19 @@ Not run here. PickScore in the paper's Table 2 (SD1.5, 45 animal prompts): base 
 D3PO (20.40) and SPO (20.38) and above DDPO (20.24); TailorPO-G 20.68.
 """
 
-from pathlib import Path
-
 from flax_pref.methods import TailorPO
-from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SDXL
 from flax_pref.training.rollouts import RolloutConfig
-from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import TrainConfig
 
-config = TrainConfig(
-    output=Path("runs/sdxl/tailorpo"),
-    model="stabilityai/stable-diffusion-xl-base-1.0",
+config = SDXL.online(
+    "tailorpo",
     method=TailorPO(beta=0.1),
-    online=OnlineConfig(
-        prompts="configs/animals.txt",
-        rewards=(Weighted("pickscore"),),
-        rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=160),
-        size=(1024, 1024),
-    ),
+    reward="pickscore",
+    rollouts=RolloutConfig(prompts=64, at_once=8, batch_size=160),
     lora=LoRA(rank=4),
     optimizer=OptimizerConfig(learning_rate=3e-5, weight_decay=1e-4),
     steps=2000,
     accumulation=20,
-    remat="block",
 )
