@@ -15,6 +15,7 @@ import tyro
 
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.config import parse_flags
+from flax_pref.diffusion.conditioning import size_ids
 from flax_pref.models.network import Network
 from flax_pref.models.presets import Family
 from flax_pref.parallel.peak import measured_bandwidth, measured_peak
@@ -65,7 +66,7 @@ def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.nd
     inputs = {name: rng.standard_normal((batch_size, *shape), dtype=np.float32) for name, shape in shapes.items()}
     inputs["timesteps"] = np.linspace(981, 21, batch_size).astype(np.int32)
     if "text_embeds" in inputs:
-        inputs["time_ids"] = np.tile(np.float32([8 * size, 8 * size, 0, 0, 8 * size, 8 * size]), (batch_size, 1))
+        inputs["time_ids"] = np.tile(size_ids([8 * size] * 2, (0, 0), [8 * size] * 2), (batch_size, 1))
     return inputs
 
 

@@ -65,9 +65,13 @@ def describe(model: str) -> Family:
     )
 
 
-def conditioning_shapes(unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what a UNet is told of one prompt; see `diffusion.conditioning`."""
+def conditioning_shapes(
+    unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig], *, sizes: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the conditioning on one prompt, for SDXL with or without the sizes; see `diffusion.conditioning`."""
     shapes = {"encoder_hidden_states": (text_encoders[0].max_position_embeddings, unet.cross_attention_dim)}
     if len(text_encoders) == 2:
         shapes["text_embeds"] = (text_encoders[1].projection_dim,)
+        if sizes:
+            shapes["time_ids"] = (6,)
     return shapes

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from flax_pref.data.prepared import EMPTY, Records
+from flax_pref.diffusion.conditioning import size_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,13 +97,12 @@ class _Reader:
 
     def _example(self, number: int, dropped: bool, mirrored: int) -> dict[str, Any]:
         pair = self.records.pair(number)
-        sizes = pair["sizes"][mirrored]  # the crop of a mirror image has a left of its own
-        target = np.broadcast_to(np.array(self.records.image_size), (2, 2))
+        original, crop = np.split(pair["sizes"][mirrored], 2, axis=1)  # a mirror image has a crop of its own
         return {
             "winner": pair["winner"][mirrored],
             "loser": pair["loser"][mirrored],
             "text": self.records.conditioning(EMPTY if dropped else int(pair["caption"])),
-            "time_ids": np.concatenate([sizes, target], axis=1, dtype=np.float32),
+            "time_ids": size_ids(original, crop, self.records.image_size),
             "row": np.array(int(pair["row"]), np.int32),
         }
 
@@ -188,19 +188,7 @@ class PairBatches:
         Raises:
             ValueError: the state is of another order of pairs, or is none.
         """
-        differ = [
-            f"{name} {state.get(name)!r}, now {value!r}"
-            for name, value in self._order.items()
-            if state.get(name) != value
-        ]
-        if differ:
-            raise ValueError(
-                f"input: the saved state is that of another order of pairs: {'; '.join(differ)}; "
-                "go on with the set, seed and batch size that the run began with"
-            )
-        step = state.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"input: the saved state has step {step!r}; expected a number of batches, 0 or more")
+        step = saved_step("input", state, self._order)
         self.close()
         self._step = step
 
@@ -228,6 +216,29 @@ class PairBatches:
         return grain.experimental.ThreadPrefetchIterDataset(
             batches.map(self._to_devices), prefetch_buffer_size=config.prefetch
         )
+
+
+def saved_step(name: str, saved: Mapping[str, Any], order: Mapping[str, Any]) -> int:
+    """The number of batches handed out before a position was saved.
+
+    Args:
+        name: of the source, for errors.
+        saved: the position: `step` and the values of `order`.
+        order: what the order of batches depends on, as it is now.
+
+    Raises:
+        ValueError: the position is of another order, or is none.
+    """
+    differ = [f"{key} {saved.get(key)!r}, now {value!r}" for key, value in order.items() if saved.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"{name}: the saved position is of another order of batches: {'; '.join(differ)}; resume with the data, "
+            "seed and batch size that the run began with"
+        )
+    step = saved.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{name}: the saved position has step {step!r}; expected a number of batches, 0 or more")
+    return step
 
 
 def _stop(ahead: list[grain.DatasetIterator]) -> None:

@@ -5,15 +5,18 @@ Conditioning is a dict of arrays under the names of the UNet's arguments: `encod
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.models.unet import UNetConfig
 
 QUOTED = 5  # cut prompts that a warning quotes
 
@@ -92,11 +95,37 @@ def encode_empty(pipeline: Pipeline) -> dict[str, np.ndarray]:
     return blank
 
 
-def size_ids(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> np.ndarray:
-    """SDXL's `time_ids`, float32 `[6]` (arXiv:2307.01952, section 2.2); sizes are (height, width) in pixels."""
-    return np.array([*original_size, *crop_top_left, *target_size], np.float32)
+def size_ids(original_size: ArrayLike, crop_top_left: ArrayLike, target_size: ArrayLike) -> np.ndarray:
+    """SDXL's `time_ids`, float32 `[..., 6]` (arXiv:2307.01952, section 2.2), of `[..., 2]` each.
+
+    Sizes are (height, width) in pixels, crops (top, left).
+    """
+    parts = np.broadcast_arrays(original_size, crop_top_left, target_size)
+    return np.concatenate(parts, axis=-1, dtype=np.float32)
+
+
+def with_sizes(
+    conditioning: Mapping[str, Any],
+    unet: UNetConfig,
+    target_size: tuple[int, int],
+    *,
+    original_size: tuple[int, int] | None = None,
+    crop_top_left: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
+    """Conditioning with the `time_ids` of an image, where the UNet asks for them (SDXL).
+
+    Args:
+        conditioning: of prompts, or of one without the leading axis.
+        unet: config of the network.
+        target_size: height and width of the image in pixels.
+        original_size: those that it pretends to have had before it was resized; None: as `target_size`.
+        crop_top_left: where it pretends to have been cropped.
+    """
+    if unet.addition_embed_type != "text_time":
+        return dict(conditioning)
+    ids = size_ids(original_size or target_size, crop_top_left, target_size)
+    prompts = conditioning["encoder_hidden_states"].shape[:-2]
+    return {**conditioning, "time_ids": np.tile(ids, (*prompts, 1)) if prompts else ids}
 
 
 def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, size_ids, warn_of_cuts
+from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, warn_of_cuts, with_sizes
 from flax_pref.diffusion.guidance import Rule, Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -135,25 +136,25 @@ class TextToImage:
         vae = self.placed.vae
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         text, empty = self.conditioning(prompts, negative_prompts)
-        sizes = {"time_ids": empty["time_ids"]} if "time_ids" in empty else {}
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, self.solver, keys, text, empty, self.blank | sizes, shape, bar)
+            latents = _sample(self.bank, table, self.solver, keys, text, empty, self.blank, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
     def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
         """What the rows "text" and "empty" see, `[B, ...]` each; see `diffusion.conditioning`."""
         text = encode_batch(self.placed, prompts, sharding=self.sharding)
+        text = jax.device_put(self.with_sizes(text), self.sharding)
         if negative_prompts is None:
-            empty = dict(self.empty)
-        else:
-            empty = encode_batch(self.placed, negative_prompts, sharding=self.sharding)
-        if self.pipeline.unet.config.addition_embed_type == "text_time":
-            sizes = size_ids(self.original_size or self.size, self.crop_top_left, self.size)
-            text["time_ids"] = jax.device_put(np.tile(sizes, (len(prompts), 1)), self.sharding)
-            empty["time_ids"] = sizes
-        return text, empty
+            return text, self.empty
+        empty = encode_batch(self.placed, negative_prompts, sharding=self.sharding)
+        return text, jax.device_put(self.with_sizes(empty), self.sharding)
+
+    def with_sizes(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        """Conditioning with the sizes that SDXL is told of the images; see `conditioning.with_sizes`."""
+        pretended = {"original_size": self.original_size, "crop_top_left": self.crop_top_left}
+        return with_sizes(conditioning, self.pipeline.unet.config, self.size, **pretended)
 
     @property
     def shards(self) -> int:
@@ -190,12 +191,12 @@ class TextToImage:
     @cached_property
     def empty(self) -> dict[str, np.ndarray]:
         """Conditioning of the rows "empty" without a negative prompt."""
-        return encode_empty(self.pipeline)
+        return self.with_sizes(encode_empty(self.pipeline))
 
     @cached_property
     def blank(self) -> dict[str, np.ndarray]:
         """Conditioning on the empty text "", which the proxy prompt of CHATS is made of."""
-        return encode_blank(self.pipeline)
+        return self.with_sizes(encode_blank(self.pipeline))
 
 
 _bars: dict[int, tqdm] = {}

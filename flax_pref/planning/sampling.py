@@ -88,12 +88,10 @@ def drawing_jobs(
     family = (pipeline.unet.config, [network.config for network in pipeline.text_encoders])
     text = {
         name: jax.ShapeDtypeStruct((batch_size, *own), jnp.float32)
-        for name, own in conditioning_shapes(*family).items()
+        for name, own in conditioning_shapes(*family, sizes=True).items()
     }
     length = text["encoder_hidden_states"].shape[1]
     ids = [jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for _ in pipeline.text_encoders]
-    if pipeline.unet.config.addition_embed_type == "text_time":
-        text["time_ids"] = jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)
     empty = {name: jax.ShapeDtypeStruct(own.shape[1:], own.dtype) for name, own in text.items()}
     keys = jax.eval_shape(lambda: image_keys(0, range(batch_size)))
     strengths = jax.tree.map(jnp.asarray, (tabulate(rule, len(solver.timesteps), batch_size), solver))

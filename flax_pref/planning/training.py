@@ -122,7 +122,9 @@ def records_of(config: TrainConfig, family: Family) -> Records:
     vae = family.vae
     side = family.resolution // vae.downscale_factor
     moments = (1 + config.input.flip, side, side, 2 * vae.latent_channels)
-    return Blank(Shapes(moments, conditioning_shapes(family.unet, family.text_encoders)), (family.resolution,) * 2)
+    return Blank(
+        Shapes(moments, conditioning_shapes(family.unet, family.text_encoders, sizes=False)), (family.resolution,) * 2
+    )
 
 
 def batch_of(config: TrainConfig, records: Records, mesh: Mesh) -> Any:
@@ -140,9 +142,7 @@ def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
     method, vae = config.method, family.vae
     side = [size // vae.downscale_factor for size in config.online.size]
     shapes = {name: (1, *shape) for name, shape in method.shapes((*side, vae.latent_channels)).items()}
-    text = conditioning_shapes(family.unet, family.text_encoders)
-    if family.unet.addition_embed_type == "text_time":
-        text["time_ids"] = (6,)
+    text = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
     solver = from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
 
     def one():

@@ -17,7 +17,7 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.numpy import save_file
 
-from flax_pref.diffusion.conditioning import encode_ids, size_ids
+from flax_pref.diffusion.conditioning import encode_ids
 from flax_pref.diffusion.guidance import Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.rules import named_rule
@@ -90,17 +90,13 @@ def export_sampler(
 
 def _state(draw: TextToImage) -> dict[str, Any]:
     """All arrays that do not differ from call to call."""
-    empty, blank = dict(draw.empty), dict(draw.blank)
-    if draw.pipeline.unet.config.addition_embed_type == "text_time":
-        empty["time_ids"] = size_ids(draw.original_size or draw.size, draw.crop_top_left, draw.size)
-        blank["time_ids"] = empty["time_ids"]
     return {
         "text_encoders": [encoder.params for encoder in draw.pipeline.text_encoders],
         "unet": draw.bank,
         "vae": draw.pipeline.vae.params,
         "solver": draw.solver,
-        "empty": empty,
-        "blank": blank,
+        "empty": draw.empty,
+        "blank": draw.blank,
     }
 
 
@@ -120,10 +116,7 @@ def _export(
             for encoder, params in zip(pipeline.text_encoders, own["text_encoders"], strict=True)
         ]
         placed = dataclasses.replace(pipeline, text_encoders=tuple(encoders))
-        text = encode_ids(placed, inputs["ids"])
-        negative = encode_ids(placed, inputs["negative_ids"])
-        if "time_ids" in own["empty"]:
-            text["time_ids"] = negative["time_ids"] = jnp.tile(own["empty"]["time_ids"], (batch, 1))
+        text, negative = (draw.with_sizes(encode_ids(placed, inputs[name])) for name in ("ids", "negative_ids"))
 
         def avoided(empty, negative):
             none = inputs["no_negative"].reshape(-1, *(1,) * empty.ndim)

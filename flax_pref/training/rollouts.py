@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_pref.data.pipeline import saved_step
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import clean_estimate, from_config
@@ -206,22 +207,8 @@ class Rollouts:
         Raises:
             ValueError: the position is that of other prompts, another seed or other numbers of them, or is none.
         """
-        differ = [
-            f"{name} {position.get(name)!r}, now {value!r}"
-            for name, value in self._order.items()
-            if position.get(name) != value
-        ]
-        if differ:
-            raise ValueError(
-                f"online: the saved position is that of another run: {'; '.join(differ)}; go on with the prompts, seed "
-                "and numbers that the run began with"
-            )
-        if not isinstance(position.get("step"), int) or position["step"] < 0:
-            raise ValueError(
-                f"online: the saved position has step {position.get('step')!r}; expected a number of minibatches, 0 or "
-                "more"
-            )
-        self._step, self._experience, self._told = position["step"], dict(arrays), None
+        step = saved_step("online", position, self._order)
+        self._step, self._experience, self._told = step, dict(arrays), None
 
     # Order and chance
 

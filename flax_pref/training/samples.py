@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.config import check_least, check_seed
-from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_prompts, size_ids
+from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_prompts, with_sizes
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -61,12 +61,8 @@ class Samples:
         divided, count = batch_sharding(mesh), len(config.prompts)
         # What cannot be divided is drawn on every device.
         sharding = self._whole if count % divided.num_devices else divided
-        text = encode_prompts(pipeline, config.prompts)
-        empty, blank = encode_empty(pipeline), encode_blank(pipeline)
-        if pipeline.unet.config.addition_embed_type == "text_time":
-            sizes = size_ids(size, (0, 0), size)
-            text["time_ids"] = np.tile(sizes, (count, 1))
-            empty["time_ids"] = blank["time_ids"] = sizes
+        told = encode_prompts(pipeline, config.prompts), encode_empty(pipeline), encode_blank(pipeline)
+        text, empty, blank = (with_sizes(conditioning, pipeline.unet.config, size) for conditioning in told)
         solver = from_config(pipeline.scheduler_config, config.steps)
         table = tabulate(rule, len(solver.timesteps), count)
         keys = jax.random.key_data(image_keys(config.seed, range(count)))

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.data.pipeline import PairBatches
 from flax_pref.data.prompts import Prompt
-from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, size_ids
+from flax_pref.diffusion.conditioning import encode_empty, encode_prompts, with_sizes
+from flax_pref.models.unet import UNetConfig
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
@@ -69,7 +68,7 @@ class OnlineConfig:
 
 
 def encode_online_prompts(
-    prompts: Sequence[Prompt], config: OnlineConfig, pipeline: Pipeline, *, sizes: bool
+    prompts: Sequence[Prompt], config: OnlineConfig, pipeline: Pipeline, unet: UNetConfig
 ) -> Prompts:
     """The prompts of an online run, encoded.
 
@@ -77,11 +76,9 @@ def encode_online_prompts(
         prompts: from the config's file.
         config: of the images.
         pipeline: encodes.
-        sizes: whether the UNet is told the size of images, as that of SDXL is.
+        unet: config of the network that is told of them.
     """
     captions = [prompt.text for prompt in prompts]
-    text, empty = encode_prompts(pipeline, captions), encode_empty(pipeline)
-    if sizes:
-        ids = size_ids(config.size, (0, 0), config.size)
-        text, empty = {**text, "time_ids": np.tile(ids, (len(captions), 1))}, {**empty, "time_ids": ids}
+    told = encode_prompts(pipeline, captions), encode_empty(pipeline)
+    text, empty = (with_sizes(conditioning, unet, config.size) for conditioning in told)
     return Prompts(captions=captions, ids=[prompt.id for prompt in prompts], text=text, empty=empty)

@@ -466,13 +466,12 @@ class Run:
             with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
                 yield Pairs(batches)
         else:
-            sizes = self.base.config.addition_embed_type == "text_time"
             yield Rollouts(
                 config.method,
                 self.program.trained.predict,
                 self.frozen,
                 self.encoders.vae,
-                encode_online_prompts(self.prompts, config.online, self.encoders, sizes=sizes),
+                encode_online_prompts(self.prompts, config.online, self.encoders, self.base.config),
                 make_reward(config.online.rewards),
                 self.encoders.scheduler_config,
                 config.online.rollouts,

@@ -381,7 +381,9 @@ def test_a_batch_that_the_devices_cannot_divide_is_refused():
 )
 def test_the_state_of_another_order_is_refused_with_what_differs(other, message):
     batches = opened()
-    with pytest.raises(ValueError, match=f"another order of pairs: {message}; go on with the set, seed and batch size"):
+    with pytest.raises(
+        ValueError, match=f"another order of batches: {message}; resume with the data, seed and batch size"
+    ):
         batches.restore(opened(**other).state())
     assert batches.state()["step"] == 0
 

@@ -346,7 +346,7 @@ def test_prompts_and_numbers_that_do_not_fit_are_refused():
 def test_the_position_of_another_run_is_refused():
     source = rollouts("tailorpo")
     other = rollouts("tailorpo", seed=1)
-    with pytest.raises(ValueError, match="online: the saved position is that of another run: seed 0, now 1;"):
+    with pytest.raises(ValueError, match="online: the saved position is of another order of batches: seed 0, now 1;"):
         other.restore(source.position(), source.arrays())
-    with pytest.raises(ValueError, match="online: the saved position has step None; expected a number of minibatches"):
+    with pytest.raises(ValueError, match="online: the saved position has step None; expected a number of batches"):
         source.restore({**source.position(), "step": None}, source.arrays())
