@@ -36,6 +36,7 @@ plan-check: .venv/installed-tpu
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .
