@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -9,34 +10,32 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.checkpoints.lora import load_lora_network
 from flax_pref.config import check_least, check_positive, check_seed, check_share
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
-from flax_pref.data.pipeline import InputConfig, PairBatches
+from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import Records
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
 from flax_pref.demo.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
-from flax_pref.diffusion.latents import latent_modes
-from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import from_config
 from flax_pref.diffusion.text_to_image import TextToImage
-from flax_pref.methods import DiffusionDPO, PairMethod, PositiveNegative
-from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, select_lora, split_lora
-from flax_pref.training.loop import fit
+from flax_pref.methods import DiffusionDPO, PositiveNegative
+from flax_pref.models.lora import DEFAULT_TARGETS
+from flax_pref.training.export import ExportConfig
+from flax_pref.training.networks import LoRA
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.trainer import TrainConfig, train
 from flax_pref.world import judge
 from flax_pref.world import scenes as world
 
 _score = jax.jit(judge.score)
-
-MODULES = ("dpo", "pos", "neg")
 
 # Noise of different purposes never meets: each has a number of its own, which `Demo.draw` adds to the run's seed.
 PAIR_SEEDS, EVALUATION_SEED, VALIDATION_SEED = (1, 2), 3, 4
@@ -57,10 +56,11 @@ class ModuleTraining:
         check_positive(self, "learning_rate")
         check_share(self, "caption_dropout")
 
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> OptimizerConfig:
         """Adam with a short warm-up and a cosine decay."""
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.steps // 10, self.steps)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+        return OptimizerConfig(
+            learning_rate=self.learning_rate, b2=0.99, schedule="cosine", warmup_steps=self.steps // 10
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,17 +133,8 @@ class Demo:
     def __init__(self, config: DemoConfig):
         self.config = config
         folder = config.base if config.base is not None else resources.files("flax_pref.world") / "base"
-        base = load_pipeline(folder)
-        unet = lora_network(
-            base.unet,
-            MODULES,
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=config.targets,
-            key=jax.random.key(config.seed),
-        )
-        self.pipeline = dataclasses.replace(base, unet=unet)
-        self.schedule = NoiseSchedule.from_dict(base.scheduler_config)
+        self.folder = Path(str(folder))
+        self.pipeline = base = load_pipeline(self.folder)
         self.solver = from_config(base.scheduler_config, config.sampling_steps, name="ddim")
 
     def run(self) -> dict:
@@ -213,44 +204,32 @@ class Demo:
     # Training
 
     def train(self, pairs: Records) -> None:
-        """Trains the bank: the DPO module, then the positive and negative modules in one run."""
-        config = self.config
-        runs = (
-            (config.dpo, DiffusionDPO(beta=config.beta), "training dpo"),
-            (config.positive_negative, PositiveNegative(), "training pos and neg"),
-        )
-        for seed, (training, method, label) in enumerate(runs):
-            self.train_modules(training, method, pairs, config.seed + seed, label)
-        _, lora = split_lora(self.pipeline.unet.params)
-        for i, name in enumerate(MODULES):
-            save_lora(select_lora(lora, i), config.output / f"{name}.safetensors", alpha=config.alpha)
-
-    def train_modules(
-        self, training: ModuleTraining, method: PairMethod, pairs: Records, seed: int, label: str
-    ) -> None:
-        """Trains the modules of a method; the others keep their weights."""
-        unet, scaling_factor = self.pipeline.unet, self.pipeline.vae.config.scaling_factor
-        backbone, lora = split_lora(unet.params)
-        config = InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout)
-
-        def loss(lora, batch, key):
-            predict = bank_predict(unet.graphdef, join_lora(backbone, lora))
-            batch = latent_modes(batch, scaling_factor)
-            return method.loss(predict, batch, key, schedule=self.schedule)
-
-        with PairBatches(pairs, config, seed=seed) as batches:
-            state, _ = fit(
-                loss,
-                lora,
-                batches,
+        """Trains the DPO module, then the positive and negative modules in one run, and joins them to the base."""
+        config, runs = self.config, self.config.output / "training"
+        shutil.rmtree(runs, ignore_errors=True)  # of another demo: its pairs may be others
+        files = {}
+        for seed, (method, training) in enumerate(
+            ((DiffusionDPO(beta=config.beta), config.dpo), (PositiveNegative(), config.positive_negative))
+        ):
+            output = runs / "_".join(method.modules)
+            run = TrainConfig(
+                output=output,
+                model=str(self.folder),
+                method=method,
+                data=config.output / "pairs.parquet",
+                input=InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout),
+                lora=LoRA(rank=config.rank, alpha=config.alpha, targets=config.targets),
                 optimizer=training.optimizer(),
                 steps=training.steps,
-                seed=seed,
-                independent="stacked",
-                modules=MODULES,
-                label=label,
+                latents="mode",
+                seed=config.seed + seed,
+                export=ExportConfig(layout=("diffusers",)),
             )
-        unet = unet._replace(params=join_lora(backbone, state.params))
+            train(run, records=pairs)
+            for name in method.modules:
+                files[name] = config.output / f"{name}.safetensors"
+                shutil.copy(output / "modules" / files[name].name, files[name])
+        unet = load_lora_network(self.pipeline.unet, files)
         self.pipeline = dataclasses.replace(self.pipeline, unet=unet)
 
     # Comparison

@@ -20,13 +20,13 @@ from flax_pref.checkpoints.diffusers import Pipeline, load_vae
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.config import check_least, check_positive, check_seed, check_share
+from flax_pref.demo.loop import fit
 from flax_pref.demo.losses import autoencoding, denoising
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
-from flax_pref.training.loop import fit
 from flax_pref.world import scenes as world
 
 # The schedule of Stable Diffusion 1.5.

@@ -194,7 +194,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def contents_of(
-    config: TrainConfig, folder: Path, records: PreparedSet | None, prompts: Sequence[Prompt]
+    config: TrainConfig, folder: Path, records: Records | None, prompts: Sequence[Prompt]
 ) -> dict[str, Content]:
     """What the files hold that a run reads, by the names of the settings; see `FREE_OF_HOSTS`.
 
@@ -226,8 +226,12 @@ def contents_of(
 # A run
 
 
-def train(config: TrainConfig) -> None:
-    """Trains until the last step, be it from the newest checkpoint on, then writes the modules.
+def train(config: TrainConfig, *, records: Records | None = None) -> None:
+    """Trains until the last step, then writes the modules; resumes from the newest checkpoint, if any.
+
+    Args:
+        config: of the run.
+        records: encoded pairs in memory, which replace the prepared set of `config.data`.
 
     Raises:
         UserError, ValueError, OSError: what the config asks for cannot be had.
@@ -245,7 +249,7 @@ def train(config: TrainConfig) -> None:
         one_writer(config.output) if writes else contextlib.nullcontext(),
         RunCheckpoints(config.output / "checkpoints", settings_of(config), **kept) as checkpoints,
     ):
-        run = Run(config, checkpoints)
+        run = Run(config, checkpoints, records)
         with run.open_source() as source:
             state, first = run.begin(source)
             if writes:
@@ -393,7 +397,7 @@ def _with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 class Run:
     """One run: networks on a mesh, data, and the loop over its steps."""
 
-    def __init__(self, config: TrainConfig, checkpoints: RunCheckpoints):
+    def __init__(self, config: TrainConfig, checkpoints: RunCheckpoints, records: Records | None = None):
         """Reads the base and opens the data; nothing is computed yet."""
         self.config, self.checkpoints = config, checkpoints
         self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
@@ -404,7 +408,7 @@ class Run:
             check_rewards(config.online.rewards)
         self.folder = find_checkpoint(config.model, variant=config.variant)
         self.program = Program(config, self.mesh, component_config("unet", self.folder))
-        self.records = None if config.data is None else PreparedSet(config.data)
+        self.records = PreparedSet(config.data) if records is None and config.data is not None else records
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
         if config.online is not None:

@@ -12,12 +12,12 @@ from flax import nnx
 from preference_formulas import SCHEDULE
 
 from flax_pref.checkpoints.lora import lora_network
+from flax_pref.demo.loop import fit
 from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
 from flax_pref.models.layers import Linear
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, split_lora
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
-from flax_pref.training.loop import fit
 
 CONFIG = UNetConfig(
     block_out_channels=(8,),

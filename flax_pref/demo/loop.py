@@ -1,6 +1,6 @@
-"""A plain training loop: in memory, from beginning to end, for what takes minutes. For runs see `training.trainer`."""
+"""The loop that the base of the demo world is trained with; preference modules are trained by `training.trainer`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from flax_pref.training.step import Independent, TrainState, make_step, new_state
+from flax_pref.training.step import TrainState, make_step, new_state
 
 
 def fit(
@@ -21,8 +21,6 @@ def fit(
     steps: int,
     seed: int,
     average_decay: float = 0.0,
-    independent: Independent | None = None,
-    modules: Sequence[str] = (),
     label: str = "training",
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Minimises an objective.
@@ -35,8 +33,6 @@ def fit(
       steps: number of updates.
       seed: of the keys that the objective gets, one per step.
       average_decay: of the moving average; 0 makes it the last parameters.
-      independent: see `step.make_step`, as for modules.
-      modules: their names.
       label: of the progress bar.
 
     Returns:
@@ -50,11 +46,10 @@ def fit(
     def on_its_own(params, frozen, batch, key):
         return objective(params, batch, key)
 
-    kinds = {"average_decay": average_decay, "independent": independent, "modules": modules}
-    step = jax.jit(make_step(on_its_own, optimizer, **kinds), donate_argnums=0)
+    step = jax.jit(make_step(on_its_own, optimizer, average_decay=average_decay), donate_argnums=0)
     # Donation destroys what it is given; the caller keeps its own copy.
     params, key = jax.tree.map(jnp.array, params), jax.random.key(seed)
-    state = new_state(params, optimizer, key, averaged=True, independent=independent)
+    state = new_state(params, optimizer, key, averaged=True)
     # Where the first step leaves it: otherwise JAX would compile the second step anew.
     state = jax.device_put(state, jax.local_devices()[0])
     history = []
@@ -71,9 +66,7 @@ def fit(
                         f"{label}: the loss is {loss} at step {first}, the norm of its gradient {norm}; lower the "
                         "learning rate"
                     )
-                of_modules = tuple(f"{module}_" for module in modules)
-                short = {name: f"{value:.4g}" for name, value in shown.items() if not name.startswith(of_modules)}
-                progress.set_postfix(short, refresh=False)
+                progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
             progress.update()
     if len(history) < steps:
         raise ValueError(f"{label}: the data ended after {len(history)} of {steps} steps")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_pref.training.loop import fit
+from flax_pref.demo.loop import fit
 
 
 def quadratic(params, batch, key):
