@@ -58,6 +58,12 @@ def share_code() -> None:
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{SHARED_CODE}=true".strip()
 
 
+def set_up() -> None:
+    """`use_cache` and `share_code`: what programs do, and a library leaves to them."""
+    use_cache()
+    share_code()
+
+
 def _make_private(folder: Path) -> None:
     """Makes a folder that only its user can write.
 

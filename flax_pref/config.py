@@ -1,16 +1,18 @@
 """Configs and the edge of a program: what users type, and what they see when it is wrong.
 
 A config is a Python file with one name, `config`, an instance of a typed dataclass; it is executed. Flags change its
-fields: `python -m train.base configs/demo/base.py --diffusion.steps 100`. Every mistake of a user ends in one line on
-stderr and a non-zero exit.
+fields: `python -m train.base configs/demo/base.py --diffusion.steps 100`. Shipped configs have names: `demo/base` is
+`configs/demo/base.py`, from any folder. Every mistake of a user ends in one line on stderr and a non-zero exit.
 """
 
 import ast
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import math
+import pkgutil
 import re
 import runpy
 import sys
@@ -18,68 +20,129 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, overload
 
 import tyro
 from etils import epath
 
+from flax_pref.programs import PROGRAMS, by_name, own_command
+
 C = TypeVar("C")
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+# A wheel has the shipped configs inside the package, a clone beside it.
+_PACKAGE = Path(__file__).parent
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 class UserError(Exception):
     """Something that the user can put right; its message says what is wrong, where, and what to do."""
 
 
-def load_config(arguments: Sequence[str], kind: type[C]) -> C:
+@overload
+def load_config(arguments: Sequence[str], kind: type[C], /, *, default: str | None = None) -> C: ...
+@overload
+def load_config(arguments: Sequence[str], *kinds: str, default: str | None = None) -> Any: ...
+def load_config(arguments, *kinds, default=None):
     """Reads the config file that `arguments` begin with and applies the flags that follow it.
 
     Args:
-        arguments: `["configs/demo/base.py", "--seed", "1"]`.
-        kind: dataclass that the file's `config` must be an instance of.
+        arguments: `["configs/demo/base.py", "--seed", "1"]`, or with the name of a shipped config, `demo/base`.
+        kinds: dataclasses, of one of which the file's `config` must be an instance; or their names, `MODULE:CLASS`,
+            which are imported only when a config is read.
+        default: name of the config when there is none among the arguments; None: one is required.
 
     Raises:
         SystemExit: after one line on stderr, with status 2; with status 0 after `--help`, which without a config file
             shows how to call the program and which configs there are.
     """
-    program = f"python -m {program_name()}"
+    program = own_command()
     if not arguments or arguments[0].startswith("-"):
-        usage = f"usage: {program} CONFIG.py [--FIELD VALUE ...]"
+        config = "CONFIG" if by_name() else "CONFIG.py"
+        usage = f"usage: {program} {config if default is None else f'[{config}]'} [--FIELD VALUE ...]"
         if {"--help", "-h"} & set(arguments):
-            print(_overview(usage, program, kind))
+            print(_overview(usage, f"{program} {config}", kinds, default))
             raise SystemExit(0)
-        _refuse(f"no config file; {usage}; {program} --help lists the configs")
-    file, *flags = arguments
-    config = _execute(Path(file))
-    if not isinstance(config, kind):
-        _refuse(f"{file}: config is a {type(config).__name__}, but {program} needs a {getattr(kind, '__name__', kind)}")
-    return _parse(kind, flags, f"{program} {file}", default=config, config=(tyro.conf.AvoidSubcommands,))
+        if default is None:
+            _refuse(f"no config file; {usage}; {program} --help lists the configs")
+        arguments = [default, *arguments]
+    name, *flags = arguments
+    config = _execute(_find(name, kinds))
+    kinds = tuple(_resolved(kind) for kind in kinds)
+    if not isinstance(config, kinds):
+        needed = " | ".join(kind.__name__ for kind in kinds)
+        _refuse(f"{name}: config is a {type(config).__name__}, but {program} needs a {needed}")
+    return _parse(type(config), flags, f"{program} {name}", default=config, config=(tyro.conf.AvoidSubcommands,))
 
 
-def _overview(usage: str, program: str, kind: Any) -> str:
+def _resolved(kind: type | str) -> type:
+    return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
+
+
+def _find(name: str, kinds: Sequence[type | str]) -> Path:
+    """A config file: the path, or a shipped config by its name."""
+    file, shipped = Path(name), CONFIGS / f"{name}.py"
+    if file.is_file() or file.suffix == ".py":
+        return file
+    if shipped.is_file():
+        return shipped
+    names = [_name(file) for file in _shipped(kinds)]
+    near = difflib.get_close_matches(name, names, n=1)
+    there = f"perhaps you meant {near[0]}" if near else f"shipped configs: {', '.join(names) or 'none'}"
+    _refuse(f"{name}: no such config file, and no config of this name; {there}")
+
+
+def _name(file: Path) -> str:
+    """The name of a shipped config."""
+    return file.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def _overview(usage: str, call: str, kinds: Sequence[type | str], default: str | None) -> str:
     """How to call a program, and the configs of this project that it reads."""
-    lines = [usage] if get_args(kind) else [usage, "", kind.__doc__.strip().splitlines()[0]]
-    titles = {file: title for file in sorted(CONFIGS.glob("*/*.py")) if (title := _title(file, kind)) is not None}
-    here = Path.cwd()
-    shown = {
-        str(file.relative_to(here) if file.is_relative_to(here) else file): title for file, title in titles.items()
-    }
+    about = {program.config: program.about for program in PROGRAMS.values()}
+    lines = [usage]
+    if len(kinds) == 1:
+        (kind,) = kinds
+        lines += ["", about[kind] if isinstance(kind, str) else (kind.__doc__ or "").strip().partition("\n")[0]]
+    titles, here = _shipped(kinds), Path.cwd()
+    if by_name():
+        shown = {_name(file): title for file, title in titles.items()}
+    else:
+        shown = {
+            str(file.relative_to(here) if file.is_relative_to(here) else file): title for file, title in titles.items()
+        }
     width = max(map(len, shown), default=0)
     lines += [
         "",
         "configs:" if shown else f"There are no configs of this program in {CONFIGS}; see those of its repository.",
     ]
     lines += [f"  {file:{width}}  {title}" for file, title in shown.items()]
-    lines += ["", f"{program} CONFIG.py --help lists every field, what it does and its value in that config."]
+    lines += [] if default is None else ["", f"Without a config: {default}."]
+    lines += ["", f"{call} --help lists every field, what it does and its value in that config."]
     return "\n".join(lines)
 
 
-def _title(file: Path, kind: Any) -> str | None:
-    """The first line of a config's docstring; None: it is of another kind."""
-    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-        if isinstance(_execute(file), kind):
-            return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+def _shipped(kinds: Sequence[type | str]) -> dict[Path, str]:
+    """The shipped configs of these kinds, with the first lines of their docstrings."""
+    titles = {file: _title(file, kinds) for file in sorted(CONFIGS.glob("*/*.py"))}
+    return {file: title for file, title in titles.items() if title is not None}
+
+
+def _title(file: Path, kinds: Sequence[type | str]) -> str | None:
+    """The first line of a config's docstring; None: it is of another kind.
+
+    The docstring names the program that reads the config. Only without it, or where a kind is a class that may be any,
+    the config is executed, which takes seconds: it imports what it configures.
+    """
+    with contextlib.suppress(SystemExit, SyntaxError), contextlib.redirect_stderr(io.StringIO()):
+        doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        named = re.search(r"python -m ([\w.]+)", doc)
+        known = {program.module: program.config for program in PROGRAMS.values()}
+        if named and named[1] in known and all(isinstance(kind, str) for kind in kinds):
+            fits = known[named[1]] in kinds
+        else:
+            fits = isinstance(_execute(file), tuple(_resolved(kind) for kind in kinds))
+        if fits:
+            return doc.partition("\n")[0]
     return None
 
 
@@ -93,7 +156,7 @@ def parse_flags(arguments: Sequence[str], kind: Any) -> Any:
     Raises:
         SystemExit: after one line on stderr, with status 2; with status 0 after `--help`.
     """
-    return _parse(kind, arguments, f"python -m {program_name()}")
+    return _parse(kind, arguments, own_command())
 
 
 def _parse(kind: Any, flags: Sequence[str], program: str, **options) -> Any:
@@ -121,12 +184,6 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _numbers(item, name)
-
-
-def program_name() -> str:
-    """The program as `python -m` takes it, such as train.modules."""
-    spec = sys.modules["__main__"].__spec__ if "__main__" in sys.modules else None
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _refuse(message: str) -> NoReturn:
@@ -166,20 +223,27 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def run_main(main: Callable[[list[str]], None]) -> int:
+def run_main(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
     """Runs a program; `sys.exit(run_main(main))`.
 
     Mistakes of the user (UserError, ValueError, files that are missing or cannot be written) and losses that are not
-    finite become one line on stderr and status 1, an interrupt status 130. Anything else is a defect of this project
-    and keeps its traceback. How JAX compiles: see `compilation`.
+    finite become one line on stderr and status 1, an interrupt status 130. A wrong call has status 2, see
+    `load_config`. Anything else is a defect of this project and keeps its traceback. How JAX compiles: see
+    `compilation`; programs that import JAX when they know their flags call `compilation.set_up` then.
+
+    Args:
+        main: the program.
+        arguments: for it; None: those of the process.
+
+    Returns:
+        the exit status.
     """
     if "jax" in sys.modules:  # not all programs compute
-        from flax_pref.compilation import share_code, use_cache
+        from flax_pref.compilation import set_up
 
-        use_cache()
-        share_code()
+        set_up()
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if arguments is None else arguments)
     except (UserError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -31,9 +31,9 @@ BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 # What is checked: full sizes, on the smallest slice.
 CHECKED = {
-    "SD1.5 DPO step": ("train.plan", "configs/sd15/dpo.py", "--mesh", "data=-1,fsdp=4", "--topology", "v5e:2x2"),
+    "SD1.5 DPO step": ("plan", "configs/sd15/dpo.py", "--mesh", "data=-1,fsdp=4", "--topology", "v5e:2x2"),
     "SD1.5 cPGD sampler": (
-        *("sample.plan", "--model", SD15, "--rule", "cpgd", "--w", "4", "--steps", "2", "--solver", "ddim"),
+        *("plan-sample", "--model", SD15, "--rule", "cpgd", "--w", "4", "--steps", "2", "--solver", "ddim"),
         *("--only", "sampler", "--topology", "v5e:2x2"),
     ),
 }
@@ -43,10 +43,10 @@ Cells = Mapping[tuple[str, str], str]
 
 def shipped() -> dict[str, tuple[str, ...]]:
     """Commands without their slice, by name: every config that is not for the demo, and cPGD samplers."""
-    configs = {str(file): ("train.plan", str(file)) for file in sorted(Path("configs").glob("sd*/*.py"))}
+    configs = {str(file): ("plan", str(file)) for file in sorted(Path("configs").glob("sd*/*.py"))}
     samplers = {
         f"cPGD, {name}, {weights}": (
-            *("sample.plan", "--model", model, "--rule", "cpgd", "--w", "4", "--steps", "25"),
+            *("plan-sample", "--model", model, "--rule", "cpgd", "--w", "4", "--steps", "25"),
             *("--weights", weights, "--mesh", mesh),
         )
         for name, model in (("sd15", SD15), ("sdxl", SDXL))

@@ -24,10 +24,11 @@ from PIL import Image
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
+from flax_pref.diffusion import drawing
 from flax_pref.files import one_writer
 from flax_pref.images.image_files import read_metadata
 from flax_pref.models.lora import select_lora, split_lora
-from sample import images, options
+from sample import images
 
 ROOT = Path(__file__).parents[1]
 BASE = str(resources.files("flax_pref.world") / "base")
@@ -336,8 +337,8 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = () if "--out" in flags else ("--out", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["images", *flags, *out])
-    monkeypatch.setattr(options, "fingerprint", refuse)
-    monkeypatch.setattr(options, "load_pipeline", refuse)
+    monkeypatch.setattr(drawing, "fingerprint", refuse)
+    monkeypatch.setattr(drawing, "load_pipeline", refuse)
     from flax_pref.config import run_main
 
     try:
@@ -351,7 +352,7 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, m
 
 
 def test_a_second_program_in_the_same_folder_is_told_who_writes_there_and_loads_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "load_pipeline", refuse)
+    monkeypatch.setattr(drawing, "load_pipeline", refuse)
     out = tmp_path / "out"
     out.mkdir()
     message = (

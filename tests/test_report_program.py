@@ -11,6 +11,7 @@ import pytest
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
+from flax_pref.evaluation import run_report
 from flax_pref.images.image_set import ImageSet, Item
 from sample import report
 
@@ -124,9 +125,9 @@ def test_methods_are_called_as_they_are_told_or_like_their_folders(tmp_path):
     for name in ("x/base", "y/base", "y/w=4"):
         (tmp_path / name).mkdir(parents=True)
     folders = [str(tmp_path / name) for name in ("x/base", "y/base", "y/w=4")]
-    assert list(report.methods_of(folders)) == ["x/base", "y/base", "w=4"]
-    assert report.methods_of([f"my={folders[0]}", f"{folders[1]}/"]) == {"my": folders[0], "base": f"{folders[1]}/"}
-    assert report.baseline_of(folders[1], {"my": folders[0], "base": f"{folders[1]}/"}) == "base"
+    assert list(run_report.methods_of(folders)) == ["x/base", "y/base", "w=4"]
+    assert run_report.methods_of([f"my={folders[0]}", f"{folders[1]}/"]) == {"my": folders[0], "base": f"{folders[1]}/"}
+    assert run_report.baseline_of(folders[1], {"my": folders[0], "base": f"{folders[1]}/"}) == "base"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_methods_are_called_as_they_are_told_or_like_their_folders(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(runs, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(report, "compare", None)  # comes after all of them
+    monkeypatch.setattr(run_report, "compare", None)  # comes after all of them
     monkeypatch.chdir(tmp_path)
     flags = [flag.format(base=runs[0], w2=runs[1]) for flag in flags]
     with pytest.raises((UserError, ValueError, FileNotFoundError), match=message) as caught:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
+from flax_pref.evaluation import run_scoring
+from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.world import judge
 from flax_pref.world import scenes as world
@@ -99,13 +101,13 @@ def test_hosts_share_out_the_folders(tmp_path, capsys):
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         draw_run(folder, captions=CAPTIONS[:1], seeds=1)
-    config = score.Config(runs=tuple(map(str, folders)), rewards=(STRANGE,))
-    score.run(config, 1, 2)
+    config = ScoreFlags(runs=tuple(map(str, folders)), rewards=(STRANGE,))
+    run_scoring.score_part(config, 1, 2)
     assert [(folder / "scores.parquet").exists() for folder in folders] == [False, True, False]
-    score.run(config, 0, 2)
+    run_scoring.score_part(config, 0, 2)
     assert [(folder / "scores.parquet").exists() for folder in folders] == [True, True, True]
     assert len(calls) == 3, "none is scored twice"
-    score.run(config, 3, 4)
+    run_scoring.score_part(config, 3, 4)
     assert "process 3 of 4: fewer folders than processes" in capsys.readouterr().out
 
 
@@ -139,7 +141,7 @@ def test_a_reward_of_another_file_under_the_same_name_is_computed_anew_and_told(
     draw_run(tmp_path / "run")
     score.main([str(tmp_path / "run"), "--rewards", STRANGE])
     monkeypatch.setattr(
-        score, "identity", lambda name, path, config: {"name": name, "sha256": "cd", "dtype": "float32"}
+        run_scoring, "identity", lambda name, path, config: {"name": name, "sha256": "cd", "dtype": "float32"}
     )
     score.main([str(tmp_path / "run"), "--rewards", STRANGE])
     assert re.search("run: red is computed anew: was .*sha256=, now sha256=cd", capsys.readouterr().out)
@@ -148,23 +150,23 @@ def test_a_reward_of_another_file_under_the_same_name_is_computed_anew_and_told(
 
 
 def test_weights_are_known_by_their_contents(tmp_path):
-    config = score.Config(runs=("a",), rewards=("aesthetic",), clip=str(tmp_path))
+    config = ScoreFlags(runs=("a",), rewards=("aesthetic",), clip=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"1")
     (tmp_path / "README.md").write_bytes(b"1")
-    before = score.identity("aesthetic", str(tmp_path / "model.safetensors"), config)
+    before = run_scoring.identity("aesthetic", str(tmp_path / "model.safetensors"), config)
     (tmp_path / "README.md").write_bytes(b"2")
-    assert score.identity("aesthetic", str(tmp_path / "model.safetensors"), config) == before
+    assert run_scoring.identity("aesthetic", str(tmp_path / "model.safetensors"), config) == before
     (tmp_path / "pytorch_model.bin").write_bytes(b"2")
-    after = score.identity("aesthetic", str(tmp_path / "model.safetensors"), config)
+    after = run_scoring.identity("aesthetic", str(tmp_path / "model.safetensors"), config)
     assert before["path"] == "model.safetensors" and after["sha256"] == before["sha256"]
     assert after["clip_sha256"] != before["clip_sha256"]
 
 
 def test_scores_of_hpsv2_by_versions_that_rounded_are_computed_again():
-    config = score.Config(runs=("a",), rewards=("hpsv2.1",))
-    assert score.identity("hpsv2.1", None, config)["resized"] == "unrounded"
-    assert "resized" not in score.identity("pickscore", None, config)
-    assert "resized" not in score.identity("hpsv2.1", "http://localhost/score", config)
+    config = ScoreFlags(runs=("a",), rewards=("hpsv2.1",))
+    assert run_scoring.identity("hpsv2.1", None, config)["resized"] == "unrounded"
+    assert "resized" not in run_scoring.identity("pickscore", None, config)
+    assert "resized" not in run_scoring.identity("hpsv2.1", "http://localhost/score", config)
 
 
 def test_foreign_images_are_scored_with_the_prompts_of_a_file(tmp_path, capsys):
@@ -236,7 +238,7 @@ def test_several_devices_share_the_images_and_find_the_same_scores(tmp_path):
 )
 def test_what_a_user_got_wrong_is_told_in_one_line(flags, message, tmp_path, monkeypatch):
     draw_run(tmp_path, ["a horse"], seeds=1)
-    monkeypatch.setattr(score, "fingerprint", None)  # weights are not even read for their hash
+    monkeypatch.setattr(run_scoring, "fingerprint", None)  # weights are not even read for their hash
     with pytest.raises((UserError, ValueError, OSError)) as told:
         score.main([str(tmp_path) if flag == "RUN" else flag for flag in flags])
     assert re.search(message.replace("RUN", str(tmp_path)), str(told.value)) and "\n" not in str(told.value)

@@ -1,26 +1,9 @@
-"""The whole path on the demo world: `python -m train.demo configs/demo/demo.py`."""
+"""The whole path on the demo world: `python -m train.demo configs/demo/demo.py`; the same as `flax-pref demo`."""
 
 import sys
 
-from flax_pref.config import check_output_folder, dump_config, load_config, run_main
-from flax_pref.demo.experiment import Demo, DemoConfig
-from flax_pref.demo.report import comparison_table, table, text_table
-from flax_pref.files import one_writer, writing
-
-
-def main(arguments: list[str]) -> None:
-    """Runs the demo and prints what it found."""
-    config = load_config(arguments, DemoConfig)
-    if config.quick:
-        config = config.shrunk()
-    check_output_folder(config.output)
-    with one_writer(config.output), writing(config.output):
-        dump_config(config, config.output / "config.json")
-        report = Demo(config).run()
-    print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")
-    print(text_table(table(report)), text_table(comparison_table(report)), sep="\n\n")
-    print(f"\nwrote {config.output / 'report.html'}")
-
+from flax_pref.cli.demo import main
+from flax_pref.config import run_main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

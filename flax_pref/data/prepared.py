@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flax_pref.files import read_json, replacing
+from flax_pref.programs import command
 
 PAIRS, CAPTIONS, SPLIT, FORMAT = "pairs", "captions", "train", "array_record"
 EMPTY = 0  # number of the caption that says nothing
@@ -194,7 +195,7 @@ class PreparedSet(Records):
             ValueError: a file is damaged.
         """
         folder = Path(folder)
-        expected = f"{folder} to be a prepared set, finished by python -m train.encode"
+        expected = f"{folder} to be a prepared set, finished by {command('encode')}"
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         self._pairs, self._captions = (_open(folder / name) for name in (PAIRS, CAPTIONS))
         try:

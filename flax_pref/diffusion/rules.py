@@ -25,19 +25,6 @@ from flax_pref.diffusion.guidance import (
     pgd,
 )
 
-RuleName = Literal[
-    "cfg",
-    "fine_tuned",
-    "pgd",
-    "cpgd",
-    "cpgd_conditional",
-    "positive_only",
-    "negative_only",
-    "npo",
-    "chats",
-    "autoguidance",
-]
-
 
 class Terms(NamedTuple):
     """What a rule is made of; see `named_rule`."""
@@ -64,13 +51,13 @@ class NamedRule(NamedTuple):
 RULES: dict[str, NamedRule] = {
     "cfg": NamedRule(lambda t, **o: cfg(t.guidance_scale, **o), contrasts=False),
     "fine_tuned": NamedRule(lambda t, **o: cfg(t.guidance_scale, t.module, **o), contrasts=False),
-    "npo": NamedRule(lambda t, **o: npo(t.guidance_scale, **o), contrasts=False),
-    "chats": NamedRule(lambda t, **o: chats(t.guidance_scale, proxy=t.proxy, **o), contrasts=False),
     "pgd": NamedRule(lambda t, **o: pgd(t.w, t.guidance_scale, t.module, reference=t.reference, **o), contrasts=True),
     "cpgd": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, **o), contrasts=True),
     "cpgd_conditional": NamedRule(lambda t, **o: cpgd_conditional(t.w, t.guidance_scale, **o), contrasts=True),
     "positive_only": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, negative=t.reference, **o), contrasts=True),
     "negative_only": NamedRule(lambda t, **o: cpgd(t.w, t.guidance_scale, positive=t.reference, **o), contrasts=True),
+    "npo": NamedRule(lambda t, **o: npo(t.guidance_scale, **o), contrasts=False),
+    "chats": NamedRule(lambda t, **o: chats(t.guidance_scale, proxy=t.proxy, **o), contrasts=False),
     "autoguidance": NamedRule(lambda t, **o: autoguidance(t.w, **o), contrasts=True),
 }
 STEADY = tuple(name for name, rule in RULES.items() if not rule.contrasts)  # rules without a strength w

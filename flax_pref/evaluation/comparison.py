@@ -33,6 +33,7 @@ from flax_pref.evaluation.statistics import (
 )
 from flax_pref.files import read_json
 from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows
+from flax_pref.programs import command, title
 
 CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag")
 STATISTICS = {
@@ -170,10 +171,10 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         ValueError: the file of scores is damaged or lacks something, or has an image twice.
     """
     file = epath.Path(folder) / SCORES
-    again = f"remove it and run python -m sample.score {folder} again"
+    again = f"remove it and run {command('score')} {folder} again"
     if not file.exists():
         there = "has not been scored" if epath.Path(folder).is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {there}; run python -m sample.score {folder} --rewards ... first")
+        raise FileNotFoundError(f"{folder}: {there}; run {command('score')} {folder} --rewards ... first")
     try:
         table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
@@ -183,7 +184,7 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         _ = run.settings, run.records  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{file}: not a file of scores as sample.score writes them ({reason}): {again}") from error
+        raise ValueError(f"{file}: not a file of scores as {title('score')} writes them ({reason}): {again}") from error
     if len(run.rows) < len(run.table):
         counts = collections.Counter(zip(*(run.table[name].to_pylist() for name in Key._fields), strict=True))
         twice = Key(*counts.most_common(1)[0][0])
@@ -239,11 +240,11 @@ def common_rewards(runs: Sequence[ScoredRun], wanted: Sequence[str] = ()) -> tup
         if name not in names:
             raise ValueError(f"--rewards {name}: no run is scored by it; expected of {', '.join(names) or 'none'}")
         if lacking := [run.folder for run in runs if name not in run.rewards]:
-            raise ValueError(f"{lacking[0]}: is not scored by {name}; add it with python -m sample.score {lacking[0]}")
+            raise ValueError(f"{lacking[0]}: is not scored by {name}; add it with {command('score')} {lacking[0]}")
     common = [name for name in wanted or names if all(name in run.rewards for run in runs)]
     if not common:
         told = "; ".join(f"{run.folder}: {', '.join(run.rewards) or 'none'}" for run in runs)
-        raise ValueError(f"the runs have no reward in common ({told}); score them with the same, see sample.score")
+        raise ValueError(f"the runs have no reward in common ({told}); score them with the same, see {title('score')}")
     for name in common:
         hashes = {run.rewards[name].get("sha256") or "": run.folder for run in runs}
         hashes.pop("", None)
@@ -284,7 +285,7 @@ def _scores(run: ScoredRun, reward: str, places: Sequence[int]) -> np.ndarray:
     if column.null_count:
         raise ValueError(
             f"{run.folder}: {column.null_count:,} of {len(column):,} images are not scored by {reward} yet; finish it "
-            "with the same python -m sample.score as before"
+            f"with the same {command('score')} as before"
         )
     return column.to_numpy()
 

@@ -23,6 +23,7 @@ from flax_pref.data.prompts import TEXTS, Prompt
 from flax_pref.data.webdataset import headers
 from flax_pref.images.image_files import read_metadata
 from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
+from flax_pref.programs import title
 
 # The table of scores beside the images, and its columns.
 SCORES, SCORE, EMBEDDING, PROBLEM = "scores.parquet", "score:", "embedding", "problem"
@@ -86,12 +87,12 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a finished one of sample.images, or one with images")
+        raise UserError(f"{folder}: no such folder; expected a finished one of {title('sample')}, or one with images")
     if (folder / MANIFEST).exists():
         return Run(folder, _read_manifest(folder / MANIFEST))
     if (folder / PARTS).exists() or _is_begun(folder):
         raise UserError(
-            f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of sample.images that "
+            f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of {title('sample')} that "
             "began it"
         )
     found = _find(folder)
@@ -158,7 +159,7 @@ def _read_manifest(file: epath.Path) -> pa.Table:
     try:
         table = read_manifest(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}): restore it, or have sample.images write it again") from error
+        raise UserError(f"{file}: damaged ({error}): restore it, or have {title('sample')} write it again") from error
     if not len(table):
         raise UserError(f"{file}: has no rows; expected those of the images")
     return table

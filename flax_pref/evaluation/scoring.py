@@ -29,6 +29,7 @@ from flax_pref.config import UserError
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, Run, read_image
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA
+from flax_pref.programs import title
 from flax_pref.rewards.remote import remote_errors
 from flax_pref.rewards.reward import Reward
 
@@ -192,7 +193,7 @@ class Scores:
         except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"{self.file}: damaged, or not written by sample.score ({reason}): remove it to score all images anew"
+                f"{self.file}: damaged, or not written by {title('score')} ({reason}): remove it to score all images anew"
             ) from error
 
 

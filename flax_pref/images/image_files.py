@@ -6,16 +6,16 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from flax_pref.images.choices import ImageFormat
 from flax_pref.images.grid import FRAME, GAP, INK, MARGIN, PAPER, TILE, font_of, wrapped
 
-ImageFormat = Literal["png", "webp"]
 TAR_BLOCK = 512  # bytes; headers and contents of a tar file begin at multiples of it
 TAR_END = bytes(2 * TAR_BLOCK)
 

@@ -30,17 +30,16 @@ from etils import epath
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt
 from flax_pref.files import LOCK, difference, one_writer, remedy
+from flax_pref.images.choices import ImageFormat, Layout
 from flax_pref.images.image_files import (
     TAR_BLOCK,
     TAR_END,
-    ImageFormat,
     check_names,
     contact_sheet,
     encode_image,
     tar_members,
 )
 
-Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
 ON_SHEET = 64  # images
 LARGEST = 2**48  # bytes, of any file

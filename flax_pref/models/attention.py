@@ -8,15 +8,15 @@ the cache, is four times as fast as the whole at 4096 positions.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from flax_pref.models.choices import Kernel
 from flax_pref.models.platform import CACHED, platform
 
-Kernel = Literal["auto", "xla", "cudnn", "flash", "blocked"]
 BLOCK = 512  # queries, on CPUs
 
 

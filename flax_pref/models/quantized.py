@@ -7,13 +7,14 @@ time: products are of the layers' dtype, as before.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-QuantizedType = Literal["int8", "fp8"]
+from flax_pref.models.choices import QuantizedType
+
 # float8 with four bits of exponent and three of mantissa (arXiv:2209.05433): that with more exponent is for gradients.
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 

@@ -24,8 +24,9 @@ import jax
 from jax._src import distributed  # Orbax uses the service in the same way; JAX has no public name for it
 
 import flax_pref
-from flax_pref.config import UserError, program_name
+from flax_pref.config import UserError
 from flax_pref.parallel.hosts import wait_for_others
+from flax_pref.programs import program_name
 
 PACKAGES = (
     *("flax-pref", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "grain"),

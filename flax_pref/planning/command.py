@@ -1,71 +1,21 @@
-"""What programs that plan have in common: their flags, a process for each plan, and tables that compare several."""
+"""What programs that plan have in common: a process for each plan, and tables that compare several."""
 
-import dataclasses
-import itertools
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jax.sharding import Mesh
 
-from flax_pref.config import UserError, parse_flags
+from flax_pref.config import UserError
 from flax_pref.files import read_json, write_json
 from flax_pref.parallel.memory import aligned, size_text
-from flax_pref.planning.plan import ESTIMATE, Effort, Job, figures, plan, rendered
+from flax_pref.planning.plan import ESTIMATE, Job, figures, plan, rendered
+from flax_pref.planning.plan_flags import PlanFlags
 from flax_pref.planning.topologies import Topology, topology
-
-F = TypeVar("F")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanFlags:
-    """Plans for a TPU slice that is not there."""
-
-    topology: str
-    """The slice: v5e:16x16, v6e:16x16, v5p:4x4x4, v4:4x4x4, tpu7x:4x4x4, or others of these kinds."""
-    effort: Effort = "quick"
-    """quick: until the compiler has laid out memory, with a model of its cycles; full: to the end, with its own
-    estimates, ten times as long."""
-    only: str = ""
-    """Of several programs those whose name begins so: sampler, decoder, ..."""
-    compare: bool = False
-    """Plan with several meshes and ways to save memory, and print a table, the fastest first."""
-    json: Path | None = None
-    """File for the figures."""
-
-
-def own_flags(arguments: Sequence[str], kind: type[F]) -> tuple[F | None, list[str]]:
-    """Flags of one dataclass among those of another program, which has a parser of its own.
-
-    Args:
-        arguments: of both.
-        kind: dataclass; its fields are taken out.
-
-    Returns:
-        the flags, and the arguments that are left. With `--help` among them, the fields are printed and the flags None.
-
-    Raises:
-        SystemExit: after one line on stderr, with status 2.
-    """
-    names = {f"--{field.name}": field.type is bool for field in dataclasses.fields(kind)}
-    own, others = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        name = argument.partition("=")[0]
-        if name not in names:
-            others.append(argument)
-        else:
-            own += [argument] if names[name] or "=" in argument else [argument, *itertools.islice(rest, 1)]
-    helps = {"--help", "-h"} & set(others)
-    try:
-        return parse_flags([*own, *helps], kind), others
-    except SystemExit as exit:
-        if exit.code:
-            raise
-        return None, others  # the help of the other parser follows
+from flax_pref.programs import command as command_of
 
 
 def show(
@@ -123,7 +73,7 @@ def compare(program: str, arguments: Sequence[str], candidates: Iterable[Sequenc
     """A table of a program's plans with other flags, the fastest that fit first.
 
     Args:
-        program: such as train.plan.
+        program: "plan" or "plan-sample".
         arguments: of all.
         candidates: flags of each.
     """
@@ -138,14 +88,20 @@ def compare(program: str, arguments: Sequence[str], candidates: Iterable[Sequenc
 def in_process(
     program: str, arguments: Sequence[str], output: int | None = subprocess.DEVNULL
 ) -> tuple[dict[str, Any] | None, str]:
-    """What a plan made in a process of its own writes, or None and the one line that says why there is nothing."""
+    """What a plan made in a process of its own writes, or None and the one line that says why there is nothing.
+
+    Args:
+        program: "plan" or "plan-sample".
+        arguments: for it.
+        output: where its stdout goes, as `subprocess` takes it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", program, *arguments, "--json", str(file)]
+        command = [sys.executable, "-m", "flax_pref.cli", program, *arguments, "--json", str(file)]
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
         if done.returncode < 0:
             killed = "was killed; the compiler may have needed more memory than there is"
-            return None, f"{program} {killed} (signal {-done.returncode})"
+            return None, f"{command_of(program)} {killed} (signal {-done.returncode})"
         if done.returncode or not file.exists():
             last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
             return None, last.removeprefix("error: ")

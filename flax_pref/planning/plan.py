@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from flax_pref.parallel.memory import aligned, budget, size_text, taken_bytes
 from flax_pref.planning.hlo import Cost, Executed, Module
 from flax_pref.planning.kernels import kernel_cost, known
+from flax_pref.planning.plan_flags import Effort
 from flax_pref.planning.topologies import Topology
 
-Effort = Literal["quick", "full"]
 LAUNCH = 1000  # cycles that every instruction takes, in the model of `modelled`
 # Bytes of machine code, in the model of `code_bytes`: the least of a distinct instruction, those for each FLOP, or byte
 # that it touches, and the most.

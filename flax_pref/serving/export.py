@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,32 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.numpy import save_file
 
 from flax_pref.diffusion.conditioning import encode_ids
+from flax_pref.diffusion.drawing import resolve_drawing
+from flax_pref.diffusion.drawing_flags import with_preset
 from flax_pref.diffusion.guidance import Table, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import sample
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
-from flax_pref.files import new_folder, write_json
+from flax_pref.files import check_new, new_folder, write_json
+from flax_pref.serving.export_flags import ExportFlags, Platform
 from flax_pref.serving.sampler import DESCRIPTION, FORMAT, WEIGHTS, arrays_of, layout_of, program_file, sha256
 
-Platform = Literal["cpu", "tpu", "cuda"]
+
+def export_drawing(flags: ExportFlags) -> None:
+    """Exports the sampler that the flags describe.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        UserError, ValueError, FileNotFoundError: what the flags ask for cannot be had.
+    """
+    flags = with_preset(flags)
+    check_new(flags.out)
+    drawing, dtype = resolve_drawing(flags), flags.compute_dtype
+    draw = drawing.load(dtype=dtype, batch_size=flags.batch_size)
+    about = {"model": flags.model, "dtype": dtype, "quantize": flags.quantize, "merge": flags.merge}
+    about |= drawing.fingerprints()
+    export_sampler(draw, drawing.terms, flags.out, platforms=flags.platforms, about=about)
 
 
 def export_sampler(

@@ -24,6 +24,7 @@ from flax_pref.diffusion.guidance import Strength, Table, tabulate
 from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.files import read_json
+from flax_pref.programs import command
 
 FORMAT = 2
 DESCRIPTION, WEIGHTS = "sampler.json", "weights.safetensors"
@@ -184,7 +185,7 @@ def _description(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: something is missing or of another kind, or it names a file outside of the folder.
     """
-    description = read_json(file, expected="a sampler that python -m sample.export has written")
+    description = read_json(file, expected=f"a sampler that {command('export')} has written")
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: format={description.get('format')!r}, this version reads {FORMAT}; export anew")
     for name, kind in EXPECTED.items():

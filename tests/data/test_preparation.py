@@ -27,7 +27,7 @@ from PIL import Image
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.config import UserError, load_config
-from flax_pref.data import pair_folder
+from flax_pref.data import encode_set, pair_folder
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import decode_image, encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
@@ -38,7 +38,6 @@ from flax_pref.data.sources import Source, open_source
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.latents import encode_images, latent_modes
 from flax_pref.files import one_writer
-from train import encode as encode_program
 
 ROOT = Path(__file__).parents[2]
 BASE = str(resources.files("flax_pref.world") / "base")
@@ -657,9 +656,9 @@ def test_a_second_encode_into_the_same_folder_is_refused_before_it_reads_the_set
         source=Source(layout="pick_a_pic", path=str(write_set(tmp_path / "a.parquet", count=2))),
     )
     (tmp_path / "set").mkdir()
-    monkeypatch.setattr(encode_program, "select", None)
+    monkeypatch.setattr(encode_set, "select", None)
     with one_writer(tmp_path / "set"), pytest.raises(UserError, match=rf"writes into.*; process {os.getpid()} on "):
-        encode_program.run(config, 0, 1)
+        encode_set.encode_set(config)
 
 
 def kill_and_compare(tmp_path, kills):

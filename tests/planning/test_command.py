@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from flax_pref.config import UserError, load_config
-from flax_pref.planning.command import PlanFlags, compared, own_flags
+from flax_pref.planning import requests
+from flax_pref.planning.command import compared
 from flax_pref.planning.plan import excess_of
+from flax_pref.planning.plan_flags import PlanFlags, own_flags
 from flax_pref.planning.topologies import CHIPS, topology
 from flax_pref.planning.training import divisible
 from flax_pref.training.trainer import TrainConfig
-from sample import plan
 from sample.plan import main as sample_plan
 
 
@@ -112,7 +113,7 @@ def test_a_plan_has_a_batch_that_the_chips_of_the_slice_can_share_and_says_which
 )
 def test_a_mistake_is_told_before_the_compiler_is_loaded(flags, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(plan, "show", None)
+    monkeypatch.setattr(requests, "show", None)
     with pytest.raises((UserError, OSError), match=message):
         sample_plan(["--model", "demo", "--topology", "v5e:2x2", *flags])
 

@@ -1,0 +1,1 @@
+"""The command `flax-pref`, and the programs that it and `python -m` run."""

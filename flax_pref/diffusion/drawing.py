@@ -1,0 +1,243 @@
+"""From flags to the parts that draw images: checkpoint, modules, rule, solver and size, each resolved once."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flax_pref.checkpoints.abstract import describe
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
+from flax_pref.config import UserError
+from flax_pref.diffusion.drawing_flags import DrawingFlags
+from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
+from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
+from flax_pref.diffusion.solvers import Solver, from_config
+from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.models.network import Network, with_attention
+from flax_pref.models.quantized import quantize
+from flax_pref.models.unet import UNetConfig
+from flax_pref.models.vae import VAEConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What `DrawingFlags` ask for, found and checked; see `resolve_drawing`.
+
+    Attributes:
+        flags: that were resolved.
+        folder: of the checkpoint.
+        sources: path of each module by its name.
+        rule: that combines the modules.
+        terms: arguments of `rules.named_rule` for the rule to sample with, which JSON can hold: those of `rule`, or of
+            classifier-free guidance where the modules are merged into the weights.
+        sampled: the rule to sample with.
+        solver: of the flags or the checkpoint.
+        size: height and width in pixels.
+    """
+
+    flags: DrawingFlags
+    folder: Path
+    sources: Mapping[str, str]
+    rule: Rule
+    terms: Mapping[str, Any]
+    sampled: Rule
+    solver: Solver
+    size: tuple[int, int]
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Names and SHA-256 of the files that the images depend on."""
+        hashed = _module_files(self.flags, self.sources)
+        return {
+            "modules": {name: Path(path).name for name, path in self.sources.items()},
+            "model_sha256": fingerprint(self.folder),
+            "modules_sha256": {name: fingerprint(path) for name, path in hashed.items()},
+        }
+
+    def load(self, *, dtype: str, batch_size: int, mesh: Mesh | None = None) -> TextToImage:
+        """The checkpoint with its modules on the devices.
+
+        Args:
+            dtype: compute precision.
+            batch_size: images on all devices.
+            mesh: of the devices; None: one device.
+        """
+        flags = self.flags
+        pipeline = load_pipeline(self.folder, jnp.dtype(dtype), variant=flags.variant)
+        guided = load_modules(pipeline.unet, self.sources, own_base=flags.module_base, dtype=jnp.dtype(dtype))
+        if flags.merge:
+            guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(self.rule)), modules={})
+
+        def prepared(network: Network) -> Network:
+            params = network.params if flags.quantize is None else quantize(network.params, flags.quantize)
+            return with_attention(network._replace(params=params), flags.attention)
+
+        return TextToImage(
+            dataclasses.replace(pipeline, unet=prepared(guided.base)),
+            self.solver,
+            self.size,
+            batch_size=batch_size,
+            modules={name: prepared(network) for name, network in guided.modules.items()},
+            mesh=mesh,
+        )
+
+
+def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
+    """Finds what the flags name and checks that it fits together; reads no weights.
+
+    Args:
+        flags: a preset among them is resolved, see `with_preset`.
+        weights: False: neither the weights of the model nor the modules need be there; the model is what
+            `checkpoints.abstract.describe` takes.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError, ValueError: the flags contradict each other, the modules are not those of the rule, the solver cannot
+            make so many steps, a strength does not fit the steps, the size is not one of the checkpoint's, or a config
+            file is not what the networks need.
+    """
+    sources = _sources(flags)
+    terms = _terms(flags, sources)
+    rule = named_rule(**terms)
+    if weights:
+        _check_modules(rule, sources, flags)
+    folder = find_checkpoint(flags.model, variant=flags.variant) if weights else Path(flags.model)
+    for path in _module_files(flags, sources).values():
+        find_checkpoint(path)
+    family = describe(str(folder))
+    size = _size(family.unet, family.vae, flags)
+    solver = _solver(family.scheduler_config, folder, flags)
+    _check_strengths(flags, len(solver.timesteps))
+    if flags.merge:
+        terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, merge=False), sources)
+    sampled = named_rule(**terms)
+    tabulate(sampled, len(solver.timesteps), 1)
+    return Drawing(
+        **{"flags": flags, "folder": folder, "sources": sources, "rule": rule, "terms": terms, "sampled": sampled},
+        **{"solver": solver, "size": size},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rule and modules
+
+
+def _sources(flags: DrawingFlags) -> dict[str, str]:
+    """Path of each module."""
+    modules: dict[str, str] = {}
+    for text in flags.module:
+        name, _, path = text.partition("=")
+        if not name or not path or name in modules or name in ("base", OWN_BASE):
+            raise UserError(f"--module {text}: expected NAME=PATH with a name of its own, e.g. pos=pos.safetensors")
+        modules[name] = path
+    return modules
+
+
+def _module_files(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, str]:
+    """Paths of the modules, and of the base that they were trained on where the flags name one."""
+    return {**sources} | ({OWN_BASE: flags.module_base} if flags.module_base is not None else {})
+
+
+def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
+    """The rule that the flags describe, as arguments of `named_rule` that JSON can hold."""
+    if not find_rule(flags.rule).contrasts:
+        for name, given in (("--w", flags.w is not None), ("--merge", flags.merge), ("--every", flags.every != 1)):
+            if given:
+                expected = ", ".join(CONTRASTING)
+                raise UserError(f"--rule {flags.rule} has no use for {name}; expected one of {expected}")
+    elif flags.w is None:
+        raise UserError(f"--rule {flags.rule} needs --w, the strength of the modules, e.g. --w 4")
+    return {
+        "name": flags.rule,
+        "guidance_scale": flags.guidance_scale,
+        "w": _merged_strengths(flags.w) if flags.merge else flags.w,
+        "module": next(iter(sources), "module"),
+        "reference": "base" if flags.module_base is None else OWN_BASE,
+        "every": flags.every,
+        "between": flags.between,
+        "rescale": flags.rescale,
+        "proxy": flags.proxy,
+    }
+
+
+def _merged_strengths(w: str) -> float | dict[str, float]:
+    """Strengths that are numbers, as weights can hold them."""
+    strengths = _schedules(w)
+    for schedule in strengths.values():
+        if schedule != Schedule(schedule.values):
+            raise UserError(f"--w {w} --merge: only one number can be merged into weights")
+    numbers = {name: schedule.values[0] for name, schedule in strengths.items()}
+    return numbers.get("", numbers)
+
+
+def _schedules(text: str) -> dict[str, Schedule]:
+    """Strengths by the names of their modules; one for all has the name ""."""
+    strengths = parse_strengths(text)
+    return strengths if isinstance(strengths, dict) else {"": strengths}
+
+
+def _check_strengths(flags: DrawingFlags, steps: int) -> None:
+    """Checks that the strengths are for so many steps."""
+    for flag, text in (("w", flags.w), ("guidance-scale", flags.guidance_scale)):
+        for schedule in _schedules(text).values() if text is not None else ():
+            if not schedule.active(steps).any():
+                raise UserError(f"--{flag} {text}: none of the {steps} steps lies in this part of the trajectory")
+            if schedule.shape == "list" and len(schedule.values) != steps:
+                raise UserError(
+                    f"--{flag} {text}: {len(schedule.values)} values, but the solver takes {steps} steps; expected one "
+                    "for each"
+                )
+
+
+def _check_modules(rule: Rule, sources: Mapping[str, str], flags: DrawingFlags) -> None:
+    """Checks that the modules are those that the rule asks for."""
+    there = {"base", *sources} | ({OWN_BASE} if flags.module_base is not None else set())
+    asked = set(rule.networks())
+    if missing := [name for name in rule.networks() if name not in there]:
+        raise UserError(
+            f"--rule {flags.rule} needs a module {missing[0]!r}; expected --module {missing[0]}=PATH"
+            + (f", there are {', '.join(sources)}" if sources else "")
+        )
+    if unused := [name for name in sources if name not in asked]:
+        useful = ", ".join(sorted(asked - {"base"})) or "none"
+        rules = " or ".join(f"--rule {rule}" for rule in _rules_with(list(sources)) or _rules_with(unused[:1]))
+        raise UserError(
+            f"--rule {flags.rule} has no use for module {unused[0]!r}, only for {useful}; expected "
+            f"{rules or 'modules that a rule asks for'}"
+        )
+
+
+def _rules_with(modules: Sequence[str]) -> list[str]:
+    """The rules that need these modules and no others; fine_tuned and pgd take any single one."""
+    rules = {name: named_rule(name, guidance_scale=7.5, w=1.0, module=modules[0]) for name in RULES}
+    return [name for name, rule in rules.items() if set(rule.networks()) - {"base"} == set(modules)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Solver and size
+
+
+def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFlags) -> Solver:
+    """The solver of the flags, or of the checkpoint."""
+    try:
+        return from_config(scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
+    except (ValueError, TypeError) as error:
+        file = folder / "scheduler" / "scheduler_config.json"
+        raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error
+
+
+def _size(unet: UNetConfig, vae: VAEConfig, flags: DrawingFlags) -> tuple[int, int]:
+    """Height and width in pixels."""
+    trained = unet.sample_size or 64
+    trained = trained if isinstance(trained, tuple) else (trained, trained)
+    factor = vae.downscale_factor
+    for name, side in (("height", flags.height), ("width", flags.width)):
+        if side is not None and side % factor:
+            near = max(1, round(side / factor)) * factor
+            raise UserError(f"--{name} {side}: expected multiples of {factor}, e.g. {near}")
+    height, width = (factor * side for side in trained)
+    return flags.height or height, flags.width or width

@@ -1,0 +1,114 @@
+"""Flags that say what images are drawn with. `diffusion.drawing` turns them into parts."""
+
+import dataclasses
+import importlib.util
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from flax_pref.config import UserError
+from flax_pref.models.choices import Dtype, Kernel, QuantizedType
+
+F = TypeVar("F", bound="DrawingFlags")
+
+# Ways to use modules pos and neg, with the time of an image against plain CFG's and the share of full cPGD's gain that
+# docs/guidance.md has measured.
+PRESETS = {
+    "full": {"rule": "cpgd"},  # 3.1, 100 %
+    "fast": {"rule": "cpgd", "merge": True},  # 1.0, 107 %
+    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.1, 105 %
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawingFlags:
+    """What images are drawn with."""
+
+    model: str
+    """Checkpoint: a folder in the diffusers layout, a Hub id, or "demo" for the small model of this package."""
+    module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Preference module as NAME=PATH; repeat the flag for each. PATH is a LoRA file, or a folder with LoRA or full
+    weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned."""
+    module_base: str | None = None
+    """Checkpoint that the modules were trained on, if it is not the model: their difference is predicted on it
+    (default: LoRA modules are moved onto the model)."""
+    preset: Literal["full", "fast", "light"] | None = None
+    """Shorthand for rule, every, between and merge. full: cPGD; fast: cPGD merged into the weights; light: cPGD on the
+    prompt only, in every fifth step. docs/guidance.md lists the cost and the gain of each."""
+    rule: str = "cfg"
+    """Guidance rule: cfg, fine_tuned, pgd, cpgd, cpgd_conditional, positive_only, negative_only, npo, chats,
+    autoguidance, or your own function as python:MODULE:FUNCTION."""
+    w: str | None = None
+    """Strength of the modules: a number, or a schedule over the steps (linear:8:0, cosine:0:8, list:8:4:0), with
+    @0.2:0.8 behind it to restrict it to that part of the trajectory. One strength per module: pos=3,neg=1."""
+    guidance_scale: str = "7.5"
+    """Classifier-free guidance scale; 1 turns it off. A number or a schedule, as for w."""
+    every: int = 1
+    """Recompute the contrast every k steps and reuse it in between."""
+    between: Literal["hold", "extrapolate"] = "hold"
+    """How the steps in between reuse the contrast: hold the last one, or extrapolate the last two."""
+    merge: bool = False
+    """Merge the modules into the weights with strength w, and sample with classifier-free guidance."""
+    rescale: float | None = None
+    """Guidance rescale factor, 0 to 1 (default: no rescaling)."""
+    proxy: float = 0.5
+    """CHATS coefficient a: proxy = (1 + a) * empty - a * text."""
+
+    steps: int = 50
+    """Sampling steps."""
+    solver: Literal["ddim", "dpm++", "dpm++_karras", "euler", "euler_karras", "pndm"] | None = None
+    """Solver (default: the one of the checkpoint's scheduler)."""
+    eta: float = 0.0
+    """Stochasticity of ddim, from 0 (deterministic) to 1 (DDPM)."""
+    height: int | None = None
+    """Image height in pixels (default: the size that the network was trained on)."""
+    width: int | None = None
+    """Image width in pixels (default: the size that the network was trained on)."""
+    batch_size: int = 1
+    """Images per device and batch."""
+    dtype: Dtype = "auto"
+    """Compute precision; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    quantize: QuantizedType | None = None
+    """Store the UNet's kernels in eight bits: half the memory of bfloat16 at the same speed (default: off).
+    docs/serving.md lists the error."""
+    variant: str | None = None
+    """Weight file variant, e.g. fp16 (default: full precision if present)."""
+    attention: Kernel = "auto"
+    """Attention kernel of the UNet; auto: the fastest for the device."""
+
+    def __post_init__(self):
+        from flax_pref.diffusion.guidance import parse_strengths  # imports JAX, which --help does not need
+
+        for name in ("batch_size", "steps", "every", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        for name, value in (("eta", self.eta), ("rescale", self.rescale)):
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} {value}: expected 0 to 1")
+        for flag, text in (("w", self.w), ("guidance-scale", self.guidance_scale)):
+            try:
+                strength = None if text is None else parse_strengths(text)
+            except ValueError as error:
+                raise UserError(f"--{flag} {text}: {error}") from error
+            if flag == "guidance-scale" and isinstance(strength, dict):
+                raise UserError(f"--guidance-scale {text}: expected one strength, it is the same for all modules")
+            if flag == "guidance-scale" and any(value < 0 for value in strength.values):
+                raise UserError(f"--guidance-scale {text}: expected 0 or more")
+        if self.quantize is not None and importlib.util.find_spec("qwix") is None:
+            raise UserError(f"--quantize {self.quantize}: needs qwix; pip install 'flax-pref[quantize]'")
+
+
+def with_preset(flags: F) -> F:
+    """The flags with those that the preset stands for.
+
+    Raises:
+        UserError: a flag contradicts the preset.
+    """
+    if flags.preset is None:
+        return flags
+    for field in dataclasses.fields(flags):
+        expected, given = PRESETS[flags.preset].get(field.name), getattr(flags, field.name)
+        if expected is not None and given not in (expected, field.default):
+            raise UserError(f"--preset {flags.preset} is --{field.name} {expected}, but --{field.name} is {given}")
+    return dataclasses.replace(flags, **PRESETS[flags.preset], preset=None)

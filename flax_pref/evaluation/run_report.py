@@ -1,0 +1,142 @@
+"""Compares methods on the same prompts and seeds, from scored runs, and writes the report."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from flax_pref.config import UserError
+from flax_pref.evaluation.comparison import (
+    Items,
+    ScoredRun,
+    common_rewards,
+    compare,
+    pair_runs,
+    read_run,
+    read_votes,
+)
+from flax_pref.evaluation.pages import write_pages
+from flax_pref.evaluation.report_flags import ReportFlags
+from flax_pref.evaluation.runs import PROBLEMS
+from flax_pref.evaluation.tables import printed_tables, write_tables
+from flax_pref.files import replacing
+
+
+def report_runs(flags: ReportFlags) -> Path:
+    """Compares scored runs, prints the tables and writes the report, in place of an earlier one.
+
+    The folder gets report.html (the comparison, with the images side by side), vote.html (a blind vote on the same
+    images), report.json, table.csv, categories.csv and table.tex. Every number has a 95 % bootstrap interval over
+    prompts; several seeds of a prompt are averaged first.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError, ValueError, OSError: the runs cannot be compared, or the folder cannot be written.
+    """
+    folders = methods_of(flags.runs)
+    baseline = baseline_of(flags.baseline, folders)
+    out = _out_of(flags.out, folders)
+    votes = read_votes(flags.votes)
+    runs = [read_run(folder, name) for name, folder in folders.items()]
+    rewards, dropped = common_rewards(runs, flags.rewards)
+    items = pair_runs(runs, rewards)
+    report = compare(runs, items, baseline, votes)
+    print(_summary(report, runs, items, dropped))
+    write_tables(report, out)
+    write_pages(out, report, items, images=flags.images, title=flags.title or " / ".join(folders))
+    with replacing(out / "report.json") as unfinished:  # last: who finds it finds everything
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(f"{text}\n", encoding="utf-8")
+    return out
+
+
+def methods_of(runs: Sequence[str]) -> dict[str, str]:
+    """Folders by the names of their methods; a name that two folders have is preceded by the folder above."""
+    if not runs:
+        raise UserError("no runs; expected scored folders, e.g. runs/base runs/cpgd")
+    named = [_split(run) for run in runs]
+    places = {}
+    for (_, folder), run in zip(named, runs, strict=True):
+        place = str(epath.Path(folder).resolve())
+        if place in places:
+            raise UserError(f"{run}: is the same folder as {places[place]}; expected each run once")
+        places[place] = run
+    unnamed = [epath.Path(place).parts for (name, _), place in zip(named, places, strict=True) if not name]
+    names = [
+        name or _shortest(epath.Path(place).parts, unnamed) for (name, _), place in zip(named, places, strict=True)
+    ]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two runs are called {twice}; expected different names, e.g. {twice}-2=FOLDER")
+    return dict(zip(names, (folder for _, folder in named), strict=True))
+
+
+def _split(run: str) -> tuple[str, str]:
+    """Name, "" if there is none, and folder; a folder may have an equals sign in its own name."""
+    name, equals, folder = run.partition("=")
+    if not equals or epath.Path(run).exists():
+        return "", run
+    if not name.strip() or not folder:
+        raise UserError(f"{run}: expected NAME=FOLDER")
+    return name.strip(), folder
+
+
+def _shortest(own: Sequence[str], all_parts: Sequence[Sequence[str]]) -> str:
+    """The last parts of a path, as few as no other path ends in."""
+    counts = (sum(parts[-n:] == own[-n:] for parts in all_parts) for n in range(1, len(own)))
+    return "/".join(own[-next((n for n, count in enumerate(counts, 1) if count == 1), len(own)) :])
+
+
+def baseline_of(baseline: str | None, folders: dict[str, str]) -> str:
+    """The method that is meant by its name or folder."""
+    if baseline is None or baseline in folders:
+        return baseline or next(iter(folders))
+    wanted = epath.Path(baseline).resolve()
+    meant = [name for name, folder in folders.items() if epath.Path(folder).resolve() == wanted]
+    if not meant:
+        raise UserError(f"--baseline {baseline}: no such method; expected one of {', '.join(folders)}")
+    return meant[0]
+
+
+def _out_of(out: str, folders: dict[str, str]) -> Path:
+    """The folder of the report, which is that of no run."""
+    if "://" in out:
+        raise UserError(f"--out {out}: expected a local folder; copy the report from there")
+    path = Path(out)
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; expected a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: cannot write into {there}; choose another folder")
+    if mixed := next((folder for folder in folders.values() if Path(folder).resolve() == path.resolve()), None):
+        raise UserError(f"--out {out}: is the folder of the run {mixed}; expected one for the report alone")
+    return path
+
+
+def _summary(report: dict[str, Any], runs: Sequence[ScoredRun], items: Items, dropped: Sequence[str]) -> str:
+    """What the terminal shows: the tables, below what they are about and what has been left out."""
+    lines = [
+        f"{report['pairs']:,} pairs (prompt, seed) of {report['prompts']:,} prompts; baseline {report['baseline']}; "
+        "95 % intervals; p of the sign test, corrected (Holm)"
+    ]
+    for method in report["methods"]:
+        if method["left_out"]:
+            reasons = {name: method[name] for name in PROBLEMS}
+            reasons["without a counterpart in another run"] = method["left_out"] - sum(reasons.values())
+            told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            lines.append(f"{method['name']}: {method['left_out']:,} of {method['images']:,} images left out ({told})")
+    for reward in dropped:
+        lacking = [run.name for run in runs if reward not in run.rewards]
+        lines.append(f"{reward}: left out, {', '.join(lacking)} not scored by it")
+    for reward in report["rewards"]:
+        cells = [row for row in report["overall"] if row["reward"] == reward]
+        if left_out := report["pairs"] - cells[0]["images"]:
+            told = ", ".join(f"{row['method']} {row['not_finite']:,}" for row in cells if row["not_finite"])
+            lines.append(f"{reward}: {left_out:,} pairs left out, scores that are not finite: {told}")
+    if len({run.embedding for run in runs}) > 1:
+        lines.append("diversity: left out, the runs' embeddings are not all there and from one network")
+    return "\n".join([*lines, "", printed_tables(report)])

@@ -1,0 +1,273 @@
+"""Scores finished folders of images with rewards, in one process or several.
+
+Each folder gets `scores.parquet`: a row per image with a column for each reward, to which later calls add.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from flax_pref.checkpoints.hub import HUB_ID
+from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
+from flax_pref.config import UserError, check_file_systems
+from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
+from flax_pref.evaluation.score_flags import ScoreFlags
+from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
+from flax_pref.files import difference
+from flax_pref.parallel.agreement import Content, Fact, agree, begin_together, flat
+from flax_pref.parallel.hosts import join, watched
+from flax_pref.parallel.mesh import make_mesh
+from flax_pref.parallel.signals import stopped_by
+from flax_pref.programs import title
+from flax_pref.rewards.clip import RECIPES, RESIZED
+from flax_pref.rewards.remote import is_remote
+from flax_pref.rewards.reward import REWARDS, load_reward
+
+EMBEDDED = (*RECIPES, "aesthetic")  # rewards that have image embeddings
+
+# What may differ between hosts: where inputs lie, of which the content is compared.
+FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
+
+
+def score_runs(flags: ScoreFlags) -> None:
+    """Scores what is not scored yet, and prints the means.
+
+    Run again with the same flags after a kill, it resumes. SIGTERM stops it after the current batch.
+
+    Raises:
+        UserError, ValueError, OSError: what the flags ask for cannot be had.
+    """
+    process, processes = join(flags.hosts)
+    with watched():
+        score_part(flags, process, processes)
+
+
+def score_part(flags: ScoreFlags, process: int, processes: int) -> None:
+    """Scores every `processes`-th folder: the part of one of several processes, or all of it; see `score_runs`."""
+    begin_together(flags, FREE_OF_HOSTS)
+    work = resolve_scoring(flags)
+    agree(lambda: _contents_of(work))
+    folders = work.folders[process::processes]
+    if not folders:
+        print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
+        return
+    with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
+        tables = []
+        for folder in folders:
+            run = open_run(folder, work.prompts)
+            if run.told:
+                print(f"{folder}: no manifest; {len(run.rows)} images, {run.told}")
+            held.enter_context(locked(run.folder))
+            tables.append(Scores(run))
+            tables[-1].look_again()
+        if not any(len(scores.pending(one.column, one.of)) for scores in tables for one in work.columns):
+            print("all images that can be scored are; nothing to do")
+        for one in work.columns:
+            if not stop():
+                _score_column(tables, one, work, stop)
+        for scores in tables:
+            scores.save()  # perhaps a problem is gone
+            print("\n".join(_summary(scores, work.columns)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From flags to parts
+
+
+class ScoreColumn(NamedTuple):
+    """A column to be computed.
+
+    Attributes:
+        column: of the table.
+        name: of the reward.
+        path: of its weights, or None.
+        tokenizer: of the reward, or None.
+        of: what its values depend on; see `Scores.begin`.
+    """
+
+    column: str
+    name: str
+    path: str | None
+    tokenizer: str | None
+    of: dict[str, Any]
+
+
+class ScoringWork(NamedTuple):
+    """What `ScoreFlags` ask for, found and checked; see `resolve_scoring`.
+
+    Attributes:
+        flags: that were resolved.
+        columns: to be computed.
+        folders: of images, each once.
+        prompts: of foreign images; None: they are with the images.
+    """
+
+    flags: ScoreFlags
+    columns: Sequence[ScoreColumn]
+    folders: Sequence[str]
+    prompts: Sequence[Prompt] | None
+
+
+def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
+    """Finds what the flags name and checks that it fits together; reads weights for their hash only.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: a reward is not known, is there twice or has no such file, a folder or
+            prompts are missing, or these devices cannot be used so.
+    """
+    rewards = _rewards(flags)
+    tokenizers = _tokenizers(flags, [name for _, name, _ in rewards])
+    if flags.clip is not None and "aesthetic" not in [name for _, name, _ in rewards]:
+        raise UserError(f"--clip {flags.clip}: is of aesthetic, which is not asked for; leave it out")
+    if flags.clip is not None:
+        _check_place("--clip", flags.clip, flags.clip)
+    check_file_systems(*flags.runs, flags.prompts)
+    make_mesh(flags.mesh, jax.local_devices())
+    if missing := [folder for folder in flags.runs if not epath.Path(folder).is_dir()]:
+        raise UserError(f"{missing[0]}: no such folder; expected a finished one of {title('sample')}, or one with images")
+    prompts = None if flags.prompts is None else read_prompts(flags.prompts, column=flags.column)
+    columns = [
+        ScoreColumn(column, name, path, tokenizers.get(name, tokenizers.get("")), identity(name, path, flags))
+        for column, name, path in rewards
+    ]
+    return ScoringWork(flags, columns, list(dict.fromkeys(str(epath.Path(run)) for run in flags.runs)), prompts)
+
+
+def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
+    """Column, name and path of each reward that the flags name."""
+    if not flags.rewards and flags.diversity is None:
+        raise UserError(f"nothing to score with; expected --rewards with one or more of {', '.join(REWARDS)}")
+    found: dict[str, tuple[str, str, str | None]] = {}
+    texts = [(text, "--rewards") for text in flags.rewards]
+    texts += [] if flags.diversity is None else [(flags.diversity, "--diversity")]
+    for text, flag in texts:
+        name, given, path = text.partition("=")
+        if not re.fullmatch(r"[\w.+-]+", name) or (given and not path):
+            raise UserError(f"{flag} {text}: expected NAME or NAME=PATH")
+        if name not in REWARDS and not is_remote(path):
+            raise UserError(f"{flag} {text}: no reward {name!r}; expected one of {', '.join(REWARDS)}")
+        if path and not is_remote(path):
+            _check_place(flag, text, path)
+        if flag == "--diversity" and (is_remote(path) or name not in EMBEDDED):
+            raise UserError(f"{flag} {text}: has no image embeddings; expected one of {', '.join(EMBEDDED)}")
+        column = EMBEDDING if flag == "--diversity" else SCORE + name
+        if column in found:
+            raise UserError(f"{flag}: {name} is there twice; expected each reward once, under a name of its own")
+        found[column] = (column, name, path or None)
+    return list(found.values())
+
+
+def _tokenizers(flags: ScoreFlags, names: Sequence[str]) -> dict[str, str]:
+    """Folders of tokenizers by the names of rewards; one for all has the name ""."""
+    tokenizers = {}
+    for text in flags.tokenizer:
+        name, separator, path = text.partition("=")
+        if separator and name not in names:
+            expected = ", ".join(dict.fromkeys(names))
+            raise UserError(f"--tokenizer {text}: no reward {name!r} is asked for; expected of {expected}")
+        path = path if separator else text
+        _check_place("--tokenizer", text, path)
+        tokenizers[name if separator else ""] = path
+    return tokenizers
+
+
+def _check_place(flag: str, text: str, path: str) -> None:
+    if not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+        raise UserError(f"{flag} {text}: no file or folder {path}; correct the path, or leave it out")
+
+
+def identity(name: str, path: str | None, flags: ScoreFlags) -> dict[str, Any]:
+    """What tells scores of a reward from those of another one under the same name."""
+    of = {"name": name, "path": path, "sha256": "", "dtype": flags.dtype}
+    of |= {"resized": RESIZED[name]} if name in RESIZED and not is_remote(path) else {}
+    if path is not None and not is_remote(path) and (local := Path(path).expanduser()).exists():
+        of |= {"path": local.resolve().name, "sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
+    if name == "aesthetic" and flags.clip is not None:
+        local = Path(flags.clip).expanduser()
+        of |= (
+            {"clip": local.name, "clip_sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
+            if local.exists()
+            else {"clip": flags.clip}
+        )
+    return of
+
+
+def _contents_of(work: ScoringWork) -> dict[str, Fact]:
+    """What the inputs hold, wherever they lie."""
+    columns = {_label(one): one.of for one in work.columns}
+    texts = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in work.prompts or ()]).encode()).hexdigest()
+    prompts = Content(work.flags.prompts or "none", texts)
+    return flat({"rewards": ", ".join(columns), "prompts": prompts, **columns})
+
+
+def _label(wanted: ScoreColumn) -> str:
+    """A column's name in messages."""
+    return f"embedding by {wanted.name}" if wanted.column == EMBEDDING else wanted.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def _score_column(tables: Sequence[Scores], wanted: ScoreColumn, work: ScoringWork, stop: Callable[[], bool]) -> None:
+    """Scores with one reward what is pending in all folders."""
+    tables = [scores for scores in tables if len(scores.pending(wanted.column, wanted.of))]
+    if not tables:
+        return
+    devices = jax.local_devices()
+    print(f"loading {wanted.name} on {len(devices)} x {devices[0].device_kind} in {wanted.of['dtype']}")
+    mesh = make_mesh(work.flags.mesh, devices)
+    reward = load_reward(
+        *(wanted.name, wanted.path),
+        clip=work.flags.clip,
+        tokenizer=wanted.tokenizer,
+        dtype=jnp.dtype(wanted.of["dtype"]),
+    )
+    scorer = Scorer(reward, mesh, batch_size=work.flags.batch_size, embedding=wanted.column == EMBEDDING)
+    del reward  # its weights are those of the scorer now
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    for scores in tables:
+        before = scores.of(wanted.column)
+        if before not in (None, wanted.of):
+            print(f"{scores.folder}: {_label(wanted)} is computed anew: was {difference(before, wanted.of)}")
+        total = len(scores.pending(wanted.column, wanted.of))
+        text = f"{scores.folder.name}: {_label(wanted)}"
+        with tqdm(desc=text, unit="image", total=total, bar_format=bar_format) as progress:
+            score_images(scorer, scores, wanted.column, wanted.of, stop=stop, done=progress.update)
+        if stop():
+            return
+
+
+def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:
+    """What there is to tell about a folder, line by line."""
+    total = len(scores.images)
+    lines = [f"{scores.folder}: {total} images, scores in {scores.file}"]
+    for one in wanted:
+        left = len(scores.pending(one.column, one.of))
+        known = scores.scores(one.column) if scores.of(one.column) == one.of else np.zeros(0, np.float32)
+        parts = [f"{len(known)} images"]
+        if one.column != EMBEDDING and len(known):
+            finite = known[np.isfinite(known)]
+            parts = [f"mean {finite.mean(dtype=np.float64):.6g} of {len(finite)} images"] if len(finite) else []
+            parts += [f"{len(known) - len(finite)} not finite"] if len(finite) < len(known) else []
+        parts += [f"stopped with {left} left; the same command goes on from there"] if left else []
+        lines.append(f"  {_label(one)}: {', '.join(parts)}")
+    for problem in PROBLEMS:
+        images = [scores.images[i] for i in np.flatnonzero(scores.problems == problem)]
+        if images:
+            shown = [f"{image.file} at {image.offset}" if image.offset else image.file for image in images[:3]]
+            more = ", ..." if len(images) > 3 else ""
+            lines.append(f"  {len(images)} {problem}, not scored: {', '.join(shown)}{more}")
+    return lines

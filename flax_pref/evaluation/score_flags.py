@@ -1,0 +1,47 @@
+"""Flags of the scoring of finished folders of images. `evaluation.run_scoring` follows them."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from flax_pref.config import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """Scores finished folders of images with rewards."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders of images, local or in a bucket (gs://...): those of sample.images, or any others."""
+    rewards: tuple[str, ...] = ()
+    """Rewards as NAME (weights as published), NAME=PATH (file, folder or Hub id of the weights), NAME=http://... or
+    NAME=python:MODULE:FUNCTION. They use the devices one after the other."""
+    diversity: str | None = None
+    """CLIP reward, as NAME or NAME=PATH, whose image embeddings are stored; reports compute diversity from them
+    (default: none)."""
+    prompts: str | None = None
+    """File or folder with the prompts of images that are not from sample.images (default: beside or in the images)."""
+    column: str | None = None
+    """Prompt column (default: prompt, caption or text)."""
+    tokenizer: tuple[str, ...] = ()
+    """Tokenizer as FOLDER, or NAME=FOLDER for one of the rewards (default: beside the weights, or as published)."""
+    clip: str | None = None
+    """Folder or Hub id of CLIP ViT-L/14 for aesthetic (default: as published)."""
+    batch_size: int = 8
+    """Images per device and batch."""
+    mesh: str = "data=-1"
+    """Device mesh; data=-1 divides the images over all devices."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute precision. In float32, TPUs and GPUs multiply in full precision instead of their fastest mode."""
+    hosts: str | None = None
+    """Other processes of this run, which share the folders: auto, none, or ADDRESS:PORT,PROCESSES,NUMBER (default:
+    those of a TPU pod, Slurm or Open MPI, if any)."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise UserError("no folder to score; expected one or more, e.g. runs/images --rewards pickscore")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: expected at least 1")
+        if self.column is not None and self.prompts is None:
+            raise UserError(f"--column {self.column}: is of a file of prompts; expected --prompts with one")

@@ -1,0 +1,255 @@
+"""Draws image sets: of one prompt, or evaluation sets of tens of thousands, in one process or several."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from flax_pref.config import UserError, check_file_systems
+from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
+from flax_pref.diffusion.drawing import Drawing, resolve_drawing
+from flax_pref.diffusion.drawing_flags import with_preset
+from flax_pref.diffusion.guidance import tabulate
+from flax_pref.diffusion.sampler import image_keys
+from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
+from flax_pref.diffusion.text_to_image import watched as watched_steps
+from flax_pref.images.image_flags import ImageFlags
+from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
+from flax_pref.models.bank import AXIS
+from flax_pref.models.platform import default_dtype, platform
+from flax_pref.parallel.agreement import Content, agree, begin_together, flat
+from flax_pref.parallel.hosts import join, wait_for_others, watched
+from flax_pref.parallel.mesh import make_mesh
+from flax_pref.parallel.signals import StopTogether, anywhere, stopped_by
+
+SEEDS, MOST_SEEDS = 2**32, 1_000_000  # that there are, and that a set may have
+
+# Flags that say where and how to work, not what to draw: a run may resume under others.
+WORKING = (
+    *("prompt", "prompts", "column", "seeds", "seed", "out", "layout", "format", "shard_size", "verify", "module"),
+    *("batch_size", "mesh", "hosts", "attention"),
+)
+# What may differ between hosts: how each works, and where inputs lie, of which the content is compared.
+FREE_OF_HOSTS = ("hosts", "model", "module", "module_base", "prompts", "batch_size", "mesh", "attention")
+
+
+def draw_images(flags: ImageFlags) -> int:
+    """Draws and writes an image set, or what it lacks.
+
+    Prints what it loads and how it advances. Run again with the same flags after a kill, it resumes. SIGTERM stops it
+    after the current batch.
+
+    Args:
+        flags: what to draw, and where to.
+
+    Returns:
+        number of images in the finished set; 0: a signal stopped the run, or another process reports.
+
+    Raises:
+        UserError, ValueError, OSError: what the flags ask for cannot be had.
+    """
+    flags = with_preset(flags)
+    process, processes = join(flags.hosts)
+    with watched():
+        begin_together(flags, FREE_OF_HOSTS)
+        work = resolve_images(flags)
+        agree(lambda: flat({**work.settings, "prompts": work.prompts}, free=("model", "module_base")))
+        images = ImageSet(
+            flags.out,
+            work.items,
+            work.settings,
+            layout=work.layout,
+            image_format=flags.format,
+            shard_size=flags.shard_size,
+            process_index=process,
+            process_count=processes,
+            verify=flags.verify,
+        )
+        with images.only_writer():
+            wait_for_others("the folder is locked")
+            finished = _complete(images, work)
+    return images.total if finished and process == 0 else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageWork:
+    """What `ImageFlags` ask for, found and checked; see `resolve_images`.
+
+    Attributes:
+        flags: that were resolved.
+        drawing: what the images are drawn with.
+        items: the images, by prompt and seed.
+        prompts: where the prompts lie, and their SHA-256.
+        layout: of the files.
+        settings: what the images depend on besides prompt and seed; JSON can hold them.
+    """
+
+    flags: ImageFlags
+    drawing: Drawing
+    items: Sequence[Item]
+    prompts: Content
+    layout: Layout
+    settings: Mapping[str, Any]
+
+
+def resolve_images(flags: ImageFlags) -> ImageWork:
+    """Finds what the flags name and checks that it fits together; reads no weights but for their hash.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: it does not, or something is missing.
+    """
+    check_file_systems(flags.out, flags.prompts)
+    seeds = _seeds(flags)
+    if flags.prompts is None:
+        prompts = [Prompt(i, text, "", {"prompt": text}) for i, text in enumerate(flags.prompt)]
+    else:
+        prompts = read_prompts(flags.prompts, column=flags.column)
+    items = [Item(prompt, seed) for prompt in prompts for seed in seeds]
+    layout = flags.layout or ("flat" if flags.prompts is None else "webdataset")
+    image_names(items, layout, flags.format)
+    _check_devices(flags)
+    drawing = resolve_drawing(flags)
+    settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
+    texts = json.dumps([(prompt.id, prompt.text, prompt.group) for prompt in prompts])
+    return ImageWork(
+        flags=flags,
+        drawing=drawing,
+        items=items,
+        prompts=Content(flags.prompts or "--prompt", hashlib.sha256(texts.encode()).hexdigest()),
+        layout=layout,
+        settings=settings | {"dtype": default_dtype(flags.dtype)} | drawing.fingerprints(),
+    )
+
+
+def _seeds(flags: ImageFlags) -> list[int]:
+    """The seeds that the flags name, in order."""
+    if flags.seed is not None:
+        if not 0 <= flags.seed < SEEDS:
+            raise UserError(f"--seed {flags.seed}: expected 0 to {SEEDS - 1}")
+        return [flags.seed]
+    ranges = []
+    for part in flags.seeds.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--seeds {flags.seeds}: expected a number, a range such as 0-3, or several with commas")
+        if int(match[2] or match[1]) >= SEEDS:
+            raise UserError(f"--seeds {flags.seeds}: expected 0 to {SEEDS - 1}")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if sum(map(len, ranges)) > MOST_SEEDS:
+        raise UserError(f"--seeds {flags.seeds}: expected at most {MOST_SEEDS:,} seeds")
+    return list(dict.fromkeys(itertools.chain(*ranges)))
+
+
+def _check_devices(flags: ImageFlags) -> None:
+    """Checks the flags that say how to use the devices."""
+    make_mesh(flags.mesh, jax.local_devices())
+    needed = {"cudnn": "gpu", "flash": "tpu"}.get(flags.attention, platform())
+    if needed != platform():
+        raise UserError(
+            f"--attention {flags.attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
+            "expected auto, xla or blocked"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def _complete(images: ImageSet, work: ImageWork) -> bool:
+    """Draws and writes what the folder lacks; whether it is finished, that is, no process was told to stop."""
+    images.begin()
+    out = work.flags.out
+    if images.damaged:
+        shown = [f"prompt {work.items[i].prompt.id} with seed {work.items[i].seed}" for i in images.damaged[:3]]
+        more = ", ..." if len(images.damaged) > 3 else ""
+        count = f"{len(images.damaged)} of {images.total} images"
+        print(f"{out}: damaged and drawn again: {count} ({', '.join(shown)}{more})")
+    if images.done:
+        print(f"{out}: {images.done} of {images.total} images are there")
+    # Where one process draws, the others come along: it may be told to stop, and then all do.
+    if anywhere(len(images.pending) > 0) and not _draw_set(_load(work), images, work):
+        print(f"{out}: stopped after {images.done} of {images.total} images; the same command goes on from there")
+        return False
+    wait_for_others("all images are drawn")
+    images.finish()
+    return True
+
+
+def _load(work: ImageWork) -> TextToImage:
+    """The checkpoint with its modules on the devices."""
+    flags, drawing, devices = work.flags, work.drawing, jax.local_devices()
+    dtype = default_dtype(flags.dtype)
+    print(f"loading {drawing.folder} on {len(devices)} x {devices[0].device_kind} in {dtype}")
+    mesh = make_mesh(flags.mesh, devices)
+    batch_size = flags.batch_size * (mesh.size // mesh.shape.get(AXIS, 1))
+    return drawing.load(dtype=dtype, batch_size=batch_size, mesh=None if mesh.size == 1 else mesh)
+
+
+def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
+    """Draws what is pending; whether all processes came to the end, that is, none was told to stop.
+
+    Batches are always the same, whatever is there already: so an image comes out the same, bit by bit, in a run that
+    was killed and resumes.
+    """
+    flags, items = work.flags, work.items
+    own, pending = images.own, set(images.pending.tolist())
+    size, steps = draw.batch_size, len(draw.solver.timesteps)
+    batches = [(own[chosen], n) for chosen, n in chunks(len(own), size) if pending & set(own[chosen[:n]].tolist())]
+    # A process that has no more batches still asks, in every round, whether to stop.
+    rounds = int(np.max(multihost_utils.process_allgather(np.array(len(batches)))))
+    table = tabulate(work.drawing.sampled, steps, size)
+    warn_of_cuts(draw.pipeline, [item.prompt.text for item in items])
+    negative = None if flags.negative_prompt is None else [flags.negative_prompt] * size
+    # A program that reports its steps is never kept in the compilation cache; where steps are short, that costs more.
+    by_step = flags.prompts is None and platform() == "cpu"
+    total = {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
+    started, drawn = time.perf_counter(), 0
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+    def told(count: int) -> None:
+        progress.set_postfix_str(f"{images.total - images.done} images left", refresh=False)
+        progress.update(0 if by_step else count)
+
+    with (
+        stopped_by(signal.SIGTERM) as stop,
+        tqdm(desc="drawing", unit="step" if by_step else "image", bar_format=bar_format, **total) as progress,
+        watched_steps(progress, by_step) as bar,
+        Writer(images, written=told, ahead=1) as writer,
+    ):
+        stopping = StopTogether(stop)
+        for number in range(rounds):
+            if number < len(batches):
+                chosen, n = batches[number]
+                batch = [items[i] for i in chosen]
+                keys = image_keys([item.seed for item in batch], [item.prompt.id for item in batch])
+                texts = [item.prompt.text for item in batch]
+                pixels = to_bytes(draw.draw(texts, keys, table, negative_prompts=negative, bar=bar))
+                wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
+                writer.put(chosen[wanted], _Chosen(pixels, wanted))
+                drawn += len(wanted)
+            if stopping():
+                break
+    seconds = time.perf_counter() - started
+    print(f"drew {drawn} images in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
+    return not anywhere(len(images.pending) > 0)
+
+
+class _Chosen:
+    """Some images of a batch that is still being drawn."""
+
+    def __init__(self, pixels: jax.Array, places: list[int]):
+        self.pixels, self.places = pixels, places
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.pixels)[self.places]

@@ -1,0 +1,83 @@
+"""The programs by name: how users call them, and how messages name them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_called: str | None = None  # the command of the program that runs, where `flax-pref` started it
+_CLONE = (Path(__file__).parents[1] / "train").is_dir()  # a wheel has the library only
+
+
+class Program(NamedTuple):
+    """A program.
+
+    Attributes:
+        module: what `python -m` takes in a clone of the repository.
+        about: what it does, in a sentence.
+        config: dataclass of its config file, `MODULE:CLASS`; None: it takes flags only.
+    """
+
+    module: str
+    about: str
+    config: str | None = None
+
+
+PROGRAMS = {
+    "sample": Program("sample.images", "Draws images from a Stable Diffusion checkpoint."),
+    "score": Program("sample.score", "Scores finished folders of images with rewards."),
+    "report": Program("sample.report", "Compares methods on the same prompts and seeds."),
+    "encode": Program(
+        "train.encode", "Encodes a preference set for training.", "flax_pref.data.preparation:EncodeConfig"
+    ),
+    "train": Program("train.modules", "Trains preference modules.", "flax_pref.training.trainer:TrainConfig"),
+    "export": Program("sample.export", "Exports a sampler that a serving process loads without tracing."),
+    "plan": Program("train.plan", "Plans training or encoding for a TPU slice that is not there."),
+    "plan-sample": Program("sample.plan", "Plans sampling for a TPU slice that is not there."),
+    "demo": Program(
+        "train.demo",
+        "Runs the whole path on the demo world: samples pairs, labels them, trains modules, compares methods.",
+        "flax_pref.demo.experiment:DemoConfig",
+    ),
+    "base": Program("train.base", "Trains the base model of the demo world.", "flax_pref.demo.pretraining:BaseConfig"),
+}
+
+
+def program_name() -> str:
+    """The program that runs: `flax-pref train`, or as `python -m` takes it, `train.modules`."""
+    if _called is not None:
+        return _called
+    spec = sys.modules["__main__"].__spec__ if "__main__" in sys.modules else None
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+
+
+def own_command() -> str:
+    """The command of the program that runs, for its usage: `flax-pref train` or `python -m train.modules`."""
+    return _called or f"python -m {program_name()}"
+
+
+def by_name() -> bool:
+    """Whether the programs are called as `flax-pref NAME`: that is how this one was, or there is no clone."""
+    return _called is not None or not _CLONE
+
+
+def command(name: str) -> str:
+    """The command of a program of the table, for messages: `flax-pref score` or `python -m sample.score`."""
+    return f"flax-pref {name}" if by_name() else f"python -m {PROGRAMS[name].module}"
+
+
+def title(name: str) -> str:
+    """The name of a program of the table, for messages about what it made: `flax-pref score` or `sample.score`."""
+    return f"flax-pref {name}" if by_name() else PROGRAMS[name].module
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[None]:
+    """Within the block, messages name the programs as `flax-pref NAME`."""
+    global _called
+    before, _called = _called, f"flax-pref {name}"
+    try:
+        yield
+    finally:
+        _called = before
