@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import math
+import os
 import pkgutil
 import re
 import runpy
@@ -74,17 +75,25 @@ def load_config(arguments, *kinds, default=None):
     return _parse(type(config), flags, f"{program} {name}", default=config, config=(tyro.conf.AvoidSubcommands,))
 
 
+def shipped(path: str | os.PathLike) -> str | os.PathLike:
+    """A path of a shipped file, `configs/animals.txt`, from any folder; other paths, and those that are here, as is."""
+    name = os.fspath(path)
+    if name.startswith("configs/") and not Path(name).exists() and (CONFIGS.parent / name).exists():
+        return CONFIGS.parent / name
+    return path
+
+
 def _resolved(kind: type | str) -> type:
     return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
 
 
 def _find(name: str, kinds: Sequence[type | str]) -> Path:
     """A config file: the path, or a shipped config by its name."""
-    file, shipped = Path(name), CONFIGS / f"{name}.py"
+    file, named = Path(name), CONFIGS / f"{name}.py"
     if file.is_file() or file.suffix == ".py":
-        return file
-    if shipped.is_file():
-        return shipped
+        return Path(shipped(file))
+    if named.is_file():
+        return named
     names = [_name(file) for file in _shipped(kinds)]
     near = difflib.get_close_matches(name, names, n=1)
     there = f"perhaps you meant {near[0]}" if near else f"shipped configs: {', '.join(names) or 'none'}"

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from flax_pref.config import shipped
+
 TEXTS = ("prompt", "Prompt", "caption", "text", "TEXT")
 GROUPS = ("Category", "category", "style", "tag")
 # A row with these columns compares images, and a prompt has many: Pick-a-Pic, and HPDv2's test.json and train.json.
@@ -52,7 +54,7 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
     train.json, see `PAIRS`) yield each prompt once, at its first place.
 
     Args:
-        file: file or folder, local or `gs://...`.
+        file: file or folder, local or `gs://...`; a shipped one (`configs/animals.txt`) is found from any folder.
         column: where the text is; None: see above.
 
     Raises:
@@ -60,7 +62,7 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
         ValueError: the file is of another kind, damaged, not UTF-8 or without prompts, or a row has no column of
             prompts, or a prompt that is blank, no text, or has half a character (a lone surrogate).
     """
-    path = epath.Path(file)
+    path = epath.Path(shipped(file))
     prompts, seen = [], set()
     for part in _files(path):
         for where, row, group in _READERS[part.suffix.lower()](part):

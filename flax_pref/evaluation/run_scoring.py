@@ -136,7 +136,9 @@ def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
     check_file_systems(*flags.runs, flags.prompts)
     make_mesh(flags.mesh, jax.local_devices())
     if missing := [folder for folder in flags.runs if not epath.Path(folder).is_dir()]:
-        raise UserError(f"{missing[0]}: no such folder; expected a finished one of {title('sample')}, or one with images")
+        raise UserError(
+            f"{missing[0]}: no such folder; expected a finished one of {title('sample')}, or one with images"
+        )
     prompts = None if flags.prompts is None else read_prompts(flags.prompts, column=flags.column)
     columns = [
         ScoreColumn(column, name, path, tokenizers.get(name, tokenizers.get("")), identity(name, path, flags))

@@ -92,8 +92,8 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
         return Run(folder, _read_manifest(folder / MANIFEST))
     if (folder / PARTS).exists() or _is_begun(folder):
         raise UserError(
-            f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of {title('sample')} that "
-            "began it"
+            f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of {title('sample')} "
+            "that began it"
         )
     found = _find(folder)
     if not found:

@@ -193,7 +193,8 @@ class Scores:
         except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"{self.file}: damaged, or not written by {title('score')} ({reason}): remove it to score all images anew"
+                f"{self.file}: damaged, or not written by {title('score')} ({reason}): remove it to score all images "
+                "anew"
             ) from error
 
 
