@@ -1,9 +1,17 @@
 """Programs are compiled quickly rather than well, and those of several tests once."""
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+
+# What the tests compare with. Of the Pythons that are tested, only 3.11 has all of them (see pyproject.toml).
+REFERENCES = ("torch", "diffusers", "peft")
+MISSING = [name for name in REFERENCES if importlib.util.find_spec(name) is None]
 
 
 def pytest_configure(config):
@@ -12,10 +20,9 @@ def pytest_configure(config):
     # Most of the time of these tests goes into compiling small networks. Without LLVM's optimisations and XLA's own
     # code for fusions that takes a third of it; what is compiled is up to twice as slow, which is little here.
     # In one part each: the other core has tests of its own.
-    quick = (
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1"
-    )
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if sys.version_info < (3, 12):  # JAX 0.12 has no such flag, and ends at flags that it does not know
+        quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -23,6 +30,29 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     # Where the size is limited, JAX locks the folder: no process reads what another has half written.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)
+
+
+class ComparingModule(pytest.Module):
+    """A test file that is skipped, by name, where a library that it compares with is not installed."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and cause.name in MISSING:
+                pytest.skip(f"{self.nodeid}: {cause.name} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return ComparingModule.from_parent(parent, path=module_path)
+
+
+def pytest_report_header():
+    if MISSING:
+        return f"not installed: {', '.join(MISSING)}; test files that need them are skipped, and listed at the end"
+    return None
 
 
 def pytest_collection_modifyitems(items):

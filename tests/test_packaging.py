@@ -52,3 +52,9 @@ def test_every_python_that_the_package_claims_is_tested():
         "test": ["make test"],
         "docs": ["make docs"],
     }
+
+
+def test_pip_installs_no_torch_where_the_tests_skip_what_needs_it():
+    for line in PROJECT["optional-dependencies"]["test"]:
+        if re.match("torch|diffusers|peft|accelerate", line):
+            assert line.endswith("; python_version < '3.12'"), line
