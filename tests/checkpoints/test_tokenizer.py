@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import transformers
-from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import AddedToken
 
 from flax_pref.checkpoints.tokenizer import load_tokenizer
@@ -106,10 +105,11 @@ def test_the_folder_that_transformers_saves_after_textual_inversion_is_read(tmp_
 
 
 def test_a_textual_inversion_of_several_vectors_is_spelled_out_as_in_pipelines_of_diffusers(tmp_path):
+    loaders = pytest.importorskip("diffusers.loaders")
     vectors = {"<toy>": FIRST, "<toy>_1": FIRST + 1, "<toy>_2": FIRST + 2, "<cat>": FIRST + 3}
     folder = write(tmp_path, files={"added_tokens.json": vectors})
     prompts = ["a <toy>", "<cat> and <toy>, <toy>", "a cat", "<toy>_1", "<TOY>", "fat " * 30 + "<toy>"]
-    expected = TextualInversionLoaderMixin().maybe_convert_prompt(
+    expected = loaders.TextualInversionLoaderMixin().maybe_convert_prompt(
         prompts, transformers.CLIPTokenizer.from_pretrained(folder)
     )
     tokenizer = load_tokenizer(folder)

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.diffusion.guidance import cfg
@@ -49,7 +47,9 @@ def test_it_draws_recognisable_scenes(split, draw):
 # diffusers' own housekeeping, none of ours.
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_diffusers_draws_the_same_image_from_it(draw):
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     caption = scenes("train", 1)[0].caption
     ours = draw([caption], [5], cfg(SCALE), seed=1)[0]

@@ -1,8 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler
 
 from flax_pref.diffusion.schedule import NoiseSchedule
 
@@ -11,7 +9,8 @@ SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linea
 
 @pytest.mark.parametrize("config", [SD15, {"num_train_timesteps": 100}], ids=["scaled_linear", "defaults"])
 def test_latents_are_noised_as_in_diffusers(config):
-    reference = DDIMScheduler(**config)
+    torch = pytest.importorskip("torch")
+    reference = pytest.importorskip("diffusers").DDIMScheduler(**config)
     schedule = NoiseSchedule.from_dict(config | {"_class_name": "DDIMScheduler", "steps_offset": 1})
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, 3, 4, 5, 2), dtype=np.float32)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import preference_formulas as formulas
 import pytest
-import torch
 from preference_formulas import IMAGES, SCHEDULE, gradients, safeguards, squared_errors
 
 from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
@@ -223,6 +222,7 @@ def test_no_pair_loses_its_gradient_however_far_it_is_from_the_reference():
 
 def torch_dpo(policy, reference, noise, beta):
     """Diffusion-DPO as a training script for torch would have it: winners first, then losers."""
+    torch = pytest.importorskip("torch")
     target = torch.cat([noise, noise])
 
     def margins(predicted):
@@ -236,6 +236,7 @@ def torch_dpo(policy, reference, noise, beta):
 
 @pytest.mark.parametrize("beta", [3.0, 5000.0])
 def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
+    torch = pytest.importorskip("torch")
     # As close to the reference as policies are at the beta of the authors' code.
     predictions = predictions_of("base", "dpo")
     predictions["dpo"] = predictions["base"] + (3 / beta) * (predictions["dpo"] - predictions["base"])

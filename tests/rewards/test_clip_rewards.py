@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -25,6 +24,12 @@ from flax_pref.rewards.aesthetic import load_aesthetic_reward
 from flax_pref.rewards.clip import RECIPES, load_clip_reward
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 from flax_pref.rewards.reward import Weighted, load_reward, make_reward
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 
 TOKENS = [*"abcd&;", *(f"{letter}</w>" for letter in "abcd&;'"), "<|startoftext|>", "<|endoftext|>"]
 WORDS = CLIPTokenizer({token: i for i, token in enumerate(TOKENS)}, [], model_max_length=77)
@@ -300,6 +305,7 @@ WRONG_FILES = {
 }
 
 
+@needs_torch
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_wrong_openclip_file_says_so_in_one_line(name, tmp_path):
     weights = openclip_weights()
@@ -314,6 +320,7 @@ def test_a_wrong_openclip_file_says_so_in_one_line(name, tmp_path):
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+@needs_torch
 def test_an_openclip_file_takes_a_tokenizer_from_elsewhere(folder, tmp_path, no_network):
     torch.save(openclip_weights(), tmp_path / "hps.pt")
     reward = load_clip_reward("hpsv2", tmp_path / "hps.pt", tokenizer=folder)
@@ -329,6 +336,7 @@ def test_a_path_that_is_nowhere_says_so(path, no_network):
     assert "\n" not in str(error.value)
 
 
+@needs_torch
 def test_what_is_published_is_asked_of_the_hub(folder, monkeypatch, tmp_path):
     torch.save(openclip_weights(), tmp_path / "hps.pt")
     asked = []
@@ -380,6 +388,7 @@ def head(width=6):
     }
 
 
+@needs_torch
 def test_the_aesthetic_score_does_not_read_captions_and_loads_no_text_encoder(folder, tmp_path):
     torch.save(head(), tmp_path / "head.pth")
     reward = load_reward("aesthetic", str(tmp_path / "head.pth"), clip=str(folder))
@@ -402,6 +411,7 @@ WRONG_HEADS = {
 }
 
 
+@needs_torch
 @pytest.mark.parametrize("name", WRONG_HEADS)
 def test_a_wrong_head_says_so_in_one_line(name, folder, tmp_path):
     change, message = WRONG_HEADS[name]

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import PIL
 import pytest
-import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
@@ -102,6 +101,7 @@ def test_imagereward_sees_what_torchvision_makes_of_an_image(photograph, shape):
 
 def resized_by_torch(image, size):
     """`[1, height, width, 3]`, in float64: torch's own float32 is up to 1.4e-5 away from it."""
+    torch = pytest.importorskip("torch")
     tensor = torch.tensor(image, dtype=torch.float64).movedim(-1, 1)
     return torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True).movedim(1, -1).numpy()
 

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 from safetensors.numpy import load_file
 from tiny import LENGTH, WIDTH, tiny_checkpoint
 
@@ -78,9 +76,11 @@ def test_modules_that_are_loaded_predict_as_in_the_run(tmp_path, base, runs, exp
 
 
 def test_diffusers_reads_full_weights_and_predicts_the_same(tmp_path, base, runs, expected):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
     export(tmp_path, base, runs["full"])
     for i, name in enumerate(MODULES):
-        unet = UNet2DConditionModel.from_pretrained(tmp_path / name)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / name)
         with torch.no_grad():
             latents, timesteps, text = map(torch.from_numpy, (LATENTS.transpose(0, 3, 1, 2).copy(), TIMESTEPS, TEXT))
             prediction = unet(latents, timesteps, text).sample.numpy().transpose(0, 2, 3, 1)
