@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
 from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Placement, load_network, read_config, save_network
 from flax_pref.files import new_folder, read_json, write_json
@@ -44,6 +45,10 @@ class Pipeline:
     scheduler_config: dict[str, Any]
     force_zeros_for_empty_prompt: bool = False
 
+    def replace(self, **parts: Any) -> "Pipeline":
+        """The pipeline with other parts, e.g. `pipeline.replace(unet=unet)`; arguments are attributes of this class."""
+        return dataclasses.replace(self, **parts)
+
     @property
     def class_name(self) -> str:
         """The class of diffusers that loads this checkpoint."""
@@ -51,7 +56,7 @@ class Pipeline:
 
 
 def load_pipeline(
-    folder: str | Path,
+    path_or_id: str | Path,
     dtype=jnp.float32,
     *,
     param_dtype=None,
@@ -62,7 +67,8 @@ def load_pipeline(
     """Reads a Stable Diffusion 1.x, 2.x or XL checkpoint.
 
     Args:
-        folder: contains model_index.json; see `hub.find_checkpoint` for Hub ids.
+        path_or_id: folder in the layout of diffusers, id of a Hub repository, or "demo", the small checkpoint of this
+            package (64 x 64 pixels); see `hub.find_checkpoint`.
         dtype: what the networks compute in. An autoencoder that needs float32's range (`force_upcast`) computes in
             float32 where float16 is asked for.
         param_dtype: what their parameters are kept in; None: as `dtype`.
@@ -74,7 +80,7 @@ def load_pipeline(
         FileNotFoundError: a file is missing.
         ValueError: the pipeline, a config field or a weight is not what these networks need, or a file is damaged.
     """
-    folder = Path(folder)
+    folder = find_checkpoint(path_or_id, variant=variant)
     if folder.is_file():
         raise ValueError(f"{folder}: {not_a_folder(folder)}")
     index_file = folder / "model_index.json"

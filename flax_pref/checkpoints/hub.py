@@ -25,15 +25,14 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     Args:
         path_or_id: a local path, or the id of a repository on the Hub such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", of which the parts that are needed are downloaded into the
-            Hub's cache; or "demo", the small one of this package (a folder of that name is "./demo"). What exists
-            locally is never looked for on the Hub.
+            Hub's cache; or the text "demo", the small one of this package (a folder of that name is "./demo" or a
+            `Path`). What exists locally is never looked for on the Hub.
         variant: of the weight files, e.g. "fp16"; None for the full ones.
 
     Raises:
         FileNotFoundError: it is neither, or it can be neither reached nor found in the cache.
     """
-    name = str(path_or_id)
-    if name == DEMO:
+    if path_or_id == DEMO:
         return Path(str(resources.files("flax_pref.world") / "base"))
     suffix = f".{variant}" if variant else ""
     weights = [

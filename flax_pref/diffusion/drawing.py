@@ -17,7 +17,7 @@ from flax_pref.diffusion.drawing_flags import DrawingFlags
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
 from flax_pref.diffusion.solvers import Solver, from_config
-from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.diffusion.text_to_image import TextToImage, trained_size
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import quantize
 from flax_pref.models.unet import UNetConfig
@@ -232,8 +232,6 @@ def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFla
 
 def _size(unet: UNetConfig, vae: VAEConfig, flags: DrawingFlags) -> tuple[int, int]:
     """Height and width in pixels."""
-    trained = unet.sample_size or 64
-    trained = trained if isinstance(trained, tuple) else (trained, trained)
     factor = vae.downscale_factor
     for name, side in (("height", flags.height), ("width", flags.width)):
         if side is not None and side % factor:

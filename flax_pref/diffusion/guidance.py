@@ -220,7 +220,7 @@ class Rule:
         return tuple(dict.fromkeys(network for network, _ in rows))
 
 
-def cfg(guidance_scale: Strength, network: str = "base", **options) -> Rule:
+def cfg(guidance_scale: Strength = 7.5, network: str = "base", **options) -> Rule:
     """Classifier-free guidance, `CFG_s(network)` (arXiv:2207.12598, here s = 1 is no guidance).
 
     With another network than "base" it is that of a fine-tuned model.

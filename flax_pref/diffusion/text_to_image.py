@@ -15,45 +15,74 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, warn_of_cuts, with_sizes
-from flax_pref.diffusion.guidance import Rule, Table, tabulate
+from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver
+from flax_pref.diffusion.solvers import Solver, from_config
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
 from flax_pref.models.network import Network, replicated
+from flax_pref.models.unet import UNetConfig
+from flax_pref.models.vae import VAEConfig
+
+STEPS = 50
+FROM_CHECKPOINT: Any = None  # of a field of TextToImage: it takes the checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """Draws images for prompts, with one compilation for every layout of rows, whatever the strengths.
+    """Draws images for prompts with any guidance rule, one compilation for every layout of rows, whatever the strengths.
+
+    Args:
+        steps: sampling steps of the checkpoint's own scheduler (default: 50); not with `solver`, which has its steps.
 
     Attributes:
         pipeline: the checkpoint; its UNet is the network "base" of rules and may carry adapters.
-        solver: of the sampling steps.
-        size: height and width of the images in pixels.
+        solver: the sampling steps, see `diffusion.solvers.from_config` (default: the checkpoint's scheduler).
+        size: height and width of the images in pixels (default: the size that the UNet was trained on).
         batch_size: images per call of the sampler; a multiple of the devices that share a batch.
         modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules
             guide another base than the one they were trained on.
         mesh: devices to draw on, each its part of every batch; None for one device. Where the mesh has an axis
             "network", base and modules lie side by side on it, else each device has all of them.
-        original_size: for SDXL, height and width that the image pretends to have had before it was resized; None: as
-            `size`.
-        crop_top_left: for SDXL, where the image pretends to have been cropped.
+        original_size: for SDXL, height and width in pixels that the image pretends to have had before it was resized;
+            None: as `size`.
+        crop_top_left: for SDXL, where the image pretends to have been cropped, in pixels from the top and the left.
         watch_steps: whether the progress bar counts steps, not images. The program then calls back to the host in every
             step, and such programs are not kept in JAX's compilation cache.
+
+    Raises:
+        ValueError: the size or the batch size is no multiple of what the checkpoint or the mesh needs, the
+            checkpoint's scheduler is not supported, or both solver and steps are given.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> draw = fp.TextToImage(pipeline, steps=2)
+        >>> draw.size
+        (64, 64)
+        >>> images = draw(["a large red circle in the middle, white background"])
+        >>> images.shape
+        (1, 64, 64, 3)
     """
 
     pipeline: Pipeline
-    solver: Solver
-    size: tuple[int, int]
-    batch_size: int
+    solver: Solver = FROM_CHECKPOINT
+    size: tuple[int, int] = FROM_CHECKPOINT
+    batch_size: int = 1
     modules: Mapping[str, Network] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
     watch_steps: bool = False
+    steps: dataclasses.InitVar[int | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self, steps: int | None):
+        if self.solver is FROM_CHECKPOINT:
+            solver = from_config(self.pipeline.scheduler_config, STEPS if steps is None else steps)
+            object.__setattr__(self, "solver", solver)
+        elif steps is not None:
+            raise ValueError(f"steps={steps} beside a solver, which has its own; expected one of the two")
+        if self.size is FROM_CHECKPOINT:
+            object.__setattr__(self, "size", trained_size(self.pipeline.unet.config, self.pipeline.vae.config))
         factor = self.pipeline.vae.config.downscale_factor
         if any(side < 1 or side % factor for side in self.size):
             raise ValueError(f"size={self.size}: height and width must be multiples of {factor}")
@@ -66,24 +95,26 @@ class TextToImage:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        prompt_ids: Sequence[int],
-        rule: Rule,
+        prompts: str | Sequence[str],
+        prompt_ids: Sequence[int] | None = None,
+        rule: Rule | None = None,
         *,
-        seed: int | Sequence[int],
+        seed: int | Sequence[int] = 0,
         negative_prompts: Sequence[str] | None = None,
         label: str = "sampling",
     ) -> np.ndarray:
         """Draws one image per prompt.
 
         Args:
-            prompts: N texts.
-            prompt_ids: N numbers; the noise of an image is a function of its id and its seed alone.
-            rule: of guidance, see `diffusion.guidance`; strengths that differ per image are `[N]`.
-            seed: of all images, or N of them.
+            prompts: N texts, or a single one.
+            prompt_ids: N numbers (default: 0 to N - 1); the noise of an image is a function of its id and its seed
+                alone.
+            rule: guidance rule, see `diffusion.guidance` (default: classifier-free guidance with scale 7.5); strengths
+                that differ per image are `[N]`.
+            seed: one for all images, or N of them.
             negative_prompts: N texts that the "empty" rows of the rule see; None: what the checkpoint means by no
                 prompt.
-            label: of the progress bar.
+            label: text of the progress bar.
 
         Returns:
             float32 `[N, H, W, 3]` in [0, 1].
@@ -91,6 +122,8 @@ class TextToImage:
         Raises:
             ValueError: the lists are not equally long, or the rule names a network that there is not.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
         for name, given in (lists | {"seeds": seed} if np.ndim(seed) else lists).items():
             if given is not None and len(given) != len(prompts):
@@ -98,7 +131,7 @@ class TextToImage:
         warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
         prompts, ids, seeds = np.array(prompts, object), np.asarray(prompt_ids), np.broadcast_to(seed, len(prompts))
         negative = None if negative_prompts is None else np.array(negative_prompts, object)
-        table = tabulate(rule, len(self.solver.timesteps), len(prompts))
+        table = tabulate(cfg() if rule is None else rule, len(self.solver.timesteps), len(prompts))
         images = []
         batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
@@ -197,6 +230,13 @@ class TextToImage:
     def blank(self) -> dict[str, np.ndarray]:
         """Conditioning on the empty text "", which the proxy prompt of CHATS is made of."""
         return self.with_sizes(encode_blank(self.pipeline))
+
+
+def trained_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that a UNet was trained on; 64 latents where its config has no size."""
+    latents = unet.sample_size or 64
+    height, width = latents if isinstance(latents, tuple) else (latents, latents)
+    return vae.downscale_factor * height, vae.downscale_factor * width
 
 
 _bars: dict[int, tqdm] = {}
