@@ -21,7 +21,7 @@ from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import to_stored
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, cpgd_conditional, pgd, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver, from_config
+from flax_pref.diffusion.solvers import Solver, solver_from_config
 from flax_pref.models.attention import Kernel
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
@@ -79,7 +79,7 @@ def bench_guidance(bench: Guidance) -> dict:
         given if given is not None else default
         for given, default in ((bench.steps, 1 if on_cpu else 10), (bench.rounds, 3 if on_cpu else 10))
     )
-    solver = from_config(family.scheduler_config, steps, name="ddim")
+    solver = solver_from_config(family.scheduler_config, steps, name="ddim")
     inputs = sampler_inputs(family, bench.batch_size, size)
     plain = with_attention(random_network("unet", family.unet, dtype), bench.attention)
     adapted = with_adapters(plain, bench.rank)

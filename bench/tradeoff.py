@@ -19,7 +19,7 @@ from flax_pref.checkpoints.modules import load_modules, merge_modules
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, Schedule, cfg, cpgd, cpgd_conditional, merge_weights, tabulate
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.evaluation.statistics import bootstrap_interval, gains
 from flax_pref.world import judge
@@ -157,7 +157,7 @@ def draw_in_turns(
     asked, score = judge.question(captions), jax.jit(judge.score)
     drawers = {}
     for name, (pipeline, rule) in methods.items():
-        solver = from_config(pipeline.scheduler_config, bench.steps, name="ddim")
+        solver = solver_from_config(pipeline.scheduler_config, bench.steps, name="ddim")
         draw = TextToImage(pipeline, solver, (world.RESOLUTION,) * 2, bench.batch_size)
         drawers[name] = draw, tabulate(rule, len(solver.timesteps), bench.batch_size)
     scores, seconds = {name: [] for name in methods}, {name: [] for name in methods}

@@ -17,7 +17,7 @@ from bench.guidance import sampler, sampler_inputs
 from flax_pref.data.prompts import Prompt
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.latents import decode_latents
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.images.image_files import ImageFormat
 from flax_pref.images.image_set import ImageSet, Item, Writer
@@ -122,7 +122,7 @@ def real_device(bench: Writing) -> Callable[[int], jax.Array]:
     family, dtype = FAMILIES[bench.family], default_dtype(bench.dtype)
     unet, vae = (random_network(kind, getattr(family, kind), jnp.dtype(dtype)) for kind in ("unet", "vae"))
     latent_size = bench.size // vae.config.downscale_factor
-    solver = from_config(family.scheduler_config, bench.steps, name="ddim")
+    solver = solver_from_config(family.scheduler_config, bench.steps, name="ddim")
     program = sampler(unet, cfg(7.5), solver, bench.batch_size, latent_size)
     inputs = sampler_inputs(family, bench.batch_size, latent_size)
 

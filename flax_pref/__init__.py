@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from flax_pref.checkpoints.lora import save_lora as save_lora
     from flax_pref.checkpoints.modules import load_modules as load_modules
     from flax_pref.checkpoints.modules import merge_modules as merge_modules
+    from flax_pref.compilation import use_cache as use_cache
     from flax_pref.data.pipeline import InputConfig as InputConfig
+    from flax_pref.data.pipeline import PairBatches as PairBatches
+    from flax_pref.data.prepared import PreparedSet as PreparedSet
     from flax_pref.diffusion.guidance import Rule as Rule
     from flax_pref.diffusion.guidance import Schedule as Schedule
     from flax_pref.diffusion.guidance import autoguidance as autoguidance
@@ -27,13 +30,68 @@ if TYPE_CHECKING:
     from flax_pref.diffusion.guidance import chats as chats
     from flax_pref.diffusion.guidance import cpgd as cpgd
     from flax_pref.diffusion.guidance import cpgd_conditional as cpgd_conditional
+    from flax_pref.diffusion.guidance import merge_weights as merge_weights
     from flax_pref.diffusion.guidance import npo as npo
     from flax_pref.diffusion.guidance import pgd as pgd
-    from flax_pref.diffusion.solvers import from_config as solver_from_config
+    from flax_pref.diffusion.solvers import solver_from_config as solver_from_config
     from flax_pref.diffusion.text_to_image import TextToImage as TextToImage
+    from flax_pref.images.grid import image_grid as image_grid
+    from flax_pref.methods import CHATS as CHATS
+    from flax_pref.methods import D3PO as D3PO
+    from flax_pref.methods import DDPO as DDPO
+    from flax_pref.methods import KTO as KTO
+    from flax_pref.methods import NPO as NPO
+    from flax_pref.methods import SDPO as SDPO
+    from flax_pref.methods import SPO as SPO
+    from flax_pref.methods import DiffusionDPO as DiffusionDPO
+    from flax_pref.methods import MaPO as MaPO
+    from flax_pref.methods import PositiveNegative as PositiveNegative
+    from flax_pref.methods import PositiveNegativeDPO as PositiveNegativeDPO
+    from flax_pref.methods import TailorPO as TailorPO
+    from flax_pref.models.lora import combine_lora as combine_lora
+    from flax_pref.models.lora import stack_lora as stack_lora
+    from flax_pref.rewards.reward import Weighted as Weighted
+    from flax_pref.serving.sampler import load_sampler as load_sampler
+    from flax_pref.training.networks import LoRA as LoRA
+    from flax_pref.training.optimizers import OptimizerConfig as OptimizerConfig
+    from flax_pref.training.sources import OnlineConfig as OnlineConfig
+    from flax_pref.training.trainer import TrainConfig as TrainConfig
+    from flax_pref.training.trainer import train as train
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Pipeline": "checkpoints.diffusers",
+_NAMES_OF = {
+    "checkpoints.diffusers": "Pipeline load_pipeline save_pipeline",
+    "checkpoints.lora": "load_lora save_lora",
+    "checkpoints.modules": "load_modules merge_modules",
+    "compilation": "use_cache",
+    "data.pipeline": "InputConfig PairBatches",
+    "data.prepared": "PreparedSet",
+    "diffusion.guidance": "Rule Schedule autoguidance cfg chats cpgd cpgd_conditional merge_weights npo pgd",
+    "diffusion.solvers": "solver_from_config",
+    "diffusion.text_to_image": "TextToImage",
+    "images.grid": "image_grid",
+    "methods": "CHATS D3PO DDPO KTO NPO SDPO SPO DiffusionDPO MaPO PositiveNegative PositiveNegativeDPO TailorPO",
+    "models.lora": "combine_lora stack_lora",
+    "rewards.reward": "Weighted",
+    "serving.sampler": "load_sampler",
+    "training.networks": "LoRA",
+    "training.optimizers": "OptimizerConfig",
+    "training.sources": "OnlineConfig",
+    "training.trainer": "TrainConfig train",
 }
+_MODULE_OF = {name: f"flax_pref.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
+
+__all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -28,6 +28,9 @@ def use_cache() -> None:
 
     That is, with JAX's own JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false. Where the folder cannot be
     used, or not safely, nothing is kept, and one line on stderr says why.
+
+    Example:
+        >>> fp.use_cache()
     """
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
         return

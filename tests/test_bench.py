@@ -15,7 +15,7 @@ from bench.common import time_in_turns
 from bench.guidance import sampler, sampler_inputs
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.diffusion.guidance import cfg
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.presets import FAMILIES, SD15
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
@@ -103,7 +103,7 @@ def test_operations_of_a_step_are_those_that_torch_counts():
         cross_attention_dim=768,
     )
     network = abstract_network("unet", config)
-    solver = from_config(SD15.scheduler_config, 10, name="ddim")
+    solver = solver_from_config(SD15.scheduler_config, 10, name="ddim")
     program = sampler(network, cfg(7.5), solver, 1, 64)
     ours = peak.step_flops(program, network.params, *sampler_inputs(SD15, 1, 64))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:

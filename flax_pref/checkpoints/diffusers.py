@@ -36,6 +36,13 @@ class Pipeline:
         scheduler_config: scheduler/scheduler_config.json as it is.
         force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros in place of an encoded
             empty prompt.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> pipeline.class_name, pipeline.unet.config.in_channels
+        ('StableDiffusionPipeline', 8)
+        >>> unet = fp.load_modules(pipeline.unet, {"dpo": "dpo.safetensors"}).base
+        >>> pipeline = pipeline.replace(unet=unet)
     """
 
     unet: Network
@@ -79,6 +86,11 @@ def load_pipeline(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the pipeline, a config field or a weight is not what these networks need, or a file is damaged.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")  # or "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        >>> pipeline.scheduler_config["_class_name"]
+        'DDIMScheduler'
     """
     folder = find_checkpoint(path_or_id, variant=variant)
     if folder.is_file():
@@ -191,6 +203,12 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
     Raises:
         FileExistsError: `folder` holds something.
         ValueError: a network holds parameters that its published form has not, e.g. LoRA matrices.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> fp.save_pipeline(pipeline, "copy", dtype="float16")
+        >>> fp.load_pipeline("copy").unet.config == pipeline.unet.config
+        True
     """
     folders = FAMILIES[pipeline.class_name]
     networks = {"unet": pipeline.unet, "vae": pipeline.vae}

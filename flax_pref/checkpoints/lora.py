@@ -284,6 +284,11 @@ def save_lora(
         FileExistsError: the folder for "peft" holds other than an adapter of PEFT.
         ValueError: `lora` is not one module of one rank, a number is not finite in `dtype`, or an argument is none of
             those above.
+
+    Example:
+        >>> unet = fp.load_pipeline("demo").unet
+        >>> lora, rank, alpha = fp.load_lora("pos.safetensors", unet)
+        >>> fp.save_lora(lora, "pos_kohya.safetensors", alpha=alpha, layout="kohya", config=unet.config)
     """
     file, dtype = Path(file), jnp.dtype(dtype)
     if layout not in LAYOUTS:
@@ -403,6 +408,12 @@ def load_lora(file: str | Path, network: Network) -> tuple[dict, int, float]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged or a pickle, holds other than plain LoRA for a UNet, or does not fit the
             network.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> lora, rank, alpha = fp.load_lora("pos.safetensors", pipeline.unet)
+        >>> rank, alpha
+        (2, 2.0)
     """
     adapters = _read_adapters(Path(file), network)
     if len({(adapter.rank, adapter.alpha) for adapter in adapters.values()}) > 1:

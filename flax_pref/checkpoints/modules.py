@@ -43,6 +43,14 @@ def load_modules(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not understood or does not fit the network.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> guided = fp.load_modules(pipeline.unet, {"pos": "pos.safetensors", "neg": "neg.safetensors"})
+        >>> draw = fp.TextToImage(pipeline.replace(unet=guided.base), steps=2, modules=guided.modules)
+        >>> images = draw(["a large red circle in the middle, white background"], rule=fp.cpgd(2.0, 7.5))
+        >>> images.shape
+        (1, 64, 64, 3)
     """
     found = {name: _find(source) for name, source in sources.items()}
     files = {name: path for name, path in found.items() if path.is_file()}
@@ -100,6 +108,12 @@ def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -
 
     Raises:
         ValueError: there is no network of a name.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> guided = fp.load_modules(pipeline.unet, {"pos": "pos.safetensors", "neg": "neg.safetensors"})
+        >>> merged = fp.merge_modules(pipeline.unet, guided, fp.merge_weights(fp.cpgd(2.0, 7.5)))
+        >>> fp.save_pipeline(pipeline.replace(unet=merged), "merged")
     """
     terms, unknown = [], dict(weights)
     for name, network in {"base": guided.base, **guided.modules}.items():

@@ -23,7 +23,11 @@ from flax_pref.diffusion.conditioning import size_ids
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """How pairs become batches."""
+    """How pairs become batches.
+
+    Example:
+        >>> config = fp.InputConfig(batch_size=32, caption_dropout=0.2)
+    """
 
     batch_size: int
     """Pairs in a batch, those of all hosts together."""
@@ -127,6 +131,13 @@ class PairBatches:
     `draw_latents`; `text`, a dict of bfloat16 arrays `[B, ...]`, what the UNet is told of the caption; `time_ids`
     float32 `[B, 2, 6]`, what SDXL's UNet is told of the sizes of winner and loser; `row` int32 `[B]`, the pair's row in
     the set that was encoded.
+
+    Example:
+        >>> records = fp.PreparedSet("runs/prepared")
+        >>> with fp.PairBatches(records, fp.InputConfig(batch_size=2), seed=0) as batches:
+        ...     batch = next(batches)
+        >>> batch["winner"].shape
+        (2, 8, 8, 8)
     """
 
     def __init__(

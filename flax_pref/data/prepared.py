@@ -185,7 +185,13 @@ def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequen
 
 
 class PreparedSet(Records):
-    """A prepared set on disk; see `Records`. Its files are read by many threads and processes at the same time."""
+    """A prepared set on disk; see `Records`. Its files are read by many threads and processes at the same time.
+
+    Example:
+        >>> records = fp.PreparedSet("runs/prepared")
+        >>> len(records), records.image_size
+        (24, (16, 16))
+    """
 
     def __init__(self, folder: str | Path):
         """Opens a set that `train.encode` has finished.

@@ -24,7 +24,7 @@ from flax_pref.data.sources import Source, open_source
 from flax_pref.demo.report import MethodResult, Sweep, build_report, write_report
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.methods import DiffusionDPO, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS
@@ -135,7 +135,7 @@ class Demo:
         folder = config.base if config.base is not None else resources.files("flax_pref.world") / "base"
         self.folder = Path(str(folder))
         self.pipeline = base = load_pipeline(self.folder)
-        self.solver = from_config(base.scheduler_config, config.sampling_steps, name="ddim")
+        self.solver = solver_from_config(base.scheduler_config, config.sampling_steps, name="ddim")
 
     def run(self) -> dict:
         """Does everything and writes the report; returns what report.json holds."""

@@ -16,7 +16,7 @@ from flax_pref.config import UserError
 from flax_pref.diffusion.drawing_flags import DrawingFlags
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
-from flax_pref.diffusion.solvers import Solver, from_config
+from flax_pref.diffusion.solvers import Solver, solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage, trained_size
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import quantize
@@ -224,7 +224,7 @@ def _rules_with(modules: Sequence[str]) -> list[str]:
 def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFlags) -> Solver:
     """The solver of the flags, or of the checkpoint."""
     try:
-        return from_config(scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
+        return solver_from_config(scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
     except (ValueError, TypeError) as error:
         file = folder / "scheduler" / "scheduler_config.json"
         raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error
@@ -237,5 +237,5 @@ def _size(unet: UNetConfig, vae: VAEConfig, flags: DrawingFlags) -> tuple[int, i
         if side is not None and side % factor:
             near = max(1, round(side / factor)) * factor
             raise UserError(f"--{name} {side}: expected multiples of {factor}, e.g. {near}")
-    height, width = (factor * side for side in trained)
+    height, width = trained_size(unet, vae)
     return flags.height or height, flags.width or width

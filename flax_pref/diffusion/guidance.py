@@ -37,6 +37,11 @@ class Schedule:
         shape: "linear" goes from the first value to the last by equal steps, "cosine" by half a wave, slow at its ends.
         start: where the strength begins, from 0 up.
         stop: before which it ends, up to 1.
+
+    Example:
+        >>> fp.Schedule((8.0, 2.0), "linear", stop=0.75).at(4, off=0.0)[:, 0].tolist()
+        [8.0, 5.0, 2.0, 0.0]
+        >>> rule = fp.cpgd(fp.Schedule.parse("linear:8:2@0:0.75"), 7.5)
     """
 
     values: tuple
@@ -175,6 +180,15 @@ class Rule:
             of, which is the rule itself at s = 1, its contrast included.
         proxy: a, of the prompt "proxy" (arXiv:2502.12579): `(1 + a) blank - a text` in embeddings, where blank is the
             encoded empty text "", whatever the rows "empty" see.
+
+    Example:
+        PGD, as a rule of one's own:
+
+        >>> from flax_pref.diffusion.guidance import cfg_of
+        >>> def formula(s):
+        ...     return cfg_of("base", s), cfg_of("dpo", s) - cfg_of("base", s)
+        >>> fp.Rule(formula=formula, guidance_scale=7.5, w=2.0).networks()
+        ('base', 'dpo')
     """
 
     formula: Callable[[np.ndarray], tuple[Combination, Combination | Mapping[str, Combination]]]
@@ -224,6 +238,12 @@ def cfg(guidance_scale: Strength = 7.5, network: str = "base", **options) -> Rul
     """Classifier-free guidance, `CFG_s(network)` (arXiv:2207.12598, here s = 1 is no guidance).
 
     With another network than "base" it is that of a fine-tuned model.
+
+    Example:
+        >>> fp.cfg(7.5).networks()
+        ('base',)
+        >>> fp.cfg(7.5, "dpo").networks()  # a fine-tuned model
+        ('dpo',)
     """
     return Rule(formula=lambda s: (cfg_of(network, s), NOTHING), guidance_scale=guidance_scale, **options)
 
@@ -234,6 +254,10 @@ def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, refer
     w = 0 is the base network, w = 1 the fine-tuned one, and w > 1 extrapolates. With another reference, the base that
     the module was trained on, the module's difference to that is added: `CFG_s(base) + w (CFG_s(fine_tuned) -
     CFG_s(reference))`. It is also the one-sided rule of a positive module.
+
+    Example:
+        >>> fp.pgd(2.0, 7.5).networks()
+        ('base', 'dpo')
     """
     return Rule(
         formula=lambda s: (cfg_of("base", s), cfg_of(fine_tuned, s) - cfg_of(reference, s)),
@@ -248,6 +272,11 @@ def cpgd(w: Strengths, guidance_scale: Strength, positive: str = "pos", negative
 
     With "base" for one of the two modules it is the one-sided rule of the other. With a strength for each module,
     `w={"pos": a, "neg": b}`, it is `CFG_s(base) + a (CFG_s(pos) - CFG_s(base)) + b (CFG_s(base) - CFG_s(neg))`.
+
+    Example:
+        >>> fp.cpgd(2.0, 7.5).networks()
+        ('base', 'pos', 'neg')
+        >>> rule = fp.cpgd({"pos": 3.0, "neg": 1.0}, 7.5)  # a strength for each module
     """
 
     def formula(s):
@@ -263,6 +292,10 @@ def cpgd_conditional(
     """cPGD on the prompt only: `CFG_s(base) + w (eps_positive(x, text) - eps_negative(x, text))`, 4 predictions not 6.
 
     In cPGD the contrast is multiplied by s as well: compare this at w with that at about w / s.
+
+    Example:
+        >>> fp.cpgd_conditional(15.0, 7.5).networks()
+        ('base', 'pos', 'neg')
     """
     return Rule(
         formula=lambda s: (cfg_of("base", s), eps(positive, "text") - eps(negative, "text")),
@@ -273,7 +306,12 @@ def cpgd_conditional(
 
 
 def npo(guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
-    """NPO, `(1 - s) eps_negative(x, empty) + s eps_positive(x, text)` (arXiv:2505.11245)."""
+    """NPO, `(1 - s) eps_negative(x, empty) + s eps_positive(x, text)` (arXiv:2505.11245).
+
+    Example:
+        >>> fp.npo(7.5).networks()
+        ('neg', 'pos')
+    """
     return Rule(
         formula=lambda s: ((1 - s) * eps(negative, "empty") + s * eps(positive, "text"), NOTHING),
         guidance_scale=guidance_scale,
@@ -288,6 +326,10 @@ def chats(
 
     The proxy prompt is `(1 + a) blank - a text` in embeddings, with a = `proxy` and blank the encoded empty text "",
     also where "empty" is zeros (SDXL) or a negative prompt. The paper's scale is s - 1.
+
+    Example:
+        >>> fp.chats(7.5, proxy=0.5).networks()
+        ('pos', 'neg')
     """
     return Rule(
         formula=lambda s: (s * eps(positive, "text") - (s - 1) * eps(negative, "proxy"), NOTHING),
@@ -301,6 +343,10 @@ def autoguidance(w: Strength, good: str = "base", bad: str = "bad", **options) -
     """Autoguidance, `eps_bad(x, text) + w (eps_good(x, text) - eps_bad(x, text))` (arXiv:2406.02507).
 
     w = 1 is the good network alone, and w > 1 extrapolates.
+
+    Example:
+        >>> fp.autoguidance(2.0).networks()
+        ('bad', 'base')
     """
     return Rule(formula=lambda s: (eps(bad, "text"), eps(good, "text") - eps(bad, "text")), w=w, **options)
 
@@ -312,6 +358,10 @@ def merge_weights(rule: Rule) -> dict[str, float]:
 
     Raises:
         ValueError: w is not one number, or the rule has no contrast.
+
+    Example:
+        >>> fp.merge_weights(fp.cpgd(2.0, 7.5))
+        {'pos': 2.0, 'neg': -2.0}
     """
     shares: dict[str, float] = {}
     _, contrasts = rule.terms(np.float64(0.0))  # at s = 0 the whole of CFG_s(N) is one prediction of N

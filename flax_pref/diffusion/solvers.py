@@ -405,7 +405,7 @@ ARGUMENTS = {"timestep_spacing": "spacing", "use_karras_sigmas": "karras"}
 NAMES = ("ddim", "dpm++", "dpm++_karras", "euler", "euler_karras", "pndm")
 
 
-def from_config(
+def solver_from_config(
     scheduler_config: Mapping[str, Any], steps: int, *, name: str | None = None, eta: float = 0.0
 ) -> Solver:
     """The solver that a checkpoint's scheduler asks for, or another one over the same noise schedule.
@@ -422,6 +422,13 @@ def from_config(
 
     Raises:
         ValueError: a name, class or field that is not supported, or an argument out of its range.
+
+    Example:
+        >>> pipeline = fp.load_pipeline("demo")
+        >>> solver = fp.from_config(pipeline.scheduler_config, 25, name="dpm++_karras")
+        >>> len(solver.timesteps)
+        25
+        >>> draw = fp.TextToImage(pipeline, solver)
     """
     class_name = scheduler_config.get("_class_name")
     if name is None and (not isinstance(class_name, str) or class_name not in SOLVERS):

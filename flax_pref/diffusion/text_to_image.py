@@ -18,7 +18,7 @@ from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank,
 from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver, from_config
+from flax_pref.diffusion.solvers import Solver, solver_from_config
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
 from flax_pref.models.network import Network, replicated
 from flax_pref.models.unet import UNetConfig
@@ -30,14 +30,16 @@ FROM_CHECKPOINT: Any = None  # of a field of TextToImage: it takes the checkpoin
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """Draws images for prompts with any guidance rule, one compilation for every layout of rows, whatever the strengths.
+    """Draws images for prompts with any guidance rule.
+
+    It compiles once for every set of rows (network and prompt); strengths may change from call to call.
 
     Args:
         steps: sampling steps of the checkpoint's own scheduler (default: 50); not with `solver`, which has its steps.
 
     Attributes:
         pipeline: the checkpoint; its UNet is the network "base" of rules and may carry adapters.
-        solver: the sampling steps, see `diffusion.solvers.from_config` (default: the checkpoint's scheduler).
+        solver: the sampling steps, see `diffusion.solvers.solver_from_config` (default: the checkpoint's scheduler).
         size: height and width of the images in pixels (default: the size that the UNet was trained on).
         batch_size: images per call of the sampler; a multiple of the devices that share a batch.
         modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules
@@ -77,7 +79,7 @@ class TextToImage:
 
     def __post_init__(self, steps: int | None):
         if self.solver is FROM_CHECKPOINT:
-            solver = from_config(self.pipeline.scheduler_config, STEPS if steps is None else steps)
+            solver = solver_from_config(self.pipeline.scheduler_config, STEPS if steps is None else steps)
             object.__setattr__(self, "solver", solver)
         elif steps is not None:
             raise ValueError(f"steps={steps} beside a solver, which has its own; expected one of the two")

@@ -27,6 +27,11 @@ def image_grid(images: Mapping[str, np.ndarray], captions: Sequence[str], file: 
         images: by method, `[N, H, W, 3]` in [0, 1]. Small images are enlarged pixel by pixel, large ones reduced.
         captions: N prompts.
         file: PNG to be written; it appears under its name only when it is complete.
+
+    Example:
+        >>> prompts = ["a large red circle in the middle, white background"]
+        >>> draw = fp.TextToImage(fp.load_pipeline("demo"), steps=2)
+        >>> fp.image_grid({"s = 3": draw(prompts, rule=fp.cfg(3.0)), "s = 7.5": draw(prompts)}, prompts, "grid.png")
     """
     header, font = 34, font_of(13)
     width = 2 * MARGIN + CAPTION_WIDTH + len(images) * (TILE + GAP)

@@ -29,6 +29,11 @@ class CHATS(PairMethod):
         loss = mean over pairs of -log sigmoid(-beta ((L_w(pos) - L_w^ref) + (L_l(neg) - L_l^ref)))
 
     For some pairs the negative module, and the reference beside it, do not see the prompt.
+
+    Example:
+        >>> method = fp.CHATS(beta=1000.0)
+        >>> method.modules
+        ('pos', 'neg')
     """
 
     beta: float = 1000.0

@@ -33,6 +33,11 @@ class D3PO(Preferences):
     averaged over the D dimensions, and their difference is taken as
 
         log r = <x_{t-1} - (mu_theta + mu_ref) / 2, mu_theta - mu_ref> / (D sigma_t^2)
+
+    Example:
+        >>> method = fp.D3PO(steps=20)
+        >>> method.modules
+        ('d3po',)
     """
 
     modules: ClassVar[tuple[str, ...]] = ("d3po",)

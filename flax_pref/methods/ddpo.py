@@ -21,6 +21,11 @@ class DDPO(OnlineMethod):
 
     p_old is the density of the policy that took the step. Densities are averaged over the dimensions of an image, as in
     the authors' code, which is why c is so small.
+
+    Example:
+        >>> method = fp.DDPO(images_per_prompt=8)
+        >>> method.modules
+        ('ddpo',)
     """
 
     modules: ClassVar[tuple[str, ...]] = ("ddpo",)

@@ -24,6 +24,11 @@ class DiffusionDPO(PairMethod):
     """Diffusion-DPO (arXiv:2311.12908, equation 14), PGD's module.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_w - L_w^ref) - (L_l - L_l^ref)))
+
+    Example:
+        >>> method = fp.DiffusionDPO(beta=2000.0)
+        >>> method.rule(w=2.0, guidance_scale=7.5).networks()
+        ('base', 'dpo')
     """
 
     beta: float = 5000.0

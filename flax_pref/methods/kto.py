@@ -24,6 +24,11 @@ class KTO(PairMethod):
 
     Pairs are two images that need not be compared, and it does not matter which loser goes with which winner. The
     authors' code draws timestep and noise for each image; here those of a pair share them, as in the other methods.
+
+    Example:
+        >>> method = fp.KTO(beta=1000.0)
+        >>> method.rule(w=1.0, guidance_scale=7.5).networks()
+        ('base', 'kto')
     """
 
     beta: float = 1000.0

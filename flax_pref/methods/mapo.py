@@ -20,6 +20,11 @@ class MaPO(PairMethod):
         loss = mean over pairs of L_w - beta log sigmoid(T (f(L_w) - f(L_l))), f(L) = h L / (exp(h L) - 1)
 
     T is the number of timesteps; f falls from one at no error to zero.
+
+    Example:
+        >>> method = fp.MaPO(beta=0.1)
+        >>> method.reference
+        False
     """
 
     beta: float = 0.1

@@ -30,6 +30,11 @@ class NPO(PairMethod):
     """A negative module that prefers losers.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_l - L_l^ref) - (L_w - L_w^ref)))
+
+    Example:
+        >>> method = fp.NPO(beta=1000.0)
+        >>> method.rule(w=1.0, guidance_scale=7.5).networks()
+        ('neg', 'base')
     """
 
     beta: float = 1000.0

@@ -20,6 +20,11 @@ class PositiveNegative(PairMethod):
     """The positive module denoises winners, the negative one losers; no reference, no coupling.
 
     loss = mean L_w(pos) + mean L_l(neg)
+
+    Example:
+        >>> method = fp.PositiveNegative()
+        >>> method.rule(w=2.0, guidance_scale=7.5).networks()
+        ('base', 'pos', 'neg')
     """
 
     train: Literal["both", "pos", "neg"] = "both"

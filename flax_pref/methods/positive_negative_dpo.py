@@ -26,6 +26,11 @@ class PositiveNegativeDPO(PairMethod):
     """Diffusion-DPO of the positive module plus NPO of the negative one; each gets the gradient of its own loss.
 
     Timesteps, noise and the reference's prediction serve both, and both modules run in one batched prediction.
+
+    Example:
+        >>> method = fp.PositiveNegativeDPO(beta=2000.0)
+        >>> method.rule(w=2.0, guidance_scale=7.5).networks()
+        ('base', 'pos', 'neg')
     """
 
     beta: float = 5000.0

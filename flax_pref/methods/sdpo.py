@@ -23,7 +23,13 @@ from flax_pref.methods.errors import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDPO(DiffusionDPO):
-    """The loss of Diffusion-DPO; in its gradient, that of `L_l` counts `safeguard` times, for each pair."""
+    """The loss of Diffusion-DPO; in its gradient, that of `L_l` counts `safeguard` times, for each pair.
+
+    Example:
+        >>> method = fp.SDPO(beta=2000.0, mu=0.9)
+        >>> method.modules
+        ('sdpo',)
+    """
 
     mu: float
     """Share of the winner's descent that the loser's ascent must leave, 0 to 1: 0.9 for SD1.5 and 0.6 for SDXL in the

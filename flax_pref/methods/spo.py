@@ -14,6 +14,11 @@ class SPO(StepPairs):
 
     The loss of a pair is that of `StepPairs`; the pair is the best and the worst of a pool of candidates, and each
     trajectory goes on from one of the pool at random.
+
+    Example:
+        >>> method = fp.SPO(pool=4)
+        >>> method.modules
+        ('spo',)
     """
 
     modules: ClassVar[tuple[str, ...]] = ("spo",)

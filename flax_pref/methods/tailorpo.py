@@ -11,7 +11,13 @@ from flax_pref.methods.online import RolloutInputs, StepPairs, draw_step_pairs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TailorPO(StepPairs):
-    """TailorPO and, with a rate, TailorPO-G (arXiv:2502.01667, equation 10); the loss is that of `StepPairs`."""
+    """TailorPO and, with a rate, TailorPO-G (arXiv:2502.01667, equation 10); the loss is that of `StepPairs`.
+
+    Example:
+        >>> method = fp.TailorPO(rate=0.5)
+        >>> method.needs_gradients  # TailorPO-G
+        True
+    """
 
     modules: ClassVar[tuple[str, ...]] = ("tailorpo",)
 

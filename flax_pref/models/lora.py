@@ -321,6 +321,11 @@ def stack_lora(banks: Sequence[dict]) -> dict:
 
     Raises:
         ValueError: the banks differ in adapted layers, rank or shapes.
+
+    Example:
+        >>> unet = fp.load_pipeline("demo").unet
+        >>> pos, neg = (fp.load_lora(f"{name}.safetensors", unet)[0] for name in ("pos", "neg"))
+        >>> bank = fp.stack_lora([pos, neg])
     """
     shapes = [jax.tree.map(lambda leaf: leaf.shape[1:], bank) for bank in banks]
     if differing := [i for i, shape in enumerate(shapes) if shape != shapes[0]]:
@@ -391,6 +396,17 @@ def combine_lora(
 
     Raises:
         ValueError: a weight is for an unknown module, or there is none.
+
+    Example:
+        cPGD-merge with w = 2, as one LoRA file:
+
+        >>> unet = fp.load_pipeline("demo").unet
+        >>> (pos, rank, alpha), (neg, _, _) = (fp.load_lora(f"{name}.safetensors", unet) for name in ("pos", "neg"))
+        >>> bank = fp.stack_lora([pos, neg])
+        >>> merged, alpha = fp.combine_lora(bank, ("pos", "neg"), {"pos": 2.0, "neg": -2.0}, alpha=alpha)
+        >>> fp.save_lora(merged, "merged.safetensors", alpha=alpha)
+        >>> fp.load_lora("merged.safetensors", unet)[1]  # its rank, the sum of theirs
+        4
     """
     if not weights or weights.keys() - set(modules):
         raise ValueError(f"combine_lora: weights for {sorted(weights)}; expected some of {', '.join(modules)}")

@@ -15,7 +15,7 @@ from flax_pref.data.preparation import EncodeConfig
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
 from flax_pref.diffusion.conditioning import encode_ids
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import Family
 from flax_pref.models.remat import Remat
@@ -143,7 +143,7 @@ def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
     side = [size // vae.downscale_factor for size in config.online.size]
     shapes = {name: (1, *shape) for name, shape in method.shapes((*side, vae.latent_channels)).items()}
     text = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
-    solver = from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
+    solver = solver_from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
 
     def one():
         zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}

@@ -47,7 +47,11 @@ class Reward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """A reward by its name, what it counts, and where it is."""
+    """A reward by its name, what it counts, and where it is.
+
+    Example:
+        >>> rewards = (fp.Weighted("pickscore", 1.0), fp.Weighted("aesthetic", 0.5))
+    """
 
     name: str
     """One of `REWARDS`; with an address or a function as path, any name."""

@@ -139,6 +139,12 @@ def load_sampler(folder: str | Path) -> ExportedSampler:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or the program is for other platforms or versions of JAX.
+
+    Example:
+        >>> sampler = fp.load_sampler("runs/exported")
+        >>> images = sampler(["a lighthouse in a storm"], [0], seed=0)
+        >>> images.shape, images.dtype.name
+        ((1, 16, 16, 3), 'uint8')
     """
     folder = Path(folder)
     description = _description(folder / DESCRIPTION)

@@ -17,7 +17,11 @@ from flax_pref.training.step import Independent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685)."""
+    """Low-rank adapters (arXiv:2106.09685).
+
+    Example:
+        >>> adapters = fp.LoRA(rank=8, alpha=16.0, targets=("to_q", "to_v"))
+    """
 
     rank: int = 16
     alpha: float | None = None

@@ -8,7 +8,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How gradients become updates."""
+    """How gradients become updates.
+
+    Example:
+        >>> optimizer = fp.OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=100)
+    """
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """adamw (arXiv:1711.05101), or adafactor (arXiv:1804.04235), which keeps a row and a column of second moments for a

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_pref.data.pipeline import saved_step
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import clean_estimate, from_config
+from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.models.network import Network, replicated
 from flax_pref.rewards.decoded import score_gradients, score_latents
@@ -134,7 +134,7 @@ class Rollouts:
             vae = replicated(vae, sharding.mesh)
             reward = jax.device_put(reward, NamedSharding(sharding.mesh, PartitionSpec()))
         self._vae, self._reward = vae, reward
-        solver = from_config(scheduler_config, method.steps, name="ddim", eta=method.eta)
+        solver = solver_from_config(scheduler_config, method.steps, name="ddim", eta=method.eta)
         self._solver = jax.tree.map(np.asarray, solver)  # of the host: what all processes know alike
         self._clean = clean_estimate(NoiseSchedule.from_dict(scheduler_config), self._solver.timesteps)
         factor = vae.config.downscale_factor

@@ -13,7 +13,7 @@ from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.bank import Bank
 from flax_pref.parallel.sharding import batch_sharding
 
@@ -63,7 +63,7 @@ class Samples:
         sharding = self._whole if count % divided.num_devices else divided
         told = encode_prompts(pipeline, config.prompts), encode_empty(pipeline), encode_blank(pipeline)
         text, empty, blank = (with_sizes(conditioning, pipeline.unet.config, size) for conditioning in told)
-        solver = from_config(pipeline.scheduler_config, config.steps)
+        solver = solver_from_config(pipeline.scheduler_config, config.steps)
         table = tabulate(rule, len(solver.timesteps), count)
         keys = jax.random.key_data(image_keys(config.seed, range(count)))
         self._inputs = (

@@ -54,7 +54,13 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """What online methods draw, and what judges it."""
+    """What online methods draw, and what judges it.
+
+    Example:
+        >>> online = fp.OnlineConfig(prompts="prompts.txt", rewards=(fp.Weighted("pickscore"),), size=(512, 512))
+        >>> online.rollouts.prompts
+        64
+    """
 
     prompts: str
     """File of prompts, see `data.prompts.read_prompts`: text, CSV, JSON, parquet, or a known set."""

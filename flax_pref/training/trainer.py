@@ -90,7 +90,20 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains preference modules."""
+    """Trains preference modules.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = fp.TrainConfig(
+        ...     output=Path("runs/dpo"),
+        ...     model="sd15",  # a folder, a Hub id, or "demo"
+        ...     method=fp.DiffusionDPO(beta=2000.0),
+        ...     data=Path("runs/prepared"),
+        ...     input=fp.InputConfig(batch_size=32, caption_dropout=0.2),
+        ...     optimizer=fp.OptimizerConfig(learning_rate=1e-4),
+        ...     steps=1000,
+        ... )
+    """
 
     output: Path
     """Folder of the run. Where it holds checkpoints, the run goes on from the newest one."""
@@ -237,6 +250,21 @@ def train(config: TrainConfig, *, records: Records | None = None) -> None:
         UserError, ValueError, OSError: what the config asks for cannot be had.
         FloatingPointError: too many steps in a row were not finite.
         SystemExit: with `PREEMPTED`, after SIGTERM; what has been trained is saved.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = fp.TrainConfig(
+        ...     output=Path("runs/dpo"),
+        ...     model="sd15",  # a folder, a Hub id, or "demo"
+        ...     method=fp.DiffusionDPO(beta=2000.0),
+        ...     data=Path("runs/prepared"),
+        ...     input=fp.InputConfig(batch_size=2),
+        ...     optimizer=fp.OptimizerConfig(learning_rate=1e-4),
+        ...     steps=1,
+        ... )
+        >>> fp.train(config)
+        >>> Path("runs/dpo/modules/dpo.safetensors").exists()
+        True
     """
     begin_together(config, FREE_OF_HOSTS)
     writes = jax.process_index() == 0

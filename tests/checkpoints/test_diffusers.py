@@ -24,7 +24,7 @@ from flax_pref.checkpoints.diffusers import (
 )
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import save_network, to_stored
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_gives_one_line_that_names_a_file_or_loads(pipeline
         before = sorted(folder.rglob("*"))
         try:
             loaded = load_pipeline(folder)
-            from_config(loaded.scheduler_config, 3)
+            solver_from_config(loaded.scheduler_config, 3)
         except (ValueError, FileNotFoundError) as error:
             refused += 1
             message = str(error)

@@ -11,7 +11,7 @@ import pytest
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.world import judge
 from flax_pref.world import scenes as world
@@ -27,7 +27,7 @@ def scenes(split, count):
 @pytest.fixture(scope="module")
 def draw():
     pipeline = load_pipeline(BASE)
-    return TextToImage(pipeline, from_config(pipeline.scheduler_config, STEPS), (64, 64), batch_size=32)
+    return TextToImage(pipeline, solver_from_config(pipeline.scheduler_config, STEPS), (64, 64), batch_size=32)
 
 
 def test_it_fits_into_a_package():

@@ -19,12 +19,12 @@ from flax_pref.checkpoints.lora import lora_network
 from flax_pref.world import scenes as world
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import draw_normal, image_keys
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.parallel.mesh import make_mesh
 
 pipeline = load_pipeline(resources.files("flax_pref.world") / "base")
-solver = from_config(pipeline.scheduler_config, 2, name="ddim", eta=1.0)
+solver = solver_from_config(pipeline.scheduler_config, 2, name="ddim", eta=1.0)
 prompts = [scene.caption for scene in itertools.islice(world.scenes("train", 0), 8)]
 ids, seeds = np.array([3, 1, 4, 15, 9, 2, 6, 5]), np.array([0, 1, 2, 3, 0, 1, 2, 2**32 - 1])
 devices = jax.devices()

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import Solver, ddim, dpmpp, euler, from_config, log_prob, no_history, pndm, step
+from flax_pref.diffusion.solvers import Solver, ddim, dpmpp, euler, log_prob, no_history, pndm, solver_from_config, step
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SHAPE = (2, 4, 3, 2)
@@ -71,7 +71,7 @@ def test_ddim_walks_as_in_diffusers(steps, prediction_type, spacing, eta, set_al
         "steps_offset": 1,
         "timestep_spacing": spacing,
     }
-    solver = from_config(config, steps, name="ddim", eta=eta)
+    solver = solver_from_config(config, steps, name="ddim", eta=eta)
     assert solver.stochastic == (eta > 0)
     assert_same_trajectory(solver, DDIMScheduler(**config), steps, **({"eta": eta} if eta else {}))
 
@@ -82,7 +82,7 @@ def test_ddim_walks_as_in_diffusers(steps, prediction_type, spacing, eta, set_al
 def test_euler_walks_as_in_diffusers(steps, prediction_type, spacing):
     config = SD | {"prediction_type": prediction_type, "steps_offset": 1, "timestep_spacing": spacing}
     reference = EulerDiscreteScheduler(**config)
-    solver = from_config(config | {"_class_name": "EulerDiscreteScheduler"}, steps)
+    solver = solver_from_config(config | {"_class_name": "EulerDiscreteScheduler"}, steps)
     assert_same_trajectory(solver, reference, steps)
     np.testing.assert_allclose(solver.init_noise_sigma, reference.init_noise_sigma, rtol=1e-6)
 
@@ -93,7 +93,7 @@ def test_euler_walks_as_in_diffusers(steps, prediction_type, spacing):
 def test_euler_walks_along_karras_sigmas_as_in_diffusers(steps, prediction_type, spacing):
     config = SD | {"prediction_type": prediction_type, "steps_offset": 1, "timestep_spacing": spacing}
     reference = EulerDiscreteScheduler(**config, use_karras_sigmas=True)
-    solver = from_config(config, steps, name="euler_karras")
+    solver = solver_from_config(config, steps, name="euler_karras")
     # These timesteps are fractions, which diffusers interpolates in float32.
     assert_same_trajectory(solver, reference, steps, timestep_atol=1e-3)
     np.testing.assert_allclose(solver.init_noise_sigma, reference.init_noise_sigma, rtol=1e-6)
@@ -111,7 +111,7 @@ def test_pndm_walks_as_in_diffusers(steps, prediction_type, spacing, set_alpha_t
         "steps_offset": 1 if steps > 1 else 0,
         "timestep_spacing": spacing,
     }
-    solver = from_config(config | {"_class_name": "PNDMScheduler"}, steps)
+    solver = solver_from_config(config | {"_class_name": "PNDMScheduler"}, steps)
     assert_same_trajectory(solver, PNDMScheduler(**config), steps)
 
 
@@ -132,9 +132,9 @@ def test_dpm_solver_walks_as_in_diffusers(steps, prediction_type, spacing, karra
     for final in FINALS:
         config = SD | final | {"prediction_type": prediction_type, "steps_offset": 1, "timestep_spacing": spacing}
         reference = DPMSolverMultistepScheduler(**config, use_karras_sigmas=karras)
-        solver = from_config(config, steps, name="dpm++_karras" if karras else "dpm++")
+        solver = solver_from_config(config, steps, name="dpm++_karras" if karras else "dpm++")
         assert_same_trajectory(solver, reference, steps)
-    from_file = from_config(json.loads(reference.to_json_string()), steps)
+    from_file = solver_from_config(json.loads(reference.to_json_string()), steps)
     assert all(np.array_equal(*leaves) for leaves in zip(*map(jax.tree.leaves, (solver, from_file)), strict=True))
 
 
@@ -164,7 +164,7 @@ def test_dpm_solver_takes_unusual_numbers_of_steps(steps, spacing, karras):
 )
 def test_fields_that_a_file_leaves_out_take_the_defaults_of_diffusers(scheduler):
     extra = {DDIMScheduler: {"clip_sample": False}, PNDMScheduler: {"skip_prk_steps": True}}.get(scheduler, {})
-    solver = from_config(SD | extra | {"_class_name": scheduler.__name__}, 5)
+    solver = solver_from_config(SD | extra | {"_class_name": scheduler.__name__}, 5)
     assert_same_trajectory(solver, scheduler(**SD, **extra), 5)
 
 
@@ -187,12 +187,12 @@ SDXL |= {"steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None
     ],
 )
 def test_the_published_schedulers_sample_with_every_solver(published, name, scheduler, extra):
-    assert_same_trajectory(from_config(published, 10, name=name), scheduler.from_config(published, **extra), 10)
+    assert_same_trajectory(solver_from_config(published, 10, name=name), scheduler.from_config(published, **extra), 10)
 
 
 def test_the_published_schedulers_sample_with_their_own_solver_by_default():
-    assert_same_trajectory(from_config(SD15, 10), PNDMScheduler.from_config(SD15), 10)
-    assert_same_trajectory(from_config(SDXL, 10), EulerDiscreteScheduler.from_config(SDXL), 10)
+    assert_same_trajectory(solver_from_config(SD15, 10), PNDMScheduler.from_config(SD15), 10)
+    assert_same_trajectory(solver_from_config(SDXL, 10), EulerDiscreteScheduler.from_config(SDXL), 10)
 
 
 def test_another_scheduler_class_is_refused_with_the_names_that_may_be_asked_for():
@@ -201,7 +201,7 @@ def test_another_scheduler_class_is_refused_with_the_names_that_may_be_asked_for
         match=r"_class_name='HeunDiscreteScheduler' is not supported; supported: DDIMScheduler or DPMSolver.*; "
         r"pass as name one of ddim, dpm\+\+, dpm\+\+_karras, euler, euler_karras, pndm to",
     ):
-        from_config(SD | {"_class_name": "HeunDiscreteScheduler"}, 10)
+        solver_from_config(SD | {"_class_name": "HeunDiscreteScheduler"}, 10)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_another_scheduler_class_is_refused_with_the_names_that_may_be_asked_for
 )
 def test_an_unsupported_field_is_refused_by_name_and_value(name, field, value):
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is not supported")):
-        from_config({"_class_name": name, "clip_sample": False, field: value}, 5)
+        solver_from_config({"_class_name": name, "clip_sample": False, field: value}, 5)
 
 
 def test_what_diffusers_would_do_by_default_and_we_do_not_is_refused():
     with pytest.raises(ValueError, match="clip_sample=True is not supported"):
-        from_config({"_class_name": "DDIMScheduler"}, 5)
+        solver_from_config({"_class_name": "DDIMScheduler"}, 5)
     with pytest.raises(ValueError, match="skip_prk_steps=False is not supported"):
-        from_config({"_class_name": "PNDMScheduler"}, 5)
+        solver_from_config({"_class_name": "PNDMScheduler"}, 5)
 
 
 @pytest.mark.parametrize("make", [ddim, dpmpp, euler, pndm])
@@ -264,9 +264,9 @@ def test_eta_outside_its_range_is_refused(eta):
 
 def test_eta_and_unknown_names_are_refused_where_they_mean_nothing():
     with pytest.raises(ValueError, match=r"eta=0\.5 applies to ddim only"):
-        from_config(SD, 5, name="euler", eta=0.5)
+        solver_from_config(SD, 5, name="euler", eta=0.5)
     with pytest.raises(ValueError, match=r"name must be one of ddim, dpm\+\+, .*, got 'heun'"):
-        from_config(SD, 5, name="heun")
+        solver_from_config(SD, 5, name="heun")
 
 
 def row_of(solver, i):
@@ -299,7 +299,7 @@ def test_images_of_one_batch_may_be_at_different_steps(solver):
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_log_probabilities_are_those_of_the_step_that_diffusers_takes(prediction_type, eta):
     config = SD15 | {"prediction_type": prediction_type}
-    solver = from_config(config, 10, name="ddim", eta=eta)
+    solver = solver_from_config(config, 10, name="ddim", eta=eta)
     scheduler = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(10)
     rng = np.random.default_rng(0)

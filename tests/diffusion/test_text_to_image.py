@@ -10,7 +10,7 @@ from training.tiny import tiny_checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.diffusion.guidance import chats, npo
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.lora import join_lora, split_lora
 from flax_pref.serving.export import export_sampler
@@ -31,7 +31,7 @@ def draw(tmp_path_factory):
     lora = jax.tree.map(lambda leaf: leaf + 0.5 * rng.standard_normal(leaf.shape, np.float32), lora)
     unet = unet._replace(params=join_lora(base, lora))
     pipeline = dataclasses.replace(pipeline, unet=unet)
-    return TextToImage(pipeline, from_config(pipeline.scheduler_config, 3), (16, 16), len(PROMPTS))
+    return TextToImage(pipeline, solver_from_config(pipeline.scheduler_config, 3), (16, 16), len(PROMPTS))
 
 
 def images(draw, rule, **options):

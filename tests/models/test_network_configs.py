@@ -7,7 +7,7 @@ import pytest
 
 from flax_pref.checkpoints.weights import read_config
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.files import read_json
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig
@@ -72,7 +72,7 @@ def test_the_towers_of_a_clip_are_checked_too(part, field):
     ],
 )
 def test_a_schedule_of_numbers_that_are_none_is_refused_by_name(change):
-    for read in (NoiseSchedule.from_dict, lambda config: from_config(config, 4)):
+    for read in (NoiseSchedule.from_dict, lambda config: solver_from_config(config, 4)):
         with pytest.raises(ValueError, match=rf"{next(iter(change))}=.* is not supported; supported: "):
             read(FAMILIES["sd15"].scheduler_config | change)
 
@@ -83,7 +83,7 @@ def test_a_schedule_of_numbers_that_are_none_is_refused_by_name(change):
 def test_a_solver_of_fields_that_are_none_is_refused_by_name(field, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"{field}=.* is not supported; supported: "):
-            from_config(FAMILIES["sd15"].scheduler_config | {"_class_name": "DDIMScheduler", field: value}, 4)
+            solver_from_config(FAMILIES["sd15"].scheduler_config | {"_class_name": "DDIMScheduler", field: value}, 4)
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999", '[1, {"x": -1e999}]'])

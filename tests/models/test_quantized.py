@@ -11,7 +11,7 @@ import pytest
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.quantized import Quantized, quantize
 
@@ -47,7 +47,7 @@ def test_the_loop_of_a_sampler_carries_the_small_weights():
     channels = unet.config.in_channels
     table, keys = tabulate(cfg(3.0), 4, 1), image_keys([0], [0])
     text = {"encoder_hidden_states": jnp.zeros((1, 77, unet.config.cross_attention_dim))}
-    solver = from_config({"_class_name": "DDIMScheduler", "clip_sample": False}, 4)
+    solver = solver_from_config({"_class_name": "DDIMScheduler", "clip_sample": False}, 4)
 
     def carried(params):
         bank = Bank((Member("base", unet.graphdef, params),))

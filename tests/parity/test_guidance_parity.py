@@ -15,7 +15,7 @@ from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import load_lora_network
 from flax_pref.diffusion.guidance import cpgd, pgd, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.bank import Bank, Member
 
 CONFIG = SD15_UNET | {
@@ -122,7 +122,7 @@ def draw_theirs(networks, formula, keys) -> tuple[torch.Tensor, int]:
 
 @jax.jit
 def draw_ours(bank, table, keys, text, empty):
-    solver = from_config(dict(SCHEDULER.config) | {"_class_name": "DDIMScheduler"}, STEPS)
+    solver = solver_from_config(dict(SCHEDULER.config) | {"_class_name": "DDIMScheduler"}, STEPS)
     states = ({"encoder_hidden_states": x} for x in (text, empty))
     return sample(bank, table, solver, keys, *states, SHAPE)
 

@@ -11,7 +11,7 @@ from torch_reference import nchw
 from flax_pref.checkpoints.diffusers import load_pipeline, save_pipeline
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 
 # diffusers' and transformers' own housekeeping, none of ours.
@@ -54,7 +54,7 @@ def theirs(folder, steps=STEPS, **options):
 
 def ours(folder, steps=STEPS, negative_prompts=None, **options):
     pipeline = load_pipeline(folder)
-    draw = TextToImage(pipeline, from_config(pipeline.scheduler_config, steps), SIZE, batch_size=2, **options)
+    draw = TextToImage(pipeline, solver_from_config(pipeline.scheduler_config, steps), SIZE, batch_size=2, **options)
     with pytest.warns(UserWarning, match="'g dream' of 'a dog in a very long dream'"):
         return draw(PROMPTS, range(len(PROMPTS)), cfg(SCALE), seed=SEED, negative_prompts=negative_prompts)
 
@@ -92,10 +92,10 @@ def test_sizes_and_crops_condition_sdxl_as_in_diffusers(folder):
 
 def test_lists_of_other_lengths_are_refused(folder):
     pipeline = load_pipeline(folder)
-    draw = TextToImage(pipeline, from_config(pipeline.scheduler_config, 2), SIZE, batch_size=2)
+    draw = TextToImage(pipeline, solver_from_config(pipeline.scheduler_config, 2), SIZE, batch_size=2)
     with pytest.raises(ValueError, match="2 prompts, but 1 negative_prompts"):
         draw(PROMPTS, [0, 1], cfg(SCALE), seed=0, negative_prompts=["one"])
     with pytest.raises(ValueError, match="2 prompts, but 3 prompt_ids"):
         draw(PROMPTS, [0, 1, 2], cfg(SCALE), seed=0)
     with pytest.raises(ValueError, match="multiples of 4"):
-        TextToImage(pipeline, from_config(pipeline.scheduler_config, 2), (30, 32), batch_size=2)
+        TextToImage(pipeline, solver_from_config(pipeline.scheduler_config, 2), (30, 32), batch_size=2)

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from flax_pref.checkpoints.tokenizer import load_tokenizer
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
@@ -52,9 +52,9 @@ def test_the_presets_are_the_published_configs(family):
     assert VAEConfig.from_dict(read(f"{family}/vae")) == preset.vae
     for suffix, encoder in zip(("", "_2"), preset.text_encoders, strict=False):
         assert CLIPTextConfig.from_dict(read(f"{family}/text_encoder{suffix}")) == encoder
-    published_solver = from_config(read(f"{family}/scheduler"), 7)
+    published_solver = solver_from_config(read(f"{family}/scheduler"), 7)
     for ours, theirs in zip(
-        *map(jax.tree.leaves, (from_config(preset.scheduler_config, 7), published_solver)), strict=True
+        *map(jax.tree.leaves, (solver_from_config(preset.scheduler_config, 7), published_solver)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -16,7 +16,7 @@ from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Br
 
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import from_config, log_prob
+from flax_pref.diffusion.solvers import log_prob, solver_from_config
 from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.training.rollouts import Prompts, RolloutConfig
@@ -60,7 +60,7 @@ def from_the_start(source):
 
 
 def solver_row(method, i):
-    return jax.tree.map(lambda x: np.asarray(x)[i], from_config(SCHEDULER, method.steps, name="ddim", eta=1.0))
+    return jax.tree.map(lambda x: np.asarray(x)[i], solver_from_config(SCHEDULER, method.steps, name="ddim", eta=1.0))
 
 
 def guided(method, x, t, hidden):

@@ -13,7 +13,7 @@ from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.guidance import cfg
-from flax_pref.diffusion.solvers import from_config
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.models.lora import bank_predict, join_lora, split_lora
@@ -65,7 +65,7 @@ class Run:
         draw = TextToImage(
             # The pipeline with these adapters; everything else as it is.
             type(self.pipeline)(**{**vars(self.pipeline), "unet": unet}),
-            from_config(self.pipeline.scheduler_config, 10, name="ddim"),
+            solver_from_config(self.pipeline.scheduler_config, 10, name="ddim"),
             (64, 64),
             len(self.captions),
         )
