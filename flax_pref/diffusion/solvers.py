@@ -425,7 +425,7 @@ def solver_from_config(
 
     Example:
         >>> pipeline = fp.load_pipeline("demo")
-        >>> solver = fp.from_config(pipeline.scheduler_config, 25, name="dpm++_karras")
+        >>> solver = fp.solver_from_config(pipeline.scheduler_config, 25, name="dpm++_karras")
         >>> len(solver.timesteps)
         25
         >>> draw = fp.TextToImage(pipeline, solver)
