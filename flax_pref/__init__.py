@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flax_pref.checkpoints.modules import load_modules as load_modules
     from flax_pref.checkpoints.modules import merge_modules as merge_modules
     from flax_pref.compilation import use_cache as use_cache
+    from flax_pref.data.encode_set import encode as encode
     from flax_pref.data.pipeline import InputConfig as InputConfig
     from flax_pref.data.pipeline import PairBatches as PairBatches
     from flax_pref.data.prepared import PreparedSet as PreparedSet
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from flax_pref.diffusion.guidance import pgd as pgd
     from flax_pref.diffusion.solvers import solver_from_config as solver_from_config
     from flax_pref.diffusion.text_to_image import TextToImage as TextToImage
+    from flax_pref.evaluation.run_report import compare as compare
+    from flax_pref.evaluation.run_scoring import score as score
     from flax_pref.images.grid import image_grid as image_grid
     from flax_pref.methods import CHATS as CHATS
     from flax_pref.methods import D3PO as D3PO
@@ -65,11 +68,14 @@ _NAMES_OF = {
     "checkpoints.lora": "load_lora save_lora",
     "checkpoints.modules": "load_modules merge_modules",
     "compilation": "use_cache",
+    "data.encode_set": "encode",
     "data.pipeline": "InputConfig PairBatches",
     "data.prepared": "PreparedSet",
     "diffusion.guidance": "Rule Schedule autoguidance cfg chats cpgd cpgd_conditional merge_weights npo pgd",
     "diffusion.solvers": "solver_from_config",
     "diffusion.text_to_image": "TextToImage",
+    "evaluation.run_report": "compare",
+    "evaluation.run_scoring": "score",
     "images.grid": "image_grid",
     "methods": "CHATS D3PO DDPO KTO NPO SDPO SPO DiffusionDPO MaPO PositiveNegative PositiveNegativeDPO TailorPO",
     "models.lora": "combine_lora stack_lora",

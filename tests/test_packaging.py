@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+import flax_pref
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -30,7 +32,7 @@ def test_users_get_the_licence_that_the_metadata_names():
 
 def test_a_citation_names_the_version_and_licence_of_the_package():
     citation = read_yaml("CITATION.cff")
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == flax_pref.__version__
     assert citation["license"] == PROJECT["license"]
 
 

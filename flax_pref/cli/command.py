@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from flax_pref import __version__
 from flax_pref.programs import PROGRAMS, called
 
 PLANS = ("plan", "plan-sample")
@@ -24,12 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if name == "--version":
-        from importlib import metadata  # slow, as difflib below
-
-        print(f"flax-pref {metadata.version('flax-pref')}")
+        print(f"flax-pref {__version__}")
         return 0
     if name not in PROGRAMS:
-        import difflib
+        import difflib  # slow
 
         near = difflib.get_close_matches(name, PROGRAMS, n=1)
         meant = f"perhaps you meant {near[0]}" if near else f"expected one of {', '.join(PROGRAMS)}"

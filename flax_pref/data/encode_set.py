@@ -9,19 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_pref.checkpoints.abstract import describe
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import fingerprint
 from flax_pref.checkpoints.weights import LAYOUT
 from flax_pref.config import check_output_folder
-from flax_pref.data.encode import PairEncoder
+from flax_pref.data.encode import Encoding, PairEncoder
 from flax_pref.data.images import decode_image
 from flax_pref.data.inspection import write_inspection
 from flax_pref.data.pairs import PairReader
 from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
+from flax_pref.data.prepared import PreparedSet
 from flax_pref.data.selection import Selection, select
-from flax_pref.data.sources import open_source
+from flax_pref.data.sources import Layout, Source, open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
+from flax_pref.diffusion.text_to_image import trained_size
 from flax_pref.files import one_writer, read_json
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.vae import VAEConfig
@@ -31,6 +34,53 @@ from flax_pref.parallel.mesh import make_mesh
 
 # What may differ between hosts. Of the inputs, which may lie elsewhere, the content is compared when it is known.
 FREE_OF_HOSTS = ("hosts", "model", "source.path", "mesh", "encoding.batch_size")
+
+
+def encode(
+    pairs: str | Path,
+    output: str | Path,
+    *,
+    model: str,
+    layout: Layout = "folder",
+    size: tuple[int, int] | None = None,
+    batch_size: int = 2,
+) -> PreparedSet:
+    """Encodes a preference set for training: latents of the images, embeddings of the captions.
+
+    Prints counts. Called again with the same arguments after a kill, it resumes. `encode_set` takes all other settings.
+
+    Args:
+        pairs: file or folder of the preference set, local or gs://...; for "pick_a_pic" also the Hub id of a dataset.
+        output: folder of the prepared set.
+        model: checkpoint whose autoencoder and text encoders are used: folder, Hub id, or "demo".
+        layout: layout of the preference set; the default is a folder with pairs.jsonl and images.
+        size: height and width in pixels that images are resized and cut to (default: the size that the UNet was
+            trained on).
+        batch_size: pairs that a device encodes at the same time.
+
+    Returns:
+        the prepared set in `output`.
+
+    Raises:
+        UserError, ValueError, OSError: the set cannot be read, or not be written.
+
+    Example:
+        >>> records = fp.encode("pairs", "runs/pairs", model="demo")
+        >>> len(records), records.image_size
+        (4, (64, 64))
+    """
+    if size is None:
+        family = describe(model)
+        size = trained_size(family.unet, family.vae)
+    encode_set(
+        EncodeConfig(
+            output=Path(output),
+            model=model,
+            source=Source(layout=layout, path=str(pairs)),
+            encoding=Encoding(size=size, batch_size=batch_size),
+        )
+    )
+    return PreparedSet(output)
 
 
 def encode_set(config: EncodeConfig) -> None:

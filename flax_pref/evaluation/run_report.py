@@ -2,27 +2,59 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.comparison import (
-    Items,
-    ScoredRun,
-    common_rewards,
-    compare,
-    pair_runs,
-    read_run,
-    read_votes,
-)
+from flax_pref.evaluation import comparison
+from flax_pref.evaluation.comparison import Items, ScoredRun, Vote, common_rewards, pair_runs, read_run, read_votes
 from flax_pref.evaluation.pages import write_pages
 from flax_pref.evaluation.report_flags import ReportFlags
-from flax_pref.evaluation.runs import PROBLEMS
+from flax_pref.evaluation.runs import PROBLEMS, several
 from flax_pref.evaluation.tables import printed_tables, write_tables
 from flax_pref.files import replacing
+
+
+def compare(
+    runs: str | Path | Sequence[str | Path], *, baseline: str | None = None, rewards: str | Sequence[str] = ()
+) -> dict[str, Any]:
+    """Compares methods on the same prompts and seeds, from scored folders of images. Writes nothing.
+
+    `report_runs` writes the report with its pages and tables.
+
+    Args:
+        runs: scored folders, see `score`; as FOLDER or NAME=FOLDER (default name: that of the folder).
+        baseline: method, or its folder, that the others are compared with (default: the first).
+        rewards: names of the rewards to compare (default: all that the runs have in common).
+
+    Returns:
+        the report, see `evaluation.comparison.compare`: `overall` has a row for each reward and method, with mean,
+        gain and win rate over the baseline and their 95 % bootstrap intervals over prompts.
+
+    Raises:
+        UserError, ValueError, OSError: the runs are not scored, or cannot be compared.
+
+    Example:
+        >>> scores = fp.score(["runs/base", "runs/cpgd"], "compressibility")
+        >>> report = fp.compare(["runs/base", "runs/cpgd"])
+        >>> report["baseline"], report["prompts"], [row["method"] for row in report["overall"]]
+        ('base', 2, ['base', 'cpgd'])
+    """
+    folders = methods_of(several(runs))
+    return _compared(folders, baseline_of(baseline, folders), several(rewards))[0]
+
+
+def _compared(
+    folders: Mapping[str, str], baseline: str, wanted: Sequence[str], votes: Sequence[Vote] = ()
+) -> tuple[dict[str, Any], list[ScoredRun], Items, list[str]]:
+    """The report, what it is of, and the rewards that are left out."""
+    runs = [read_run(folder, name) for name, folder in folders.items()]
+    rewards, dropped = common_rewards(runs, wanted)
+    items = pair_runs(runs, rewards)
+    return comparison.compare(runs, items, baseline, votes), runs, items, dropped
 
 
 def report_runs(flags: ReportFlags) -> Path:
@@ -41,11 +73,7 @@ def report_runs(flags: ReportFlags) -> Path:
     folders = methods_of(flags.runs)
     baseline = baseline_of(flags.baseline, folders)
     out = _out_of(flags.out, folders)
-    votes = read_votes(flags.votes)
-    runs = [read_run(folder, name) for name, folder in folders.items()]
-    rewards, dropped = common_rewards(runs, flags.rewards)
-    items = pair_runs(runs, rewards)
-    report = compare(runs, items, baseline, votes)
+    report, runs, items, dropped = _compared(folders, baseline, flags.rewards, read_votes(flags.votes))
     print(_summary(report, runs, items, dropped))
     write_tables(report, out)
     write_pages(out, report, items, images=flags.images, title=flags.title or " / ".join(folders))

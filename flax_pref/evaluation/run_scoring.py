@@ -22,7 +22,7 @@ from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
-from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run
+from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run, several
 from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
@@ -41,20 +41,57 @@ EMBEDDED = (*RECIPES, "aesthetic")  # rewards that have image embeddings
 FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
 
 
-def score_runs(flags: ScoreFlags) -> None:
+def score(
+    runs: str | Path | Sequence[str | Path],
+    rewards: str | Sequence[str],
+    *,
+    prompts: str | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Scores folders of images with rewards, what is not scored yet, and stores the scores in the folders.
+
+    Prints what it loads and the means. `score_runs` takes every other setting.
+
+    Args:
+        runs: one or several folders of images, as `sample.images` writes them, or any others with prompts.
+        rewards: one or several, each a name such as "pickscore" with its published weights, NAME=PATH with a file,
+            folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
+        prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
+            images).
+        batch_size: images per device and batch.
+
+    Returns:
+        scores by folder and reward, float32 `[N]` in the order of scores.parquet, without images that are missing or
+        damaged; NaN or infinite where the reward is.
+
+    Raises:
+        UserError, ValueError, OSError: a folder or a reward cannot be read, or not be scored.
+
+    Example:
+        >>> scores = fp.score(["runs/base", "runs/cpgd"], "compressibility")
+        >>> scores["runs/base"]["compressibility"].shape
+        (2,)
+    """
+    return score_runs(ScoreFlags(runs=several(runs), rewards=several(rewards), prompts=prompts, batch_size=batch_size))
+
+
+def score_runs(flags: ScoreFlags) -> dict[str, dict[str, np.ndarray]]:
     """Scores what is not scored yet, and prints the means.
 
     Run again with the same flags after a kill, it resumes. SIGTERM stops it after the current batch.
+
+    Returns:
+        scores of the folders of this process, see `score`.
 
     Raises:
         UserError, ValueError, OSError: what the flags ask for cannot be had.
     """
     process, processes = join(flags.hosts)
     with watched():
-        score_part(flags, process, processes)
+        return score_part(flags, process, processes)
 
 
-def score_part(flags: ScoreFlags, process: int, processes: int) -> None:
+def score_part(flags: ScoreFlags, process: int, processes: int) -> dict[str, dict[str, np.ndarray]]:
     """Scores every `processes`-th folder: the part of one of several processes, or all of it; see `score_runs`."""
     begin_together(flags, FREE_OF_HOSTS)
     work = resolve_scoring(flags)
@@ -62,7 +99,7 @@ def score_part(flags: ScoreFlags, process: int, processes: int) -> None:
     folders = work.folders[process::processes]
     if not folders:
         print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
-        return
+        return {}
     with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
         tables = []
         for folder in folders:
@@ -80,6 +117,10 @@ def score_part(flags: ScoreFlags, process: int, processes: int) -> None:
         for scores in tables:
             scores.save()  # perhaps a problem is gone
             print("\n".join(_summary(scores, work.columns)))
+    return {
+        folder: {one.name: scores.scores(one.column) for one in work.columns if one.column != EMBEDDING}
+        for folder, scores in zip(folders, tables, strict=True)
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -371,3 +371,8 @@ def _numbered_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """To sort names so that 2.png comes before 10.png."""
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """One or several texts or paths, as texts."""
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))

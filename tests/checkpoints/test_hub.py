@@ -1,5 +1,7 @@
 """Paths and Hub ids."""
 
+from pathlib import Path
+
 import pytest
 
 from flax_pref.checkpoints.hub import find_checkpoint
@@ -17,6 +19,13 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_local_folder_is_used_as_it_is(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path
+
+
+def test_only_the_text_demo_is_the_checkpoint_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert (find_checkpoint("demo") / "model_index.json").is_file()
+    assert find_checkpoint("./demo") == find_checkpoint(Path("./demo")) == Path("demo")
 
 
 def test_a_downloaded_repository_is_found_without_a_network(cache, monkeypatch):

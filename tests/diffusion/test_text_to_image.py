@@ -54,3 +54,21 @@ def test_an_exported_sampler_of_chats_makes_the_same_proxy(draw, tmp_path):
     export_sampler(draw, TERMS, tmp_path / "chats", platforms=["cpu"], about={})
     exported = load_sampler(tmp_path / "chats")(PROMPTS, range(len(PROMPTS)), seed=0)
     np.testing.assert_array_equal(exported, np.round(255 * images(draw, chats(S))).astype(np.uint8))
+
+
+def test_a_checkpoint_says_with_which_solver_and_in_which_size_it_draws(draw):
+    pipeline = draw.pipeline
+    default = TextToImage(pipeline)
+    np.testing.assert_array_equal(default.solver.timesteps, solver_from_config(pipeline.scheduler_config, 50).timesteps)
+    assert default.size == (16, 16) and default.batch_size == 1
+    steps = TextToImage(pipeline, steps=3)
+    np.testing.assert_array_equal(steps.solver.timesteps, draw.solver.timesteps)
+    assert dataclasses.replace(steps, batch_size=2).solver is steps.solver
+    with pytest.raises(ValueError, match="steps=3 beside a solver"):
+        TextToImage(pipeline, draw.solver, steps=3)
+
+
+def test_a_single_prompt_is_the_first_of_a_list(draw):
+    image = draw("a cat", rule=npo(S))
+    np.testing.assert_array_equal(image, draw(["a cat"], [0], npo(S), seed=0))
+    assert image.shape == (1, 16, 16, 3)
