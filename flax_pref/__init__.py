@@ -88,16 +88,15 @@ _NAMES_OF = {
 }
 _MODULE_OF = {name: f"flax_pref.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 
-__all__ = ["__version__", *_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+if not TYPE_CHECKING:  # a checker that saw __getattr__ would take any name for one of the package
+    __all__ = ["__version__", *_MODULE_OF]
 
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULE_OF})
