@@ -1,6 +1,5 @@
 """What the README tells users to type."""
 
-import ast
 import os
 import re
 import subprocess
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
-import flax_pref as fp
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.images import encode_jpeg
@@ -183,21 +181,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         exec(block, names)
         assert names["images"].shape == (1, 64, 64, 3)
     assert load_pipeline("merged").unet.config == names["pipeline"].unet.config
-
-
-def test_the_python_of_the_readme_and_the_docs_needs_one_import():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages}
-    assert len(found["README.md"]) >= 2
-    for page, blocks_of_page in found.items():
-        for block in map(ast.parse, blocks_of_page):
-            nodes = list(ast.walk(block))
-            names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
-            imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-            assert set(imports) <= {"import flax_pref as fp"}, page
-            assert {name for name in names if re.fullmatch(r"fp\.\w+", name)} <= {
-                f"fp.{name}" for name in fp.__all__
-            }, page
 
 
 def test_files_that_the_readme_links_to_exist():

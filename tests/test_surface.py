@@ -75,6 +75,19 @@ def test_the_package_has_a_version_and_says_that_it_is_typed():
     assert (resources.files("flax_pref") / "py.typed").is_file()
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("tutorials/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_page_needs_one_import(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        nodes = list(ast.walk(ast.parse(block)))
+        imports = {ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)}
+        assert imports <= {"import flax_pref as fp"}
+        used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+        assert {name for name in used if re.fullmatch(r"fp\.\w+", name)} <= {f"fp.{name}" for name in fp.__all__}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Examples
 

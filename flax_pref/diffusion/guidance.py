@@ -235,9 +235,15 @@ class Rule:
 
 
 def cfg(guidance_scale: Strength = 7.5, network: str = "base", **options) -> Rule:
-    """Classifier-free guidance, `CFG_s(network)` (arXiv:2207.12598, here s = 1 is no guidance).
+    """Classifier-free guidance, `CFG_s(network)` (arXiv:2207.12598; here s = 1 is no guidance).
 
-    With another network than "base" it is that of a fine-tuned model.
+    Args:
+        guidance_scale: s; a number, one number per image, or a `Schedule`.
+        network: "base", or the name of a fine-tuned network.
+        options: `rescale` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
 
     Example:
         >>> fp.cfg(7.5).networks()
@@ -251,9 +257,19 @@ def cfg(guidance_scale: Strength = 7.5, network: str = "base", **options) -> Rul
 def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, reference: str = "base", **options) -> Rule:
     """Preference-guided denoising, `(1 - w) CFG_s(base) + w CFG_s(fine_tuned)` (arXiv:2602.18799).
 
-    w = 0 is the base network, w = 1 the fine-tuned one, and w > 1 extrapolates. With another reference, the base that
-    the module was trained on, the module's difference to that is added: `CFG_s(base) + w (CFG_s(fine_tuned) -
-    CFG_s(reference))`. It is also the one-sided rule of a positive module.
+    w = 0 is the base network, w = 1 the fine-tuned one, and w > 1 extrapolates. It is also the one-sided rule of
+    a positive module.
+
+    Args:
+        w: strength of the module; a number, one number per image, or a `Schedule`.
+        guidance_scale: s of classifier-free guidance, likewise.
+        fine_tuned: name of the module.
+        reference: network that the module is compared with. Where it is the base that the module was trained on, not
+            the one it guides, the rule is `CFG_s(base) + w (CFG_s(fine_tuned) - CFG_s(reference))`.
+        options: `every`, `between` and `rescale` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
 
     Example:
         >>> fp.pgd(2.0, 7.5).networks()
@@ -270,8 +286,18 @@ def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, refer
 def cpgd(w: Strengths, guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
     """Contrastive preference guidance, `CFG_s(base) + w (CFG_s(positive) - CFG_s(negative))` (arXiv:2602.18799).
 
-    With "base" for one of the two modules it is the one-sided rule of the other. With a strength for each module,
-    `w={"pos": a, "neg": b}`, it is `CFG_s(base) + a (CFG_s(pos) - CFG_s(base)) + b (CFG_s(base) - CFG_s(neg))`.
+    With a strength for each module, `w={"pos": a, "neg": b}`, it is
+    `CFG_s(base) + a (CFG_s(pos) - CFG_s(base)) + b (CFG_s(base) - CFG_s(neg))`.
+
+    Args:
+        w: strength of the contrast; a number, one number per image, or a `Schedule`; or a dict of one for each module.
+        guidance_scale: s of classifier-free guidance, likewise.
+        positive: name of the positive module; "base" for the one-sided rule of the negative one.
+        negative: name of the negative module; "base" for the one-sided rule of the positive one.
+        options: `every`, `between` and `rescale` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
 
     Example:
         >>> fp.cpgd(2.0, 7.5).networks()
@@ -291,7 +317,8 @@ def cpgd_conditional(
 ) -> Rule:
     """cPGD on the prompt only: `CFG_s(base) + w (eps_positive(x, text) - eps_negative(x, text))`, 4 predictions not 6.
 
-    In cPGD the contrast is multiplied by s as well: compare this at w with that at about w / s.
+    In cPGD the contrast is multiplied by s as well: compare this at w with that at about w / s. Arguments, options and
+    errors are those of `cpgd`, with a single w.
 
     Example:
         >>> fp.cpgd_conditional(15.0, 7.5).networks()
@@ -307,6 +334,15 @@ def cpgd_conditional(
 
 def npo(guidance_scale: Strength, positive: str = "pos", negative: str = "neg", **options) -> Rule:
     """NPO, `(1 - s) eps_negative(x, empty) + s eps_positive(x, text)` (arXiv:2505.11245).
+
+    Args:
+        guidance_scale: s; a number, one number per image, or a `Schedule`.
+        positive: name of the network that sees the prompt; "base" where only a negative module was trained.
+        negative: name of the network that sees the empty prompt.
+        options: `rescale` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
 
     Example:
         >>> fp.npo(7.5).networks()
@@ -327,6 +363,16 @@ def chats(
     The proxy prompt is `(1 + a) blank - a text` in embeddings, with a = `proxy` and blank the encoded empty text "",
     also where "empty" is zeros (SDXL) or a negative prompt. The paper's scale is s - 1.
 
+    Args:
+        guidance_scale: s; a number, one number per image, or a `Schedule`.
+        positive: name of the positive module.
+        negative: name of the negative module.
+        proxy: a, of the proxy prompt.
+        options: `rescale` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
+
     Example:
         >>> fp.chats(7.5, proxy=0.5).networks()
         ('pos', 'neg')
@@ -344,6 +390,15 @@ def autoguidance(w: Strength, good: str = "base", bad: str = "bad", **options) -
 
     w = 1 is the good network alone, and w > 1 extrapolates.
 
+    Args:
+        w: a number, one number per image, or a `Schedule`.
+        good: name of the network that is guided.
+        bad: name of a worse network of the same kind, e.g. an earlier checkpoint.
+        options: `every` and `between` of `Rule`.
+
+    Raises:
+        ValueError: a strength is not finite, or an option is out of its range.
+
     Example:
         >>> fp.autoguidance(2.0).networks()
         ('bad', 'base')
@@ -352,7 +407,8 @@ def autoguidance(w: Strength, good: str = "base", bad: str = "bad", **options) -
 
 
 def merge_weights(rule: Rule) -> dict[str, float]:
-    """What guidance by w is in weights: `theta_base + sum of weight * theta_network` over these (arXiv:2602.18799).
+    """Weight-space equivalent of guidance with strength w: `theta_base + sum of weight * theta_network`
+    (arXiv:2602.18799).
 
     For cPGD `{"pos": w, "neg": -w}`, for PGD `{"dpo": w, "base": -w}`; see `checkpoints.modules.merge_modules`.
 
