@@ -99,7 +99,7 @@ def load_pipeline(name):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What examples read: modules, pairs, a prepared set, images of two methods, and an exported sampler."""
+    """What examples read: modules, pairs, a checkpoint with a prepared set, and images of two methods."""
     folder = tmp_path_factory.mktemp("files")
     pipeline = load_pipeline("demo")
     unet = lora_network(pipeline.unet, ("pos", "neg", "dpo"), rank=2, alpha=2, key=jax.random.key(0))
@@ -115,10 +115,8 @@ def files(tmp_path_factory):
             image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
             image.save(folder / "runs" / method / f"{i}.png")
             (folder / "runs" / method / f"{i}.txt").write_text(prompt)
-    tiny = fp.load_pipeline(tiny_checkpoint(folder / "sd15", "sd15"))
+    tiny_checkpoint(folder / "sd15", "sd15")
     tiny_set(folder / "runs" / "prepared", "sd15")
-    terms = {"name": "cfg", "guidance_scale": 7.5}
-    export_sampler(fp.TextToImage(tiny, steps=1), terms, folder / "runs" / "exported", platforms=["cpu"], about={})
     (folder / "pairs").mkdir()
     for i in range(4):
         for role in ("winner", "loser"):
@@ -144,6 +142,9 @@ def test_the_example_of_a_docstring_runs(name, files, tmp_path, monkeypatch):
     folder = tmp_path / "files"
     shutil.copytree(files, folder)
     monkeypatch.chdir(folder)
+    if name == "load_sampler":
+        draw = fp.TextToImage(fp.load_pipeline("sd15"), steps=1)
+        export_sampler(draw, {"name": "cfg", "guidance_scale": 7.5}, "runs/exported", platforms=["cpu"], about={})
     monkeypatch.setattr(fp, "load_pipeline", lambda name: load_pipeline(name))
     told = []
     runner = doctest.DocTestRunner(IgnoresProgress(), optionflags=doctest.REPORT_NDIFF)

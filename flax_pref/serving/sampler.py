@@ -55,10 +55,10 @@ class ExportedSampler:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        prompt_ids: Sequence[int],
+        prompts: str | Sequence[str],
+        prompt_ids: Sequence[int] | None = None,
         *,
-        seed: int | Sequence[int],
+        seed: int | Sequence[int] = 0,
         negative_prompts: Sequence[str | None] | None = None,
         w: Strength | str | None = None,
         guidance_scale: Strength | str | None = None,
@@ -66,9 +66,10 @@ class ExportedSampler:
         """Draws one image per prompt, in batches of the program's size.
 
         Args:
-            prompts: N texts.
-            prompt_ids: N numbers; the noise of an image is a function of its id and its seed alone.
-            seed: of all images, or N of them.
+            prompts: N texts, or a single one.
+            prompt_ids: N numbers (default: 0 to N - 1); the noise of an image is a function of its id and its seed
+                alone.
+            seed: one for all images, or N of them.
             negative_prompts: N texts; None, for all or for one: what the checkpoint means by no prompt.
             w: strength of the modules: a number, N numbers, a schedule or its text; None: that of the export.
             guidance_scale: likewise.
@@ -79,6 +80,8 @@ class ExportedSampler:
         Raises:
             ValueError: lists are not equally long, or a strength asks for other predictions than those exported.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         negative_prompts = [None] * len(prompts) if negative_prompts is None else negative_prompts
         lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
         for name, given in (lists | {"seeds": seed} if np.ndim(seed) else lists).items():
@@ -142,7 +145,7 @@ def load_sampler(folder: str | Path) -> ExportedSampler:
 
     Example:
         >>> sampler = fp.load_sampler("runs/exported")
-        >>> images = sampler(["a lighthouse in a storm"], [0], seed=0)
+        >>> images = sampler(["a lighthouse in a storm"])
         >>> images.shape, images.dtype.name
         ((1, 16, 16, 3), 'uint8')
     """
