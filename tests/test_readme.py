@@ -1,4 +1,4 @@
-"""What the README tells users to type."""
+"""What the README, the demo's page and the tutorials tell users to type."""
 
 import os
 import re
@@ -19,8 +19,8 @@ from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.data.prompts import Prompt
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.models.lora import select_lora, split_lora
+from pages import PAGES, ROOT, blocks, commands, links
 
-ROOT = Path(__file__).parents[1]
 BASE = resources.files("flax_pref.world") / "base"
 
 # Every Python that a command starts runs this first. The environment of the tests has the libraries, so an import of
@@ -37,6 +37,9 @@ def check():
 atexit.register(check)
 """
 
+# The commands of other pages are parsed, see test_running_docs.py, and those of the how-tos run in test_howto.py.
+CHECKED = ("README.md", "docs/demo.md", *(f"docs/tutorials/{name}.md" for name in ("train", "guide", "evaluate")))
+
 ENCODE = ".venv/bin/python -m train.encode configs/sd15/encode_pick_a_pic.py"
 SMALL_ENCODE = (
     "train.encode configs/sd15/encode_pick_a_pic.py --source.path {tmp}/pairs --model demo --encoding.size 64 64"
@@ -50,7 +53,13 @@ SMALL_SCORE = (
     " --diversity clip={tmp}/scorer"
 )
 
-# Each command of the README, and how it is run here: the same program and config, less work.
+DRAW = (
+    ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv"
+    " --seeds 0-3"
+)
+SMALL_DRAW = "{python} -m sample.images --model demo --prompts {tmp}/prompts.tsv --seeds 0-1 --steps 2"
+
+# Each command of these pages, and how it is run here: the same program and config, less work.
 COMMANDS = {
     "make demo": (
         "make demo ARGS='--pairs 8 --w-cpgd 1 --w-pgd 1 --sampling-steps 2 --batch-size 4 --dpo.steps 2"
@@ -58,22 +67,21 @@ COMMANDS = {
         " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
     "make test": "make test --dry-run",  # not from within itself
-    (
-        ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
-        '--prompt "a lighthouse in a storm" --seed 0 --out runs/images'
-    ): (
-        "{python} -m sample.images --model flax_pref/world/base --prompt 'a lighthouse in a storm' --steps 2"
-        " --out {tmp}/images"
+    'flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm" --out runs/images': (
+        "{python} -m flax_pref.cli sample --model demo --prompt 'a lighthouse in a storm' --steps 2 --out {tmp}/images"
     ),
-    (
-        ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv"
-        " --seeds 0-3 --module pos=pos.safetensors --module neg=neg.safetensors --rule cpgd --w 4 --steps 25"
-        " --out runs/cpgd"
-    ): (
-        "{python} -m sample.images --model demo --prompts {tmp}/prompts.tsv --seeds 0-1"
-        " --module pos={tmp}/pos.safetensors --module neg={tmp}/neg.safetensors --rule cpgd --w 4 --steps 2"
+    "flax-pref train sd15/dpo": (
+        f"{{python}} -m flax_pref.cli train sd15/dpo {SMALL_TRAINING} --mesh data=1 --accumulation 2"
+        " --optimizer.warmup-steps 1"
+    ),
+    "flax-pref score runs/images --rewards pickscore": (
+        "{python} -m flax_pref.cli score {tmp}/runs/base --rewards pickscore={tmp}/scorer"
+    ),
+    f"{DRAW} --module pos=pos.safetensors --module neg=neg.safetensors --rule cpgd --w 4 --steps 25 --out runs/cpgd": (
+        f"{SMALL_DRAW} --module pos={{tmp}}/pos.safetensors --module neg={{tmp}}/neg.safetensors --rule cpgd --w 4"
         " --out {tmp}/cpgd"
     ),
+    f"{DRAW} --steps 25 --out runs/base": f"{SMALL_DRAW} --out {{tmp}}/base",
     f"{SCORE} --rewards pickscore hpsv2.1 --diversity clip": SMALL_SCORE,
     ".venv/bin/python -m sample.report runs/base runs/cpgd --out runs/report": (
         f"{SMALL_SCORE} && {{python}} -m sample.report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
@@ -103,18 +111,13 @@ COMMANDS = {
 }
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_every_command_of_the_readme_is_run_here():
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert sorted(commands) == sorted(COMMANDS)
+def test_every_command_of_the_pages_is_run_here():
+    assert {command for page in CHECKED for command in commands(page)} == set(COMMANDS)
 
 
 @pytest.mark.recipe
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, tmp_path):
+def test_a_command_of_the_pages_runs(command, tmp_path):
     if command == "make demo" and Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("would make a second environment, .venv")
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
@@ -168,21 +171,48 @@ def save_pairs(file):
 
 
 @pytest.mark.recipe
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in CHECKED if any(block.language == "python" for block in blocks(page))])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     save_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
-    for block in blocks("python"):
-        for full, small in {
-            "stable-diffusion-v1-5/stable-diffusion-v1-5": str(BASE),
-            "fp.TextToImage(": "fp.TextToImage(steps=2, pipeline=",
-        }.items():
-            block = block.replace(full, small)
-        exec(block, names)
-        assert names["images"].shape == (1, 64, 64, 3)
-    assert load_pipeline("merged").unet.config == names["pipeline"].unet.config
+    for block in blocks(page):
+        if block.language == "python":
+            text = block.text.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "demo")
+            exec(text.replace("TextToImage(pipeline)", "TextToImage(pipeline, steps=2)").replace("50", "2"), names)
+    assert names["images"].shape == (1, 64, 64, 3)
+    if "merged" in names:
+        assert load_pipeline("merged").unet.config == names["pipeline"].unet.config
 
 
-def test_files_that_the_readme_links_to_exist():
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_to_exist(page):
+    for _, target in links(page):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_name_that_a_page_links_to_is_defined_in_that_file(page):
+    for text, target in links(page):
+        if re.fullmatch(r"`\w+`", text) and target.endswith(".py"):
+            source = ((ROOT / page).parent / target).read_text()
+            assert re.search(rf"^(def|class) {text[1:-1]}\b|^{text[1:-1]}\b.* = ", source, re.MULTILINE), f"{page}: {text}"
+
+
+@pytest.mark.parametrize("name", ["cpgd", "DiffusionDPO", "COMPONENTS", "bank_predict", "image_keys", "partition"])
+def test_the_readme_is_two_clicks_at_most_from_what_newcomers_look_for(name):
+    pages = {"README.md", *(target for _, target in links("README.md") if target.endswith(".md"))}
+    assert any(text == f"`{name}`" for page in pages for text, _ in links(page))
+
+
+def test_the_readme_fits_on_a_screen():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

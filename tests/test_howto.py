@@ -1,0 +1,133 @@
+"""The pages "add a rule", "add a method" and "add a reward": what they say is done, in a copy of the project."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.lora import lora_network, save_lora
+from flax_pref.data.images import encode_jpeg
+from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
+from flax_pref.models.lora import select_lora, split_lora
+from flax_pref.world.scenes import RESOLUTION
+from pages import ROOT, blocks
+
+CAPTIONS = ("a red circle", "a blue square")
+# Flags that make a program's work small.
+SMALL = {
+    "sample.images": "--steps 2",
+    "sample.score": "",
+    "train.modules": "--steps 2 --optimizer.warmup-steps 1 --model demo",
+}
+PAIRS = "--input.batch-size 4"
+ONLINE = (
+    "--online.rollouts.prompts 2 --online.rollouts.at-once 2 --online.rollouts.batch-size 2 --method.steps 3"
+    " --checkpoints.every 100"
+)
+
+
+def test_a_rule_of_the_page_has_at_most_twelve_lines():
+    (file,) = [block for block in blocks("docs/howto/rule.md") if block.file]
+    assert len(file.text.splitlines()) <= 12
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("page", ["rule", "method", "reward"])
+def test_what_the_page_says_is_done_in_a_copy_of_the_project(page, tmp_path):
+    for folder in ("flax_pref", "train", "sample", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    runs = tmp_path / "runs"
+    save_modules(runs / "demo")
+    save_pairs(runs / "demo" / "pairs.parquet")
+    save_images(runs / "images")
+    if page == "method":
+        python(tmp_path, *"-m train.encode configs/demo/encode.py".split())
+    for language, file, text in blocks(f"docs/howto/{page}.md"):
+        if language == "diff":
+            apply(tmp_path / file, text)
+        elif file:
+            assert not (tmp_path / file).exists()
+            (tmp_path / file).write_text(text)
+        elif language == "python":
+            python(tmp_path, "-c", text)
+        else:
+            for command in text.splitlines():
+                interpreter, *arguments = command.split()
+                assert interpreter == ".venv/bin/python"
+                python(tmp_path, *plain(arguments), *small(arguments))
+    written = {path.relative_to(runs).as_posix() for path in runs.rglob("*") if path.is_file()}
+    assert written >= WRITTEN[page]
+
+
+# What the commands of each page leave.
+WRITTEN = {
+    "rule": {"half_negative/0-0.png"},
+    "method": {"demo/ipo/modules/ipo.safetensors", "ipo/0-0.png"},
+    "reward": {
+        "images/scores.parquet",
+        "demo/colourful_function/modules/tailorpo.safetensors",
+        "demo/colourful/modules/tailorpo.safetensors",
+    },
+}
+
+
+def apply(file, diff):
+    """Adds each line with a plus behind the line before it."""
+    before, text = None, file.read_text()
+    for line in diff.splitlines():
+        if line.startswith("+"):
+            assert text.count(f"{before}\n") == 1, f"{file} has not {before!r} once"
+            text = text.replace(f"{before}\n", f"{before}\n{line[1:]}\n")
+        before = line[1:]
+    file.write_text(text)
+
+
+def plain(arguments):
+    """The arguments without the quotes that a shell would take away."""
+    return shlex.split(" ".join(arguments))
+
+
+def small(arguments):
+    program = arguments[1]
+    if program != "train.modules":
+        return SMALL[program].split()
+    return f"{SMALL[program]} {ONLINE if 'tailorpo' in arguments[2] else PAIRS}".split()
+
+
+def python(folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr[-2000:]}"
+
+
+def save_modules(folder):
+    folder.mkdir(parents=True)
+    base = load_pipeline(find_checkpoint("demo")).unet
+    _, lora = split_lora(lora_network(base, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0)).params)
+    for i, name in enumerate(("pos", "neg")):
+        save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
+
+
+def save_pairs(file):
+    rng = np.random.default_rng(0)
+    image = encode_jpeg(rng.random((RESOLUTION, RESOLUTION, 3)))
+    pairs = (LabelledPair(CAPTIONS[i % 2], image, image, 1.0, f"{i}-0", f"{i}-1", "base", "base") for i in range(8))
+    write_pairs(file, pairs)
+
+
+def save_images(folder):
+    folder.mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
