@@ -10,28 +10,27 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from training.tiny import tiny_checkpoint, tiny_set
 
 from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.models.lora import select_lora, split_lora
-from flax_pref.world.scenes import RESOLUTION
 from pages import ROOT, blocks
 
 CAPTIONS = ("a red circle", "a blue square")
-# Flags that make a program's work small.
+# Flags that make a program's work small, by the program and what it reads.
+TRAINING = "--model tiny --steps 2 --optimizer.warmup-steps 1"
 SMALL = {
-    "sample.images": "--steps 2",
+    "sample.images": "--model tiny --steps 2",
     "sample.score": "",
-    "train.modules": "--steps 2 --optimizer.warmup-steps 1 --model demo",
+    "train.modules configs/demo/ipo.py": f"{TRAINING} --data tiny_set --input.batch-size 4",
+    "train.modules configs/demo/tailorpo.py": (
+        f"{TRAINING} --online.size 16 16 --online.rollouts.prompts 2 --online.rollouts.at-once 2"
+        " --online.rollouts.batch-size 2 --method.steps 3"
+    ),
 }
-PAIRS = "--input.batch-size 4"
-ONLINE = (
-    "--online.rollouts.prompts 2 --online.rollouts.at-once 2 --online.rollouts.batch-size 2 --method.steps 3"
-    " --checkpoints.every 100"
-)
 
 
 def test_a_rule_of_the_page_has_at_most_twelve_lines():
@@ -45,11 +44,11 @@ def test_what_the_page_says_is_done_in_a_copy_of_the_project(page, tmp_path):
     for folder in ("flax_pref", "train", "sample", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     runs = tmp_path / "runs"
-    save_modules(runs / "demo")
+    base = load_pipeline(tiny_checkpoint(tmp_path / "tiny", "sd15")).unet
+    tiny_set(tmp_path / "tiny_set", "sd15")
+    save_modules(base, runs / "demo")
     save_pairs(runs / "demo" / "pairs.parquet")
     save_images(runs / "images")
-    if page == "method":
-        python(tmp_path, *"-m train.encode configs/demo/encode.py".split())
     for language, file, text in blocks(f"docs/howto/{page}.md"):
         if language == "diff":
             apply(tmp_path / file, text)
@@ -60,22 +59,23 @@ def test_what_the_page_says_is_done_in_a_copy_of_the_project(page, tmp_path):
             python(tmp_path, "-c", text)
         else:
             for command in text.splitlines():
-                interpreter, *arguments = command.split()
-                assert interpreter == ".venv/bin/python"
-                python(tmp_path, *plain(arguments), *small(arguments))
-    written = {path.relative_to(runs).as_posix() for path in runs.rglob("*") if path.is_file()}
-    assert written >= WRITTEN[page]
+                interpreter, m, program, *arguments = shlex.split(command)
+                assert (interpreter, m) == (".venv/bin/python", "-m")
+                small = SMALL[program] if program in SMALL else SMALL[f"{program} {arguments[0]}"]
+                python(tmp_path, m, program, *arguments, *small.split())
+    for pattern in WRITTEN[page]:
+        assert list(runs.glob(pattern)), pattern
 
 
 # What the commands of each page leave.
 WRITTEN = {
-    "rule": {"half_negative/0-0.png"},
-    "method": {"demo/ipo/modules/ipo.safetensors", "ipo/0-0.png"},
-    "reward": {
+    "rule": ("half_negative/*.png",),
+    "method": ("demo/ipo/modules/ipo.safetensors", "ipo/*.png"),
+    "reward": (
         "images/scores.parquet",
         "demo/colourful_function/modules/tailorpo.safetensors",
         "demo/colourful/modules/tailorpo.safetensors",
-    },
+    ),
 }
 
 
@@ -90,18 +90,6 @@ def apply(file, diff):
     file.write_text(text)
 
 
-def plain(arguments):
-    """The arguments without the quotes that a shell would take away."""
-    return shlex.split(" ".join(arguments))
-
-
-def small(arguments):
-    program = arguments[1]
-    if program != "train.modules":
-        return SMALL[program].split()
-    return f"{SMALL[program]} {ONLINE if 'tailorpo' in arguments[2] else PAIRS}".split()
-
-
 def python(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(
@@ -110,9 +98,8 @@ def python(folder, *arguments):
     assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr[-2000:]}"
 
 
-def save_modules(folder):
+def save_modules(base, folder):
     folder.mkdir(parents=True)
-    base = load_pipeline(find_checkpoint("demo")).unet
     _, lora = split_lora(lora_network(base, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0)).params)
     for i, name in enumerate(("pos", "neg")):
         save_lora(select_lora(lora, i), folder / f"{name}.safetensors", alpha=2)
@@ -120,7 +107,7 @@ def save_modules(folder):
 
 def save_pairs(file):
     rng = np.random.default_rng(0)
-    image = encode_jpeg(rng.random((RESOLUTION, RESOLUTION, 3)))
+    image = encode_jpeg(rng.random((16, 16, 3)))
     pairs = (LabelledPair(CAPTIONS[i % 2], image, image, 1.0, f"{i}-0", f"{i}-1", "base", "base") for i in range(8))
     write_pairs(file, pairs)
 
