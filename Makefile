@@ -6,7 +6,7 @@ VENV := .venv$(patsubst python%,-%,$(filter-out python python3,$(notdir $(PYTHON
 BIN := $(VENV)/bin
 TPU := $(VENV)/tpu
 
-.PHONY: demo test test-python test-recipes test-long parity plan plan-check lint format
+.PHONY: demo test test-python test-recipes test-long parity plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -42,6 +42,10 @@ plan: $(VENV)/installed-tpu
 plan-check: $(VENV)/installed-tpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m plan tests/test_plans.py tests/planning
 
+# The pages of docs/ with an API reference, into site/; a link or a name that leads nowhere is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +68,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $(VENV)/installed $@
 
 # The compiler of TPUs, 200 MB more than most need: the version that JAX asks for. It lies apart, for where it is installed

@@ -2,9 +2,9 @@
 
 import re
 
-# [`cpgd`](../flax_pref/diffusion/guidance.py): the name is part of the reference where it is one word of code.
+# [`cpgd`](../flax_pref/diffusion/guidance.py): a function or class has its own place in the reference.
 LINK = re.compile(r"\[([^\[\]]+)\]\((?:\.\./)+(flax_pref/[\w/]+)\.py\)")
-NAME = re.compile(r"`(\w+)`")
+NAME = re.compile(r"`(\w*[a-z]\w*)`")
 
 
 def on_page_markdown(markdown: str, **_) -> str:

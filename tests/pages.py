@@ -19,7 +19,9 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     """The blocks of a page, in their order."""
-    found = re.findall(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
     return [Block(*groups) for groups in found]
 
 

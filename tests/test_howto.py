@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from pages import ROOT, blocks
 from PIL import Image
 from training.tiny import tiny_checkpoint, tiny_set
 
@@ -17,16 +18,15 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.data.images import encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.models.lora import select_lora, split_lora
-from pages import ROOT, blocks
 
 CAPTIONS = ("a red circle", "a blue square")
 # Flags that make a program's work small, by the program and what it reads.
 TRAINING = "--model tiny --steps 2 --optimizer.warmup-steps 1"
 SMALL = {
-    "sample.images": "--model tiny --steps 2",
-    "sample.score": "",
-    "train.modules configs/demo/ipo.py": f"{TRAINING} --data tiny_set --input.batch-size 4",
-    "train.modules configs/demo/tailorpo.py": (
+    "sample": "--model tiny --steps 2",
+    "score": "",
+    "train configs/demo/ipo.py": f"{TRAINING} --data tiny_set --input.batch-size 4",
+    "train demo/tailorpo": (
         f"{TRAINING} --online.size 16 16 --online.rollouts.prompts 2 --online.rollouts.at-once 2"
         " --online.rollouts.batch-size 2 --method.steps 3"
     ),
@@ -41,28 +41,32 @@ def test_a_rule_of_the_page_has_at_most_twelve_lines():
 @pytest.mark.recipe
 @pytest.mark.parametrize("page", ["rule", "method", "reward"])
 def test_what_the_page_says_is_done_in_a_copy_of_the_project(page, tmp_path):
-    for folder in ("flax_pref", "train", "sample", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    runs = tmp_path / "runs"
-    base = load_pipeline(tiny_checkpoint(tmp_path / "tiny", "sd15")).unet
-    tiny_set(tmp_path / "tiny_set", "sd15")
+    project, work = tmp_path / "project", tmp_path / "work"
+    for folder in ("flax_pref", "configs"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    runs = work / "runs"
+    base = load_pipeline(tiny_checkpoint(work / "tiny", "sd15")).unet
+    tiny_set(work / "tiny_set", "sd15")
     save_modules(base, runs / "demo")
     save_pairs(runs / "demo" / "pairs.parquet")
     save_images(runs / "images")
-    for language, file, text in blocks(f"docs/howto/{page}.md"):
+    for language, title, text in blocks(f"docs/howto/{page}.md"):
+        file = (project if title.startswith("flax_pref/") else work) / title
         if language == "diff":
-            apply(tmp_path / file, text)
-        elif file:
-            assert not (tmp_path / file).exists()
-            (tmp_path / file).write_text(text)
+            apply(file, text)
+        elif title:
+            assert not file.exists()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
         elif language == "python":
-            python(tmp_path, "-c", text)
+            run(project, work, "-c", text)
         else:
             for command in text.splitlines():
-                interpreter, m, program, *arguments = shlex.split(command)
-                assert (interpreter, m) == (".venv/bin/python", "-m")
+                name, program, *arguments = shlex.split(command)
+                assert name == "flax-pref"
                 small = SMALL[program] if program in SMALL else SMALL[f"{program} {arguments[0]}"]
-                python(tmp_path, m, program, *arguments, *small.split())
+                # -P: the command itself, unlike `python -m`, does not find modules in the current folder.
+                run(project, work, "-P", "-m", "flax_pref.cli", program, *arguments, *small.split())
     for pattern in WRITTEN[page]:
         assert list(runs.glob(pattern)), pattern
 
@@ -90,8 +94,8 @@ def apply(file, diff):
     file.write_text(text)
 
 
-def python(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": ""}
+def run(project, folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(project)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pages import PAGES, ROOT, blocks, commands, links
 from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
 from flax_pref.checkpoints.diffusers import load_pipeline
@@ -19,7 +20,6 @@ from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.data.prompts import Prompt
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.models.lora import select_lora, split_lora
-from pages import PAGES, ROOT, blocks, commands, links
 
 BASE = resources.files("flax_pref.world") / "base"
 
@@ -40,24 +40,21 @@ atexit.register(check)
 # The commands of other pages are parsed, see test_running_docs.py, and those of the how-tos run in test_howto.py.
 CHECKED = ("README.md", "docs/demo.md", *(f"docs/tutorials/{name}.md" for name in ("train", "guide", "evaluate")))
 
-ENCODE = ".venv/bin/python -m train.encode configs/sd15/encode_pick_a_pic.py"
+ENCODE = "flax-pref encode sd15/encode_pick_a_pic"
 SMALL_ENCODE = (
-    "train.encode configs/sd15/encode_pick_a_pic.py --source.path {tmp}/pairs --model demo --encoding.size 64 64"
+    "flax_pref.cli encode sd15/encode_pick_a_pic --source.path {tmp}/pairs --model demo --encoding.size 64 64"
     " --output {tmp}/prepared"
 )
 SMALL_TRAINING = " --model {tmp}/tiny --data {tmp}/tiny_pairs --output {tmp}/run --steps 2 --input.batch-size 4"
 
-SCORE = ".venv/bin/python -m sample.score runs/base runs/cpgd"
+SCORE = "flax-pref score runs/base runs/cpgd"
 SMALL_SCORE = (
-    "{python} -m sample.score {tmp}/runs/base {tmp}/runs/cpgd --rewards pickscore={tmp}/scorer hpsv2.1={tmp}/scorer"
-    " --diversity clip={tmp}/scorer"
+    "{python} -m flax_pref.cli score {tmp}/runs/base {tmp}/runs/cpgd --rewards pickscore={tmp}/scorer"
+    " hpsv2.1={tmp}/scorer --diversity clip={tmp}/scorer"
 )
 
-DRAW = (
-    ".venv/bin/python -m sample.images --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv"
-    " --seeds 0-3"
-)
-SMALL_DRAW = "{python} -m sample.images --model demo --prompts {tmp}/prompts.tsv --seeds 0-1 --steps 2"
+DRAW = "flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv --seeds 0-3"
+SMALL_DRAW = "{python} -m flax_pref.cli sample --model demo --prompts {tmp}/prompts.tsv --seeds 0-1 --steps 2"
 
 # Each command of these pages, and how it is run here: the same program and config, less work.
 COMMANDS = {
@@ -67,7 +64,10 @@ COMMANDS = {
         " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
     "make test": "make test --dry-run",  # not from within itself
-    'flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm" --out runs/images': (
+    (
+        "flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
+        '--prompt "a lighthouse in a storm" --out runs/images'
+    ): (
         "{python} -m flax_pref.cli sample --model demo --prompt 'a lighthouse in a storm' --steps 2 --out {tmp}/images"
     ),
     "flax-pref train sd15/dpo": (
@@ -83,8 +83,8 @@ COMMANDS = {
     ),
     f"{DRAW} --steps 25 --out runs/base": f"{SMALL_DRAW} --out {{tmp}}/base",
     f"{SCORE} --rewards pickscore hpsv2.1 --diversity clip": SMALL_SCORE,
-    ".venv/bin/python -m sample.report runs/base runs/cpgd --out runs/report": (
-        f"{SMALL_SCORE} && {{python}} -m sample.report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
+    "flax-pref report runs/base runs/cpgd --out runs/report": (
+        f"{SMALL_SCORE} && {{python}} -m flax_pref.cli report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
     ),
     ".venv/bin/python -m train.encode configs/demo/encode.py": (
         "{python} -m train.encode configs/demo/encode.py --source.path {tmp}/pairs --output {tmp}/prepared"
@@ -93,10 +93,6 @@ COMMANDS = {
     f"{ENCODE} --source.path /data/pickapic_v2 --inspect 32": f"{{python}} -m {SMALL_ENCODE} --inspect 32",
     ".venv/bin/python -m train.modules configs/demo/modules.py": (
         f"{{python}} -m train.modules configs/demo/modules.py {SMALL_TRAINING}"
-    ),
-    ".venv/bin/python -m train.modules configs/sd15/dpo.py": (
-        f"{{python}} -m train.modules configs/sd15/dpo.py {SMALL_TRAINING} --mesh data=1 --accumulation 2"
-        " --optimizer.warmup-steps 1"
     ),
     ".venv/bin/python -m train.base configs/demo/base.py": (
         "{python} -m train.base configs/demo/base.py --output {tmp}/base --examples 64"
@@ -123,9 +119,9 @@ def test_a_command_of_the_pages_runs(command, tmp_path):
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
     save_pairs(tmp_path / "pairs" / "train-00000-of-00001.parquet")
-    if "sample.score" in command or "sample.report" in command:
+    if "flax-pref score" in command or "flax-pref report" in command:
         save_runs(tmp_path)
-    if "train.modules" in command:
+    if "train.modules" in command or "flax-pref train" in command:
         tiny_checkpoint(tmp_path / "tiny", "sd15")
         tiny_set(tmp_path / "tiny_pairs", "sd15")
     shortened = COMMANDS[command].format(python=sys.executable, tmp=tmp_path)
@@ -137,11 +133,11 @@ def test_a_command_of_the_pages_runs(command, tmp_path):
     if command == "make demo":
         assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".html", ".json", ".parquet", ".safetensors"}
         assert "held-out prompts" in done.stdout and "step/s" in done.stderr
-    if "train.modules" in command:
+    if "train.modules" in command or "flax-pref train" in command:
         assert list((tmp_path / "run" / "modules").iterdir()) and "step/s" in done.stderr
-    if "sample.report" in command:
+    if "flax-pref report" in command:
         assert (tmp_path / "report" / "report.html").is_file() and "4 pairs (prompt, seed) of 2 prompts" in done.stdout
-    if "train.encode" in command:
+    if "train.encode" in command or "flax-pref encode" in command:
         expected = "inspection.html" if "--inspect" in command else "pairs/dataset_info.json"
         assert (tmp_path / "prepared" / expected).is_file() and "4 pairs" in done.stdout
 
@@ -171,7 +167,9 @@ def save_pairs(file):
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("page", [page for page in CHECKED if any(block.language == "python" for block in blocks(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in CHECKED if any(block.language == "python" for block in blocks(page))]
+)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     save_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -199,7 +197,9 @@ def test_a_name_that_a_page_links_to_is_defined_in_that_file(page):
     for text, target in links(page):
         if re.fullmatch(r"`\w+`", text) and target.endswith(".py"):
             source = ((ROOT / page).parent / target).read_text()
-            assert re.search(rf"^(def|class) {text[1:-1]}\b|^{text[1:-1]}\b.* = ", source, re.MULTILINE), f"{page}: {text}"
+            assert re.search(rf"^(def|class) {text[1:-1]}\b|^{text[1:-1]}\b.* = ", source, re.MULTILINE), (
+                f"{page}: {text}"
+            )
 
 
 @pytest.mark.parametrize("name", ["cpgd", "DiffusionDPO", "COMPONENTS", "bank_predict", "image_keys", "partition"])

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import PAGES
+from pages import commands as commands_of
 
 from flax_pref import config as flags
 from flax_pref.config import UserError
+from flax_pref.diffusion.rules import find_rule
 from flax_pref.parallel import hosts
+from flax_pref.programs import PROGRAMS
 from flax_pref.training.trainer import TrainConfig
-from pages import PAGES
-from pages import commands as commands_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
@@ -197,6 +199,8 @@ def command_problems(words, chips):
     names = [Path(words[0]).name, *words[1:]]
     if re.fullmatch(r"python[\d.]*", names[0]) and names[1] == "-m":
         names = names[2:]
+    if names[0] == "flax-pref":
+        names = [PROGRAMS[names[1]].module, *names[2:]]
     if names[0].startswith(("train.", "sample.")):
         yield from program_problems(names[0], names[1:], chips)
         return
@@ -227,6 +231,8 @@ def command_problems(words, chips):
 
 def program_problems(module, arguments, chips):
     config = parse(module, *arguments)
+    if hasattr(config, "rule"):
+        find_rule(config.rule)
     text = getattr(config, "hosts", None)
     if text is not None and text not in ("auto", "none"):
         hosts._addresses(text, f"--hosts {text}")
@@ -365,5 +371,5 @@ def test_every_command_of_another_page_is_understood(page):
 
 
 def test_a_mistake_on_another_page_would_be_found():
-    (words,) = commands("python -m sample.images --model demo --prompt a --rule cpdg")
+    (words,) = commands("flax-pref sample --model demo --prompt a --rule cpdg --w 1")
     assert "cpdg" in "".join(told(command_problems(words, None)))

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from flax_pref.config import run_main
 
+    # As with `python -m`: python:MODULE:FUNCTION is found in the current folder. Last, so that it hides no library.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     program = importlib.import_module(f"flax_pref.cli.{name.replace('-', '_')}")
     with called(name):
         status = run_main(program.main, rest)
