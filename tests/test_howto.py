@@ -61,7 +61,7 @@ def test_what_the_page_says_is_done_in_a_copy_of_the_project(page, tmp_path):
         elif language == "python":
             run(project, work, "-c", text)
         else:
-            for command in text.splitlines():
+            for command in text.replace("\\\n", " ").splitlines():
                 name, program, *arguments = shlex.split(command)
                 assert name == "flax-pref"
                 small = SMALL[program] if program in SMALL else SMALL[f"{program} {arguments[0]}"]

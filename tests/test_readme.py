@@ -64,10 +64,7 @@ COMMANDS = {
         " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
     "make test": "make test --dry-run",  # not from within itself
-    (
-        "flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 "
-        '--prompt "a lighthouse in a storm" --out runs/images'
-    ): (
+    ('flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm"'): (
         "{python} -m flax_pref.cli sample --model demo --prompt 'a lighthouse in a storm' --steps 2 --out {tmp}/images"
     ),
     "flax-pref train sd15/dpo": (
