@@ -261,10 +261,10 @@ def page(rows) -> str:
     lines = [
         "# Parity at full size",
         "",
-        "Random weights, written as a checkpoint folder and loaded by both sides; float32 on the CPU; UNet and",
+        "Both sides load the same checkpoint folder with random weights and compute in float32 on the CPU; UNet and",
         "autoencoder at 512 pixels (SD1.5) and 1024 (SDXL), batch 1. The error is the largest difference relative to",
         f"the largest value of the reference; more than {TOLERANCE:g} fails. SDXL's first text encoder is SD1.5's.",
-        "Of the scorers, PickScore with CLIP ViT-H/14 is held against transformers, and ImageReward's BLIP against a",
+        "PickScore with CLIP ViT-H/14 is compared with transformers, and ImageReward's BLIP with a",
         "transcription into torch.",
         "",
         f"`{COMMAND}`, {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
