@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flax-pref {__version__}")
         return 0
     if name not in PROGRAMS:
-        import difflib  # not needed by any other call
+        import difflib  # slow
 
         near = difflib.get_close_matches(name, PROGRAMS, n=1)
         meant = f"perhaps you meant {near[0]}" if near else f"expected one of {', '.join(PROGRAMS)}"
