@@ -11,15 +11,43 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from flax_pref.config import UserError
 
 LOCK, HOLDER = ".lock", ".lock.json"  # the second says who holds the first
+
+# How the names of files end that a download or a copy has not finished, or that are compressed.
+_UNFINISHED = ("part", "partial", "crdownload", "incomplete", "download", "tmp", "temp", "aria2", "filepart")
+_COMPRESSED = ("gz", "bz2", "xz", "zst", "lz4", "zip")
+
+P = TypeVar("P")
+
+
+def files_of_kind(paths: Iterable[P], suffix: str) -> list[P]:
+    """The files with a suffix in any case, in the order of their names; hidden ones are not looked at.
+
+    Args:
+        paths: of one folder.
+        suffix: e.g. ".tar".
+
+    Raises:
+        ValueError: beside them is one that a download has not finished, or a compressed one; names it.
+    """
+    paths = sorted((path for path in paths if not path.name.startswith(".")), key=lambda path: path.name)
+    found = [path for path in paths if path.name.lower().endswith(suffix)]
+    endings = tuple(f"{suffix}.{ending}" for ending in (*_UNFINISHED, *_COMPRESSED))
+    left_out = [path for path in paths if path.name.lower().endswith(endings)]
+    if found and left_out:
+        raise ValueError(
+            f"{left_out[0]}: is unfinished or compressed, and would be left out beside {len(found)} *{suffix}; finish "
+            "the download, decompress it, or move it elsewhere"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -161,17 +189,32 @@ def read_json(file: str | Path, *, expected: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object, or a number in it is not finite.
+        ValueError: it is not a JSON object, has a key twice, or a number in it is not finite.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected {expected}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); expected {expected}: download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds a JSON {type(values).__name__}, not an object; expected {expected}")
+    return values
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that is there twice, Python would take the last value and say nothing.
+
+    Raises:
+        ValueError: a key is there twice with different values; names it.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise ValueError(f"the key {key!r:.80} is there twice")
     return values
 
 

@@ -102,6 +102,10 @@ def load_pipeline(
         raise ValueError(
             f"{index_file}: _class_name={class_name!r} is not supported; supported: {' or '.join(map(repr, FAMILIES))}"
         )
+    # The default of the class in diffusers; published SDXL folders say true.
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        raise ValueError(f"{index_file}: force_zeros_for_empty_prompt={zeros!r:.80}; expected true or false")
     options = {"param_dtype": param_dtype, "variant": variant, "place": place}
     pipeline = Pipeline(
         unet=load_unet(folder / "unet", dtype, **options) if with_unet else _without_weights(folder / "unet"),
@@ -109,9 +113,7 @@ def load_pipeline(
         text_encoders=tuple(load_text_encoder(folder / name, dtype, **options) for name, _ in FAMILIES[class_name]),
         tokenizers=tuple(load_tokenizer(folder / name) for _, name in FAMILIES[class_name]),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
-        # The default of the class in diffusers; published SDXL folders say true.
-        force_zeros_for_empty_prompt=class_name == "StableDiffusionXLPipeline"
-        and bool(index.get("force_zeros_for_empty_prompt", True)),
+        force_zeros_for_empty_prompt=class_name == "StableDiffusionXLPipeline" and zeros,
     )
     _check_parts(pipeline, folder)
     return pipeline

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flax_pref.checkpoints.weights import KERNEL_AXES
-from flax_pref.files import read_json, replacing, write_json
+from flax_pref.files import read_json, replacing, unique_keys, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.network import Network
@@ -575,7 +575,7 @@ def _peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str
     inside = beside = None
     if METADATA in metadata:
         try:
-            values = json.loads(metadata[METADATA])
+            values = json.loads(metadata[METADATA], object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}: {METADATA!r} in the metadata is not valid JSON ({_one_line(error)}): download or export the "

@@ -184,7 +184,7 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer(vocab, merges, model_max_length=int(length), added_tokens=tuple(added), **chosen)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ValueError(f"{source}: {error}; download it again") from error
+        raise ValueError(f"{source}: {' '.join(str(error).split())}; download it again") from error
     for index, token in declared.items():
         if (given := tokenizer.id_of(token.content)) != index:
             raise ValueError(
@@ -313,9 +313,15 @@ def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str
             f"{source}: {len(vocab)} tokens have only {len(ids)} different ids; expected one of its own for each: "
             "download it again"
         )
+    if "" in vocab or max(ids, default=-1) >= len(ids):
+        missing = next(index for index in range(len(ids) + 1) if index not in ids)
+        raise ValueError(
+            f"{source}: {'a token is empty' if '' in vocab else f'no token has the id {missing}'}; expected ids 0 to "
+            f"{len(ids) - 1} of {len(ids)} tokens: download it again"
+        )
     for number, pair in enumerate(merges, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(piece, str) for piece in pair):
-            raise ValueError(f"{merges_file}: merge {number} is {pair!r}, expected two pieces; download it again")
+            raise ValueError(f"{merges_file}: merge {number} is {pair!r:.100}, expected two pieces; download it again")
     return source, vocab, [(left, right) for left, right in merges]
 
 

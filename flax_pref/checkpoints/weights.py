@@ -326,7 +326,13 @@ def fill(
                     f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from "
                     f"{component.described_by}: check that config and weights belong together"
                 )
-            array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
+            with np.errstate(over="ignore"):
+                array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"{file}: weight {there!r} holds numbers too large for {array.dtype.name}; if the file is not "
+                    "damaged, load the network in another dtype"
+                )
             _set(params, path, _put(array, place and place(path, abstract.shape)))
 
 
@@ -354,7 +360,7 @@ def _read_tensors(
                 name = names.pop(0)
                 try:
                     array = tensors.get_tensor(name)
-                except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+                except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:
                     raise ValueError(f"{file}: weight {name!r} cannot be read ({error}); download it again") from error
                 if array.dtype.name not in STORED_DTYPES:
                     raise ValueError(
@@ -403,6 +409,10 @@ def _weight_files(folder: Path, component: Component, variant: str | None) -> di
                 raise ValueError(
                     f"{index}: no weight_map that names the file of each weight: the index is damaged; download it "
                     "again"
+                )
+            if strange := [shard for shard in shards.values() if shard != Path(shard).name or "\0" in shard]:
+                raise ValueError(
+                    f"{index}: weight_map names {strange[0]!r:.100}, expected files in its folder; download it again"
                 )
             return {name: folder / shard for name, shard in shards.items()}
     found = sorted(path.name for path in folder.iterdir())

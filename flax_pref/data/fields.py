@@ -2,11 +2,13 @@
 
 import json
 import math
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flax_pref.data.pairs import Drop, Tie
+from flax_pref.files import unique_keys
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ def accepted(read: Callable[..., T], *arguments: Any) -> T | Drop:
 def json_object(data: bytes) -> dict[str, Any]:
     """A JSON object that stands for itself: a line, an element of a list, a small file."""
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise Rejected("not UTF-8", f"{error.reason} at its byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -47,7 +49,9 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def caption(value: Any) -> str:
-    """A text that is not blank and has at most `MAX_CAPTION` characters."""
+    """A text that is not blank and has at most `MAX_CAPTION` characters, without the mark that editors put before it."""
+    if isinstance(value, str):
+        value = value.removeprefix("\ufeff")
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Rejected("caption is empty", quote(value))
     if not _is_text(value):
@@ -73,6 +77,14 @@ def number(value: Any, name: str) -> float | None:
     if value is not None and not _is_finite(value):
         raise Rejected(f"{name} is no number", quote(value))
     return None if value is None else float(value)
+
+
+def confidence(value: Any) -> float | None:
+    """A number from 0 to 1; None if there is none."""
+    known = number(value, "confidence")
+    if known is not None and not 0 <= known <= 1:
+        raise Rejected("confidence is not from 0 to 1", quote(value))
+    return known
 
 
 def truth(value: Any, name: str) -> bool | None:
@@ -120,7 +132,7 @@ def relative_path(value: Any, name: str) -> str:
     """A path that stays within the folder of the set."""
     if value is None or value == "":
         raise Rejected("path is missing", name)
-    if not _is_text(value) or "\0" in value:
+    if not _is_text(value):
         raise Rejected("path is no text", f"{name}: {quote(value)}")
     if re.match(r"[/\\]|[A-Za-z]:[/\\]|\w+://", value) or ".." in re.split(r"[/\\]", value):
         raise Rejected("path leaves the folder of the set", f"{name}: {quote(value)}")
@@ -130,7 +142,7 @@ def relative_path(value: Any, name: str) -> str:
 def two_paths(first: Any, second: Any, names: tuple[str, str]) -> tuple[str, str]:
     """Paths of the two images, called `names` in the set."""
     paths = relative_path(first, names[0]), relative_path(second, names[1])
-    if paths[0] == paths[1]:
+    if posixpath.normpath(paths[0]) == posixpath.normpath(paths[1]):
         raise Rejected("both images are the same", paths[0], damaged=False)
     return paths
 
@@ -142,8 +154,12 @@ def quote(value: Any) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string of whole characters: JSON can hold halves, which no other file can."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+    """Whether it is a string of whole characters.
+
+    JSON can hold halves of characters, which no other file can. Zeros are in no text: they come from a file in UTF-16,
+    or from one that was not written to its end.
+    """
+    return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
 
 
 def _is_finite(value: Any) -> bool:

@@ -195,7 +195,7 @@ def _first_preferred(record: dict[str, Any]) -> Judgement:
         caption=fields.caption(field(record, "prompt")),
         winner=0,
         ids=_paths(record),
-        confidence=fields.number(record.get("confidence"), "confidence"),
+        confidence=fields.confidence(record.get("confidence")),
         margin=_margin(record.get("choice_dist")),
         models=fields.two_models(record.get("model1"), record.get("model2")),
     )

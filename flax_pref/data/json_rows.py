@@ -92,10 +92,19 @@ def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
 
 
 def json_lines(file: epath.Path) -> Iterator[tuple[int, int, int]]:
-    """Where each line that is not blank begins and ends, in bytes, and its number from 1 up."""
+    """Where each line that is not blank begins and ends, in bytes, and its number from 1 up.
+
+    Raises:
+        ValueError: a line holds zeros, so that its end may be missing and other lines with it.
+    """
     place = 0
     with file.open("rb") as opened:
         for number, line in enumerate(opened, 1):
+            if b"\0" in line:
+                raise ValueError(
+                    f"{file}, line {number}: holds zeros; either a download was not finished, or the file is not in "
+                    "UTF-8: download it again, or save it as UTF-8"
+                )
             mark = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
             if line[mark:].strip():
                 yield place + mark, place + len(line), number

@@ -84,7 +84,7 @@ def _judgement(record: dict[str, Any]) -> Judgement | Tie:
             fields.identifier(record.get("winner_id", paths[0]), "winner_id"),
             fields.identifier(record.get("loser_id", paths[1]), "loser_id"),
         ),
-        confidence=fields.number(record.get("confidence"), "confidence"),
+        confidence=fields.confidence(record.get("confidence")),
         margin=fields.number(record.get("margin"), "margin"),
         models=fields.models_of_list(record.get("models")),
     )

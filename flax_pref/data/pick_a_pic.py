@@ -173,6 +173,8 @@ def _sizes_of_groups(file: OpenableFile) -> list[int]:
             )
         if missing:
             raise ValueError(f"{file}: no column {missing[0]!r}; Pick-a-Pic has {', '.join(READ)}")
+        if twice := [name for name in _TYPES if schema.names.count(name) > 1]:
+            raise ValueError(f"{file}: column {twice[0]!r} is there twice; expected each once")
         for name, (expected, allowed) in _TYPES.items():
             kind = schema.field(name).type if name in schema.names else pa.null()
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-from flax_pref.files import read_json, replacing
+from flax_pref.files import read_json, replacing, write_json
 from flax_pref.programs import command
 
 PAIRS, CAPTIONS, SPLIT, FORMAT = "pairs", "captions", "train", "array_record"
+ENDS, _END = "ends.json", 2**16  # the file has a digest of so many bytes at both ends of each shard
 EMPTY = 0  # number of the caption that says nothing
 
 
@@ -162,6 +163,7 @@ def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequen
         metadata: for metadata.json; what JSON can hold.
     """
     name = folder.name
+    shards = [folder / shard_name(name, i, len(lengths)) for i in range(len(lengths))]
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
@@ -172,12 +174,21 @@ def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequen
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix=FORMAT)
-    size = sum((folder / shard_name(name, i, len(lengths))).stat().st_size for i in range(len(lengths)))
+    size = sum(shard.stat().st_size for shard in shards)
     info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(SPLIT, list(lengths), size, template)]))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as written:
         info.write_to_directory(written)
+        write_json(Path(written) / ENDS, {shard.name: _ends(shard) for shard in shards})
         for file in sorted(Path(written).iterdir(), key=lambda file: file.name == "dataset_info.json"):
             os.replace(file, folder / file.name)
+
+
+def _ends(shard: Path) -> str:
+    """SHA-256, 16 digits, of the first and last bytes of a shard, in which those of other sets and numbers differ."""
+    with shard.open("rb") as opened:
+        first = opened.read(_END)
+        opened.seek(-min(_END, shard.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(first + opened.read()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,11 +214,27 @@ class PreparedSet(Records):
         folder = Path(folder)
         expected = f"{folder} to be a prepared set, finished by {command('encode')}"
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
-        self._pairs, self._captions = (_open(folder / name) for name in (PAIRS, CAPTIONS))
+        if read_json(folder / CAPTIONS / "metadata.json", expected=expected) != self.metadata:
+            raise ValueError(
+                f"{folder}: {PAIRS}/metadata.json and {CAPTIONS}/metadata.json differ, so they are of two sets; copy the "
+                "whole folder again"
+            )
+        self._pairs = _open(folder / PAIRS, ("row", "caption", "winner_first", "sizes", "winner", "loser"))
+        self._captions = _open(folder / CAPTIONS, ("caption", "encoder_hidden_states"))
         try:
             self.image_size = tuple(self.metadata["settings"]["size"])
+            counted = self.metadata["counts"]["pairs"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / PAIRS / 'metadata.json'}: no settings with a size; copy it again") from error
+            raise ValueError(
+                f"{folder / PAIRS / 'metadata.json'}: no settings with a size, or no counts with pairs; copy it again"
+            ) from error
+        if len(self.image_size) != 2 or not all(type(side) is int and side > 0 for side in self.image_size):
+            raise ValueError(f"{folder / PAIRS / 'metadata.json'}: size={self.image_size} is none; copy it again")
+        if counted != len(self._pairs):
+            raise ValueError(
+                f"{folder / PAIRS}: dataset_info.json counts {len(self._pairs)} pairs, but metadata.json {counted}; "
+                "copy the folder again"
+            )
         self.fingerprint = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()
         arrays = self.conditioning(EMPTY)
         self.shapes = Shapes(self.pair(0)["winner"].shape, {name: array.shape for name, array in arrays.items()})
@@ -261,8 +288,11 @@ class _DataSet(Sequence):
             raise ValueError(f"{file}: damaged ({reason}); copy it again, or encode the set again") from error
 
 
-def _open(folder: Path) -> _DataSet:
-    """One of the two data sets; every file is there and as long as it was written."""
+def _open(folder: Path, needed: Sequence[str]) -> _DataSet:
+    """One of the two data sets; every file is there and as it was written, as far as its size and ends tell."""
+    for name in ("dataset_info.json", "features.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; copy the whole folder again")
     try:
         builder = tfds.builder_from_directory(folder)
         split = builder.info.splits[SPLIT]
@@ -273,6 +303,8 @@ def _open(folder: Path) -> _DataSet:
         raise ValueError(
             f"{folder}: dataset_info.json or features.json is damaged ({reason}); copy them again"
         ) from error
+    if missing := [name for name in needed if name not in builder.info.features]:
+        raise ValueError(f"{folder / 'features.json'}: has no {missing[0]!r}; copy the folder again")
     for file in split.filepaths:
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file, but the prepared set has it; copy the whole folder again")
@@ -280,4 +312,9 @@ def _open(folder: Path) -> _DataSet:
     if size != split.num_bytes:
         written = int(split.num_bytes)
         raise ValueError(f"{folder}: its shards have {size} bytes, but {written} were written; copy the folder again")
+    if (folder / ENDS).exists():  # sets of older versions have none
+        ends = read_json(folder / ENDS, expected="digests of the shards beside it")
+        for file in map(Path, split.filepaths):
+            if ends.get(file.name) != _ends(file):
+                raise ValueError(f"{file}: is the shard of another set or another number; copy the folder again")
     return _DataSet(builder)

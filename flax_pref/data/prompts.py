@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from flax_pref.config import shipped
+from flax_pref.files import files_of_kind, unique_keys
 
 TEXTS = ("prompt", "Prompt", "caption", "text", "TEXT")
 GROUPS = ("Category", "category", "style", "tag")
@@ -59,8 +60,9 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
-        ValueError: the file is of another kind, damaged, not UTF-8 or without prompts, or a row has no column of
-            prompts, or a prompt that is blank, no text, or has half a character (a lone surrogate).
+        ValueError: the file is of another kind, damaged, not UTF-8 or without prompts, a column or key is there twice,
+            or a row has no column of prompts, or a prompt that is blank, no text, or has a zero or half a character (a
+            lone surrogate). In a folder, a file is unfinished or compressed.
     """
     path = epath.Path(shipped(file))
     prompts, seen = [], set()
@@ -82,7 +84,7 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
 
 def _files(path: epath.Path) -> list[epath.Path]:
     if path.is_dir():
-        kinds = [files for pattern in ("*.json", "*.parquet") if (files := sorted(path.glob(pattern)))]
+        kinds = [files for suffix in (".json", ".parquet") if (files := files_of_kind(path.iterdir(), suffix))]
         if len(kinds) == 1:
             return kinds[0]
         found = "both in this folder; name one file" if kinds else "neither in this folder"
@@ -103,7 +105,7 @@ def _text(record: dict[str, Any], column: str | None, where: str) -> str:
             f"{where}: no column of texts named {wanted}; there are {there or 'none'}: choose with --column"
         )
     text = record[name]
-    if not isinstance(text, str) or not text.strip() or text.encode(errors="ignore").decode() != text:
+    if not isinstance(text, str) or not text.strip() or "\0" in text or text.encode(errors="ignore").decode() != text:
         raise ValueError(f"{where}: {name!r} is {_quote(text)}; expected a text: correct the row or remove it")
     return text
 
@@ -138,6 +140,7 @@ def _rows(path: epath.Path, text: str, **dialect) -> _Rows:
     rows = filter(None, reader)
     try:
         header = next(rows, [])
+        _check_once(path, header)
         for row in rows:
             if len(row) > len(header):
                 raise csv.Error(f"{len(row)} fields, but the header has {len(header)}")
@@ -146,6 +149,11 @@ def _rows(path: epath.Path, text: str, **dialect) -> _Rows:
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
         raise ValueError(f'{where}: {error}; quote fields as in "a ""red"" cat, sitting"') from error
+
+
+def _check_once(path: epath.Path, columns: Sequence[str]) -> None:
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise ValueError(f"{path}: column {twice[0]!r} is there twice; expected each once")
 
 
 def _read_json(path: epath.Path) -> _Rows:
@@ -175,6 +183,7 @@ def _read_parquet(path: epath.Path) -> _Rows:
     with path.open("rb") as opened:
         try:
             parquet = pq.ParquetFile(opened, page_checksum_verification=True)
+            _check_once(path, parquet.schema_arrow.names)
             columns = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
             for rows in parquet.iter_batches(columns=columns):
                 for row in rows.to_pylist():
@@ -212,7 +221,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
 def _parsed(text: str, path: epath.Path, line: int) -> Any:
     """The JSON value that begins in this line."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         where = f"{path}, line {line + getattr(error, 'lineno', 1) - 1}"
         reason = getattr(error, "msg", error)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from flax_pref.data.pair_folder import NAME, PairFolder
 from flax_pref.data.pairs import PairReader
 from flax_pref.data.pick_a_pic import PickAPic
 from flax_pref.data.webdataset import Tars
+from flax_pref.files import files_of_kind
 
 Layout = Literal["pick_a_pic", "hpdv2", "hpdv3", "folder", "webdataset"]
 
@@ -116,10 +118,13 @@ def open_source(source: Source) -> PairReader:
 def _open_pick_a_pic(source: Source) -> PickAPic:
     path = epath.Path(source.path).expanduser()
     if path.is_dir():
-        files = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
+        folders = [folder for folder in (path, path / "data") if folder.is_dir()]
+        files = next(filter(None, (files_of_kind(folder.iterdir(), ".parquet") for folder in folders)), [])
         if not files:
             raise FileNotFoundError(f"{path}: no *.parquet in it or in its folder data; expected those of Pick-a-Pic")
-        return PickAPic(_regular(_of_split(files, source.split, path)))
+        files = _of_split(files, source.split, path)
+        _tell_of_missing(files, path)
+        return PickAPic(_regular(files))
     if path.exists():
         return PickAPic(_regular([path]))
     if not HUB_ID.fullmatch(source.path):
@@ -143,6 +148,15 @@ def _of_split(files: Sequence[File], split: str, where: object) -> list[File]:
         there = ", ".join(sorted({its for its in splits if its}))
         raise FileNotFoundError(f"{where}: no files of the split {split!r}; there are {there}: choose with split")
     return chosen
+
+
+def _tell_of_missing(files: Sequence[File], where: object) -> None:
+    """Says on stderr that not all files are there that their names count: a part of a set may be meant, or not."""
+    totals = {int(match[1]) for file in files if (match := _TOTAL.search(file.name))}
+    if totals and len(files) < max(totals):
+        print(
+            f"{where}: holds {len(files)} of {max(totals)} files of this split; the others are missing", file=sys.stderr
+        )
 
 
 def _downloaded(source: Source) -> list[Path]:
@@ -199,7 +213,9 @@ def _open_folder(source: Source) -> PairFolder:
 def _open_webdataset(source: Source) -> Tars:
     path = epath.Path(source.path).expanduser()
     # Compressed ones are named in an error of their own.
-    files = sorted(path.glob("*.tar")) or sorted(path.glob("*.tar.*")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = files_of_kind(path.iterdir(), ".tar") or sorted(path.glob("*.tar.*"))
     if not files or not files[0].exists():
         raise FileNotFoundError(f"{path}: no such file, or no *.tar in this folder; expected a WebDataset")
     return Tars(_regular(files))

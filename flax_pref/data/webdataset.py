@@ -98,8 +98,12 @@ class Tars:
         keys, key_ends, places = bytearray(), array("q", [0]), array("q")
         for file in self.files:
             self._file_starts.append(len(key_ends) - 1)
+            known = set()
             for key, members in itertools.groupby(_members(file), lambda member: member.key):
                 parts = fields.accepted(_parts, members)
+                if key in known:  # tar --append leaves the old one in its place
+                    parts = Drop("sample is there twice", f"{key!a}: its members do not follow each other")
+                known.add(key)
                 if isinstance(parts, Drop):
                     self._drops[len(key_ends) - 1] = parts
                     parts = {}
@@ -176,7 +180,7 @@ def _judgement(sample: _Sample) -> Judgement | Tie:
         caption=fields.caption(_text(sample.content("txt")) if "txt" in sample.places else _prompt(described)),
         winner=winner,
         ids=(first, second),
-        confidence=fields.number(described.get("confidence"), "confidence"),
+        confidence=fields.confidence(described.get("confidence")),
         margin=fields.number(described.get("margin"), "margin"),
         models=models,
     )
@@ -184,7 +188,7 @@ def _judgement(sample: _Sample) -> Judgement | Tie:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode().removesuffix("\n")
+        return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise fields.Rejected("caption is no text", f"not UTF-8: {error.reason} at its byte {error.start}") from error
 
@@ -230,6 +234,10 @@ def headers(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
     with _header(0, lambda: tarfile.TarFile(fileobj=opened)) as tar:
         while (info := _header(tar.offset, tar.next)) is not None:
             tar.members.clear()  # it would keep those of a million members
+            if named := tar.pax_headers.keys() & {"path", "linkpath", "size"}:
+                raise tarfile.ReadError(
+                    f"a global header gives all members the same {min(named)}, before {info.offset}"
+                )
             if info.size < 0:
                 raise tarfile.ReadError(f"{info.name!r} has a negative size, by its header at byte {info.offset}")
             last = info

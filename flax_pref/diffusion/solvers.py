@@ -458,6 +458,10 @@ def solver_from_config(
                 f"{' or '.join(map(repr, supported))}"
             )
 
+    for field, default in DEFAULTS[name].items():
+        value = values.get(field, default)
+        if isinstance(default, bool) and not isinstance(value, bool) and (default or value is not None):
+            raise ValueError(f"scheduler_config: {field}={value!r:.80} is not supported; supported: True or False")
     schedule = NoiseSchedule.from_dict(scheduler_config)
     offset = values.get("steps_offset", 0)
     if type(offset) is not int or not 0 <= offset < schedule.num_train_timesteps:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from PIL import Image
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import TEXTS, Prompt
+from flax_pref.data.sources import is_remote
 from flax_pref.data.webdataset import headers
 from flax_pref.images.image_files import read_metadata
 from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
@@ -89,8 +91,8 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a finished one of {title('sample')}, or one with images")
     if (folder / MANIFEST).exists():
-        return Run(folder, _read_manifest(folder / MANIFEST))
-    if (folder / PARTS).exists() or _is_begun(folder):
+        return Run(folder, _read_manifest(folder))
+    if (folder / PARTS).exists() or _begun(folder):
         raise UserError(
             f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of {title('sample')} "
             "that began it"
@@ -132,6 +134,10 @@ def read_image(folder: epath.Path, image: ImageFile) -> np.ndarray | str:
         return "missing"
     except MemoryError:  # a size that no image has
         return "changed"
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an offset that no file has
+            return "changed"
+        raise OSError(error.errno, error.strerror, f"{folder / image.file}") from error
     if hashlib.sha256(content).hexdigest() != image.sha256:
         return "changed"
     try:  # damaged files make Pillow raise nearly every kind of exception
@@ -149,29 +155,42 @@ _Place = tuple[str, int, int]  # file, first byte, and size, -1 for all of the f
 
 def _bytes(folder: epath.Path, place: _Place) -> bytes:
     file, offset, size = place
+    if not is_remote(folder) and os.path.exists(folder / file) and not os.path.isfile(folder / file):
+        raise IsADirectoryError(errno.EISDIR, "no regular file", f"{folder / file}")  # a FIFO would block for ever
     with (folder / file).open("rb") as opened:
         if offset:
             opened.seek(offset)
         return opened.read(size)
 
 
-def _read_manifest(file: epath.Path) -> pa.Table:
+def _read_manifest(folder: epath.Path) -> pa.Table:
+    """The rows of a manifest, all that the set was begun with, if its settings tell."""
+    file = folder / MANIFEST
+    if not is_remote(file) and not os.path.isfile(file):
+        raise UserError(f"{file}: is no regular file; have sample.images write it again")
     try:
         table = read_manifest(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}): restore it, or have {title('sample')} write it again") from error
     if not len(table):
         raise UserError(f"{file}: has no rows; expected those of the images")
+    begun = _begun(folder)
+    described = begun["images"] if begun and isinstance(begun["images"], dict) else {}
+    if described.get("count", len(table)) != len(table):
+        raise UserError(
+            f"{file}: has {len(table)} rows, but by {SETTINGS} there are {described['count']} images: restore it, or have "
+            "sample.images write it again"
+        )
     return table
 
 
-def _is_begun(folder: epath.Path) -> bool:
-    """Whether `settings.json` is that of an image set."""
+def _begun(folder: epath.Path) -> dict[str, Any] | None:
+    """What `settings.json` says, if it is that of an image set."""
     try:
         begun = json.loads((folder / SETTINGS).read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
-        return False
-    return isinstance(begun, dict) and set(begun) == {"settings", "images"}
+        return None
+    return begun if isinstance(begun, dict) and set(begun) == {"settings", "images"} else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,7 +225,7 @@ def _find(folder: epath.Path) -> list[_Found]:
             if path.parent.name == "samples" and path.parent.parent in geneval:
                 beside["jsonl"] = (str(path.parent.parent / "metadata.jsonl"), 0, -1)
             found.append(_Found(str(path), (str(path), 0, -1), beside))
-    return found or [image for file in files if file.endswith(".tar") for image in _find_in_tar(folder, file)]
+    return found or [image for file in files if file.lower().endswith(".tar") for image in _find_in_tar(folder, file)]
 
 
 def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:

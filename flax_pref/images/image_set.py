@@ -103,13 +103,14 @@ def check_rows(table: pa.Table) -> None:
     files = table["file"].to_pylist()
     for file in dict.fromkeys(files):
         if not _is_inside(file):
-            raise ValueError(f"row {files.index(file)} has file={file!r}; expected a name in this folder")
+            raise ValueError(f"row {files.index(file)} has file={file!r:.100}; expected a name in this folder")
 
 
 def _is_inside(file: str) -> bool:
     """Whether a name, relative to a folder, is that of a file in it; "" is not."""
     path = PurePosixPath(file)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
+    short = all(len(part.encode(errors="replace")) <= 255 for part in path.parts)  # as file systems have it
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file and short
 
 
 class Item(NamedTuple):
