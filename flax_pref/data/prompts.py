@@ -84,7 +84,7 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
 
 def _files(path: epath.Path) -> list[epath.Path]:
     if path.is_dir():
-        kinds = [files for suffix in (".json", ".parquet") if (files := files_of_kind(path.iterdir(), suffix))]
+        kinds = [files for suffix in (".json", ".parquet") if (files := files_of_kind(path.glob("*"), suffix))]
         if len(kinds) == 1:
             return kinds[0]
         found = "both in this folder; name one file" if kinds else "neither in this folder"

@@ -119,7 +119,7 @@ def _open_pick_a_pic(source: Source) -> PickAPic:
     path = epath.Path(source.path).expanduser()
     if path.is_dir():
         folders = [folder for folder in (path, path / "data") if folder.is_dir()]
-        files = next(filter(None, (files_of_kind(folder.iterdir(), ".parquet") for folder in folders)), [])
+        files = next(filter(None, (files_of_kind(folder.glob("*"), ".parquet") for folder in folders)), [])
         if not files:
             raise FileNotFoundError(f"{path}: no *.parquet in it or in its folder data; expected those of Pick-a-Pic")
         files = _of_split(files, source.split, path)
@@ -215,7 +215,7 @@ def _open_webdataset(source: Source) -> Tars:
     # Compressed ones are named in an error of their own.
     files = [path]
     if path.is_dir():
-        files = files_of_kind(path.iterdir(), ".tar") or sorted(path.glob("*.tar.*"))
+        files = files_of_kind(path.glob("*"), ".tar") or sorted(path.glob("*.tar.*"))
     if not files or not files[0].exists():
         raise FileNotFoundError(f"{path}: no such file, or no *.tar in this folder; expected a WebDataset")
     return Tars(_regular(files))

@@ -77,7 +77,7 @@ def cases(folder):
         "rank": (*modules, ["--lora.rank", "4"], r"lora\.rank"),
         "weights": (*modules, ["--model", str(world / "other")], r"model\S*"),
         "shards": (*encode, ["--shard-size", "7"], "shard_size"),
-        "weights of encoders": (*encode, ["--encoding.no-flip"], r"encoding\.flip"),
+        "filter of images": (*encode, ["--encoding.resample", "lanczos"], r"encoding\.resample"),
         "seeds": (*images, ["--seeds", "0-1"], "seeds"),
         "weights of images": (*images, ["--model", str(world / "other")], r"model\S*"),
         "dtype of scores": (*score, ["--dtype", "float16"], "dtype"),
