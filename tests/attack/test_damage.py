@@ -38,10 +38,10 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import from_config
-from flax_pref.evaluation.image_set import ImageSet, Item
+from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.evaluation.runs import open_run, read_image
 from flax_pref.evaluation.scoring import Scores
+from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.models.lora import select_lora, split_lora
 from tests.attack.damage import DAMAGES, PROMPTS, Damage
 from tests.data.preference_sets import examples, write_hpdv2, write_pair_folder, write_pick_a_pic, write_tars
@@ -125,7 +125,7 @@ def read_pipeline(folder):
     items["empty"] = digest(pipeline.force_zeros_for_empty_prompt)
     schedule = NoiseSchedule.from_dict(pipeline.scheduler_config)
     items["schedule"] = digest(*(str(value) for value in vars(schedule).values()))
-    solver = from_config(pipeline.scheduler_config, 4)
+    solver = solver_from_config(pipeline.scheduler_config, 4)
     items["solver"] = digest(repr(jax.tree.map(np.asarray, solver)))
     parts = ("unet", "vae", "text_encoder", "tokenizer")
     return Found(items, [], " ".join(fingerprint(folder / part) for part in parts))
