@@ -112,10 +112,10 @@ def test_programs_of_other_code_or_options_end_with_an_error(world, differs, tmp
     """As processes of their own, which end with status 1."""
     root, environment, named = ROOT, {}, "jax_default_matmul_precision"
     if differs == "code":
-        root, named = tmp_path / "copy", r"flax_pref/objectives/dpo\.py"
+        root, named = tmp_path / "copy", r"flax_pref/methods/diffusion_dpo\.py"
         for name in ("flax_pref", "train", "configs", "tests"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        with (root / "flax_pref" / "objectives" / "dpo.py").open("a") as source:
+        with (root / "flax_pref" / "methods" / "diffusion_dpo.py").open("a") as source:
             source.write("# changed\n")
     else:
         environment = {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}
