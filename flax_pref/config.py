@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
 
 import tyro
-from etils import epath
 
 from flax_pref.programs import PROGRAMS, by_name, own_command
 
@@ -300,6 +299,8 @@ def check_file_systems(*paths: str | None) -> None:
     Raises:
         UserError: one is not; names the path and the package.
     """
+    from etils import epath  # slow to import, and --help has no use for it
+
     for path in filter(None, paths):
         try:
             epath.Path(path).exists()

@@ -168,7 +168,7 @@ def _merged_strengths(w: str) -> float | dict[str, float]:
     """Strengths that are numbers, as weights can hold them."""
     strengths = _schedules(w)
     for schedule in strengths.values():
-        if schedule != Schedule(schedule.values):
+        if schedule.shape != "constant" or schedule != Schedule(schedule.values):
             raise UserError(f"--w {w} --merge: only one number can be merged into weights")
     numbers = {name: schedule.values[0] for name, schedule in strengths.items()}
     return numbers.get("", numbers)

@@ -19,7 +19,8 @@ from flax_pref.programs import PROGRAMS
 
 ROOT = Path(__file__).parents[2]
 # What makes a start slow: each takes a good part of a second, or seconds.
-SLOW = {"jax", "flax", "orbax", "optax", "grain", "tensorflow_datasets", "pyarrow", "numpy", "PIL", "huggingface_hub"}
+SLOW = {"jax", "flax", "orbax", "optax", "grain", "tensorflow_datasets", "pyarrow", "numpy", "PIL"}
+SLOW |= {"etils", "huggingface_hub"}
 
 
 def helps(*programs):
@@ -43,7 +44,7 @@ json.dump([printed, sorted(sys.modules)], sys.stdout)
 def test_help_lists_the_programs_and_imports_no_library():
     (printed,), modules = helps("")
     assert {line.split()[0] for line in printed.splitlines() if line.startswith("  ")} == set(PROGRAMS)
-    assert not modules & (SLOW | {"tyro", "etils"})
+    assert not modules & (SLOW | {"tyro"})
 
 
 def test_the_help_of_no_program_imports_anything_slow():
