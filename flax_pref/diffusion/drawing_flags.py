@@ -77,8 +77,10 @@ class DrawingFlags:
     """Attention kernel of the UNet; auto: the fastest for the device."""
 
     def __post_init__(self):
-        from flax_pref.diffusion.guidance import parse_strengths  # imports JAX, which --help does not need
+        from flax_pref.diffusion.guidance import parse_strengths  # both import JAX, which --help does not need
+        from flax_pref.diffusion.rules import find_rule
 
+        find_rule(self.rule)
         for name in ("batch_size", "steps", "every", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
