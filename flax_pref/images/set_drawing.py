@@ -79,7 +79,7 @@ def draw_images(flags: ImageFlags) -> int:
         with images.only_writer():
             wait_for_others("the folder is locked")
             finished = _complete(images, work)
-    return images.total if finished and process == 0 else 0
+    return len(work.items) if finished and process == 0 else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
