@@ -216,8 +216,8 @@ class PreparedSet(Records):
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         if read_json(folder / CAPTIONS / "metadata.json", expected=expected) != self.metadata:
             raise ValueError(
-                f"{folder}: {PAIRS}/metadata.json and {CAPTIONS}/metadata.json differ, so they are of two sets; copy "
-                "the whole folder again"
+                f"{folder / PAIRS} and {folder / CAPTIONS}: their metadata.json differ, so they are damaged or of two "
+                "sets; copy the whole folder again"
             )
         self._pairs = _open(folder / PAIRS, ("row", "caption", "winner_first", "sizes", "winner", "loser"))
         self._captions = _open(folder / CAPTIONS, ("caption", "encoder_hidden_states"))
@@ -316,5 +316,8 @@ def _open(folder: Path, needed: Sequence[str]) -> _DataSet:
         ends = read_json(folder / ENDS, expected="digests of the shards beside it")
         for file in map(Path, split.filepaths):
             if ends.get(file.name) != _ends(file):
-                raise ValueError(f"{file}: is the shard of another set or another number; copy the folder again")
+                raise ValueError(
+                    f"{file}: damaged (its ends are not those of this shard, perhaps of one of another number or set); "
+                    "copy it again, or encode the set again"
+                )
     return _DataSet(builder)

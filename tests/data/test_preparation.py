@@ -32,7 +32,7 @@ from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import decode_image, encode_jpeg
 from flax_pref.data.pick_a_pic import LabelledPair, write_pairs
 from flax_pref.data.preparation import EncodeConfig, Preparation
-from flax_pref.data.prepared import CAPTIONS, EMPTY, PAIRS, PreparedSet
+from flax_pref.data.prepared import CAPTIONS, EMPTY, ENDS, PAIRS, PreparedSet
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
@@ -62,6 +62,17 @@ def write_set(file, count=30, damaged=(), ties=()):
         return LabelledPair(f"a red circle number {i % 10}", *images, label, f"{i}-0", f"{i}-1", "base", "base")
 
     write_pairs(file, map(pair, range(count)), rows_per_group=7)
+    return file
+
+
+def examples_from(start, count):
+    """Pairs of one caption whose records are of one size."""
+    images = [[encode_jpeg(photo(2 * (start + i) + side)) for side in (0, 1)] for i in range(count)]
+    return [LabelledPair("a red circle", *both, 1.0, f"{i}-0", f"{i}-1", "b", "b") for i, both in enumerate(images)]
+
+
+def write_rows(file, rows):
+    write_pairs(file, rows, rows_per_group=7)
     return file
 
 
@@ -318,6 +329,7 @@ def test_a_changed_byte_in_a_shard_is_one_line_that_names_it_or_changes_no_recor
     prepare(tmp_path / "set", write_set(tmp_path / "a.parquet", count=9), encoder, shard_size=4)
     expected, rng = everything(tmp_path / "set"), random.Random(0)
     for name in (PAIRS, CAPTIONS):
+        (tmp_path / "set" / name / ENDS).unlink()  # of which sets of older versions have none
         shard = sorted((tmp_path / "set" / name).glob("*array_record*"))[1]
         whole, named = shard.read_bytes(), 0
         used = [place for place, byte in enumerate(whole) if byte]
@@ -331,6 +343,25 @@ def test_a_changed_byte_in_a_shard_is_one_line_that_names_it_or_changes_no_recor
                 named += 1
         assert named > 8
         shard.write_bytes(whole)
+
+
+def test_the_shard_of_another_set_or_another_number_is_noticed_when_the_set_is_opened(tmp_path, encoder):
+    for name, start in (("set", 0), ("other", 9)):
+        rows = examples_from(start, 8)
+        prepare(tmp_path / name, write_rows(tmp_path / f"{name}.parquet", rows), encoder, shard_size=4)
+    shards, others = (sorted((tmp_path / name / PAIRS).glob("*array_record*")) for name in ("set", "other"))
+    assert {shard.stat().st_size for shard in (*shards, *others)} == {shards[0].stat().st_size}
+    whole = shards[0].read_bytes()
+    for other in (shards[1], others[0]):
+        shards[0].write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match=rf"^{shards[0]}: damaged \(its ends are not those of this shard"):
+            PreparedSet(tmp_path / "set")
+    shards[0].write_bytes(whole)
+    assert len(PreparedSet(tmp_path / "set")) == 8
+    shutil.rmtree(tmp_path / "set" / CAPTIONS)
+    shutil.copytree(tmp_path / "other" / CAPTIONS, tmp_path / "set" / CAPTIONS)
+    with pytest.raises(ValueError, match=r"their metadata\.json differ, so they are damaged or of two sets"):
+        PreparedSet(tmp_path / "set")
 
 
 def test_descriptions_that_are_damaged_are_named(tmp_path, encoder):
@@ -529,7 +560,7 @@ def test_killed_before_any_file_appears_and_begun_again_a_run_gives_the_same_fil
         left = -1  # from now on nothing stops it
         prepare(folder, file, encoder, shard_size=4)
         assert contents(folder) == expected
-    assert survived == 1 + 2 * (3 + 3) + 1 + 2 * 3, "settings, shards with their records, drops, two descriptions"
+    assert survived == 1 + 2 * (3 + 3) + 1 + 2 * 4, "settings, shards with their records, drops, two descriptions"
     assert contents(folder) == expected
 
 
