@@ -50,11 +50,13 @@ def entries(folder):
     return sorted(path.name for path in folder.glob("*-cache"))
 
 
-def test_the_second_start_of_a_program_compiles_only_what_calls_back(tmp_path):
+def test_the_second_start_of_a_program_compiles_at_most_what_calls_back(tmp_path):
     folder = tmp_path / "flax_pref" / "compiled"
     assert run(tmp_path).stdout.endswith("0 hits\n")
     kept = entries(folder)
-    assert any("silent" in name for name in kept) and not any("telling" in name for name in kept)
+    assert any("silent" in name for name in kept)
+    # Later releases keep what calls back too, and it calls back when it is read.
+    assert jax.__version_info__ >= (0, 11) or not any("telling" in name for name in kept)
     assert folder.stat().st_mode & 0o777 == 0o700
     second = run(tmp_path)
     assert second.stdout.endswith(f"{len(kept)} hits\n") and second.stderr == ""

@@ -13,6 +13,7 @@ import pytest
 from training.tiny import tiny_checkpoint, tiny_scorer, tiny_set
 
 from flax_pref.methods import OnlineMethod, PairMethod
+from flax_pref.programs import PROGRAMS
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.trainer import train
@@ -87,8 +88,9 @@ def test_a_config_is_of_the_kind_that_the_program_in_its_docstring_reads(file):
     names = load(file)
     command = re.search(rf"python -m (train\.\w+) {re.escape(file)}", names["__doc__"])
     assert command, f"{file}: its docstring does not say the command that runs it"
-    program = importlib.import_module(command[1])
-    assert any(type(names["config"]) is value for value in vars(program).values())
+    (kind,) = (program.config for program in PROGRAMS.values() if program.module == command[1])
+    module, name = kind.split(":")
+    assert type(names["config"]) is getattr(importlib.import_module(module), name)
 
 
 def test_no_config_is_left_out_of_the_tables_of_published_settings():

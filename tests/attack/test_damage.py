@@ -441,4 +441,4 @@ def test_damage_that_was_silent_once_is_told(name, whole, tmp_path):
 def test_a_scheduler_of_truth_values_that_are_none_is_refused():
     for value in ("false", 0, [], {}):
         with pytest.raises(ValueError, match=r"set_alpha_to_one=.* is not supported; supported: True or False"):
-            from_config(FAMILIES["sd15"].scheduler_config | {"set_alpha_to_one": value}, 4)
+            solver_from_config(FAMILIES["sd15"].scheduler_config | {"set_alpha_to_one": value}, 4)
