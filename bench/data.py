@@ -126,10 +126,11 @@ def write_prepared(folder: Path, shapes: Shapes, pairs: int, captions: int, size
         return {"caption": f"caption {i}", **arrays}
 
     kinds = (
-        (PAIRS, pair_features(shapes), pairs, pair, {"settings": {"size": size}}),
-        (CAPTIONS, caption_features(shapes), 1 + captions, caption, {}),
+        (PAIRS, pair_features(shapes), pairs, pair),
+        (CAPTIONS, caption_features(shapes), 1 + captions, caption),
     )
-    for name, features, count, record, metadata in kinds:
+    metadata = {"settings": {"size": size}, "counts": {"pairs": pairs}}
+    for name, features, count, record in kinds:
         shards = np.array_split(np.arange(count), SHARDS)
         for i, numbers in enumerate(shards):
             write_shard(folder / name / shard_name(name, i, SHARDS), features, map(record, numbers.tolist()))

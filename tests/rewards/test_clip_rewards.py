@@ -242,9 +242,11 @@ WRONG_FOLDERS = {
     ),
     "no tokenizer": (lambda folder: (folder / "vocab.json").unlink(), FileNotFoundError, "no tokenizer.*tokenizer="),
     "another tokenizer": (
-        lambda folder: (folder / "vocab.json").write_text(json.dumps(WORDS.vocab | {"x": 99})),
+        lambda folder: (folder / "vocab.json").write_text(
+            json.dumps(WORDS.vocab | {f"x{i}": len(WORDS.vocab) + i for i in range(9)})
+        ),
         ValueError,
-        "ids up to 99, the network of .* only",
+        "the file is cut or belongs to another vocabulary",
     ),
 }
 
