@@ -66,10 +66,11 @@ def test_memory_that_grows_with_every_record_is_seen(tmp_path, capsys, monkeypat
     kept, pair = [], PreparedSet.pair
     monkeypatch.setattr(PreparedSet, "pair", lambda self, i: kept.append(np.ones(12_500)) or pair(self, i))
     leaking = figures(tmp_path, capsys, *flags)["memory"]
-    # So much that what the process gives back of earlier tests meanwhile, tens of MB, does not count.
+    # So much that what the process gives back of earlier tests meanwhile, tens of MB, does not count. That may also let
+    # the calm process shrink.
     assert leaking["bytes_per_record"] == pytest.approx(100_000, rel=0.2)
     assert leaking["growth_mb"] == pytest.approx(0.1 * 3500, rel=0.2)
-    assert abs(calm["bytes_per_record"]) < 2000
+    assert calm["bytes_per_record"] < 2000
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from pathlib import Path
 import jax
 
 from flax_pref.config import UserError
-from flax_pref.parallel import agreement
-from flax_pref.parallel.hosts import join, watched
+from flax_pref.parallel import agreement, hosts
 
 agreement.PAUSE = 0.0  # nobody ends here
-process, processes = join(sys.argv[1], 60)
-with watched():
+process, processes = hosts.join(sys.argv[1], 60)
+with hosts.watched():
+    # The two stay together through all programs, which would each join and leave: before any of them is imported.
+    hosts.join, hosts.watched = lambda *_: (process, processes), contextlib.nullcontext
     for name, program, *flags in json.loads(Path(sys.argv[2]).read_text()):
         module = importlib.import_module(program)
-        module.join, module.watched = lambda *_: (process, processes), contextlib.nullcontext
         begun, error = time.monotonic(), None
         try:
             module.main(flags[process])

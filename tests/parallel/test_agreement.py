@@ -199,6 +199,7 @@ def told(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     left = [path for name in ("run", "prepared", "images") for path in (folder / name).rglob("[!.]*")]
     return found, left
 
