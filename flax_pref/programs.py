@@ -10,7 +10,7 @@ _called: str | None = None  # the command of the program that runs, where `flax-
 _CLONE = (Path(__file__).parents[1] / "train").is_dir()  # a wheel has the library only
 
 
-class Program(NamedTuple):
+class Command(NamedTuple):
     """A program.
 
     Attributes:
@@ -25,22 +25,22 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "sample": Program("sample.images", "Draws images from a Stable Diffusion checkpoint."),
-    "score": Program("sample.score", "Scores finished folders of images with rewards."),
-    "report": Program("sample.report", "Compares methods on the same prompts and seeds."),
-    "encode": Program(
+    "sample": Command("sample.images", "Draws images from a Stable Diffusion checkpoint."),
+    "score": Command("sample.score", "Scores finished folders of images with rewards."),
+    "report": Command("sample.report", "Compares methods on the same prompts and seeds."),
+    "encode": Command(
         "train.encode", "Encodes a preference set for training.", "flax_pref.data.preparation:EncodeConfig"
     ),
-    "train": Program("train.modules", "Trains preference modules.", "flax_pref.training.trainer:TrainConfig"),
-    "export": Program("sample.export", "Exports a sampler that a serving process loads without tracing."),
-    "plan": Program("train.plan", "Plans training or encoding for a TPU slice that is not there."),
-    "plan-sample": Program("sample.plan", "Plans sampling for a TPU slice that is not there."),
-    "demo": Program(
+    "train": Command("train.modules", "Trains preference modules.", "flax_pref.training.trainer:TrainConfig"),
+    "export": Command("sample.export", "Exports a sampler that a serving process loads without tracing."),
+    "plan": Command("train.plan", "Plans training or encoding for a TPU slice that is not there."),
+    "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),
+    "demo": Command(
         "train.demo",
         "Runs the whole path on the demo world: samples pairs, labels them, trains modules, compares methods.",
         "flax_pref.demo.experiment:DemoConfig",
     ),
-    "base": Program("train.base", "Trains the base model of the demo world.", "flax_pref.demo.pretraining:BaseConfig"),
+    "base": Command("train.base", "Trains the base model of the demo world.", "flax_pref.demo.pretraining:BaseConfig"),
 }
 
 

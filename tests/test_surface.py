@@ -1,6 +1,7 @@
 """What `import flax_pref` offers: names, their examples, and what editors see of them."""
 
 import ast
+import collections
 import doctest
 import functools
 import json
@@ -55,6 +56,16 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'flax_pref' has no attribute 'StableDiffusion'"):
         fp.StableDiffusion  # noqa: B018
     assert not hasattr(fp, "__wrapped__")  # what inspect and doctest ask for
+
+
+def test_no_two_public_classes_have_one_name():
+    defined = collections.Counter(
+        node.name
+        for file in (ROOT / "flax_pref").rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in defined.items() if count > 1] == []
 
 
 def test_star_imports_every_name():

@@ -435,7 +435,7 @@ def merge_weights(rule: Rule) -> dict[str, float]:
 # Tables
 
 
-class Plan(NamedTuple):
+class GuidanceStep(NamedTuple):
     """What one step does.
 
     Attributes:
@@ -467,7 +467,7 @@ class Table:
     """
 
     rows: tuple[tuple[str, Prompt], ...] = dataclasses.field(metadata={"static": True})
-    plans: tuple[Plan, ...] = dataclasses.field(metadata={"static": True})
+    plans: tuple[GuidanceStep, ...] = dataclasses.field(metadata={"static": True})
     steady: jax.Array
     contrast: jax.Array
     text: tuple[jax.Array, jax.Array] | None
@@ -528,7 +528,7 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     users = [np.cumsum(new) == number for number in np.cumsum(new)]
     contrast_needs = np.any([needs[name] & [bool((counts[name] & own).any()) for own in users] for name in ws], axis=0)
     plans = tuple(
-        Plan(
+        GuidanceStep(
             tuple(r for r in range(len(rows)) if steady_needs[r, i] or (new[i] and contrast_needs[r, i])),
             "new" if new[i] else "reused" if contrasted[i] else "none",
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_pref.diffusion.guidance import Plan, Table
+from flax_pref.diffusion.guidance import GuidanceStep, Table
 from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
 
 # (networks, latents [B, R, H, W, C], timesteps [B], conditioning of [B, R, ...]) -> noise_pred [B, R, H, W, C], where
@@ -147,7 +147,7 @@ def _walk(
     }
     reuses = any(plan.contrast == "reused" for plan in table.plans)
 
-    def denoise(plan: Plan, state: State, inputs) -> tuple[State, Any]:
+    def denoise(plan: GuidanceStep, state: State, inputs) -> tuple[State, Any]:
         i, row, (steady, contrast, w, extrapolation) = inputs
         chosen = np.array(plan.rows)
         networks = tuple(table.rows[r][0] for r in chosen)
@@ -185,7 +185,7 @@ def _walk(
     return start, state.latents, observed
 
 
-def _scan(body: Callable, state: Any, inputs: Any, plans: Sequence[Plan]) -> tuple[Any, Any]:
+def _scan(body: Callable, state: Any, inputs: Any, plans: Sequence[GuidanceStep]) -> tuple[Any, Any]:
     """`lax.scan` of `body(plan, state, inputs)` where each step has a plan, static: a scan for each run of plans."""
 
     def run(state, part, cycle, repeats):

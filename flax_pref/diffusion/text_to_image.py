@@ -137,7 +137,7 @@ class TextToImage:
         images = []
         batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
-        with tqdm(total=total, desc=label, unit=unit) as progress, watched(progress, self.watch_steps) as bar:
+        with tqdm(total=total, desc=label, unit=unit) as progress, watched_steps(progress, self.watch_steps) as bar:
             for chosen, n in batches:
                 avoided = None if negative is None else negative[chosen]
                 keys = image_keys(seeds[chosen], ids[chosen])
@@ -246,7 +246,7 @@ _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def watched(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
+def watched_steps(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
     """The number under which a running program finds its progress bar: compiled programs outlive bars."""
     if not watch:
         yield None

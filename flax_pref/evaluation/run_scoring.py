@@ -31,11 +31,11 @@ from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.programs import title
-from flax_pref.rewards.clip import RECIPES, RESIZED
-from flax_pref.rewards.remote import is_remote
+from flax_pref.rewards.clip import CLIP_SCORES, RESIZED
+from flax_pref.rewards.remote import is_service
 from flax_pref.rewards.reward import REWARDS, load_reward
 
-EMBEDDED = (*RECIPES, "aesthetic")  # rewards that have image embeddings
+EMBEDDED = (*CLIP_SCORES, "aesthetic")  # rewards that have image embeddings
 
 # What may differ between hosts: where inputs lie, of which the content is compared.
 FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
@@ -199,11 +199,11 @@ def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
         name, given, path = text.partition("=")
         if not re.fullmatch(r"[\w.+-]+", name) or (given and not path):
             raise UserError(f"{flag} {text}: expected NAME or NAME=PATH")
-        if name not in REWARDS and not is_remote(path):
+        if name not in REWARDS and not is_service(path):
             raise UserError(f"{flag} {text}: no reward {name!r}; expected one of {', '.join(REWARDS)}")
-        if path and not is_remote(path):
+        if path and not is_service(path):
             _check_place(flag, text, path)
-        if flag == "--diversity" and (is_remote(path) or name not in EMBEDDED):
+        if flag == "--diversity" and (is_service(path) or name not in EMBEDDED):
             raise UserError(f"{flag} {text}: has no image embeddings; expected one of {', '.join(EMBEDDED)}")
         column = EMBEDDING if flag == "--diversity" else SCORE + name
         if column in found:
@@ -234,8 +234,8 @@ def _check_place(flag: str, text: str, path: str) -> None:
 def identity(name: str, path: str | None, flags: ScoreFlags) -> dict[str, Any]:
     """What tells scores of a reward from those of another one under the same name."""
     of = {"name": name, "path": path, "sha256": "", "dtype": flags.dtype}
-    of |= {"resized": RESIZED[name]} if name in RESIZED and not is_remote(path) else {}
-    if path is not None and not is_remote(path) and (local := Path(path).expanduser()).exists():
+    of |= {"resized": RESIZED[name]} if name in RESIZED and not is_service(path) else {}
+    if path is not None and not is_service(path) and (local := Path(path).expanduser()).exists():
         of |= {"path": local.resolve().name, "sha256": fingerprint(local.resolve(), SAFE + PICKLED)}
     if name == "aesthetic" and flags.clip is not None:
         local = Path(flags.clip).expanduser()

@@ -33,7 +33,7 @@ PROBLEMS = ("missing", "changed", "unreadable")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class Run(NamedTuple):
+class ImageRun(NamedTuple):
     """A finished folder of images.
 
     Attributes:
@@ -58,7 +58,7 @@ class ImageFile(NamedTuple):
     height: int
 
 
-def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None) -> Run:
+def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None) -> ImageRun:
     """What a folder holds.
 
     A folder with a manifest is one of `sample.images`. In any other the images (`IMAGES`, in folders of any depth, but
@@ -91,7 +91,7 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a finished one of {title('sample')}, or one with images")
     if (folder / MANIFEST).exists():
-        return Run(folder, _read_manifest(folder))
+        return ImageRun(folder, _read_manifest(folder))
     if (folder / PARTS).exists() or _begun(folder):
         raise UserError(
             f"{folder}: is not finished, it has no {MANIFEST}; finish it first with the command of {title('sample')} "
@@ -116,7 +116,7 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
         **{"settings": ["{}"] * len(shown), "model_sha256": [""] * len(shown), "modules_sha256": ["{}"] * len(shown)},
         **{name: [getattr(image, name) for image, _ in looked] for name in ImageFile._fields},
     }
-    return Run(folder, pa.table(columns, MANIFEST_SCHEMA), told)
+    return ImageRun(folder, pa.table(columns, MANIFEST_SCHEMA), told)
 
 
 def read_image(folder: epath.Path, image: ImageFile) -> np.ndarray | str:

@@ -26,7 +26,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, Run, read_image
+from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, ImageRun, read_image
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA
 from flax_pref.programs import title
@@ -62,7 +62,7 @@ class Scores:
         file: of the table.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: ImageRun):
         """Reads what is there already.
 
         Raises:

@@ -22,8 +22,7 @@ from flax_pref.diffusion.drawing import Drawing, resolve_drawing
 from flax_pref.diffusion.drawing_flags import with_preset
 from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
-from flax_pref.diffusion.text_to_image import watched as watched_steps
+from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_steps
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS

@@ -105,7 +105,7 @@ class VisionBlock(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class VisionTransformer(nnx.Module):
+class BLIPVisionTransformer(nnx.Module):
     """ViT (arXiv:2010.11929) that gives all its states, that of the class token first."""
 
     def __init__(self, config: ImageRewardConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -131,7 +131,7 @@ class VisionTransformer(nnx.Module):
 # The text
 
 
-class Embeddings(nnx.Module):
+class BLIPEmbeddings(nnx.Module):
     """Sum of token and position embeddings, normalised."""
 
     def __init__(self, config: ImageRewardConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -145,7 +145,7 @@ class Embeddings(nnx.Module):
         return self.norm(self.word_embeddings(input_ids) + self.position_embeddings(jnp.arange(input_ids.shape[1])))
 
 
-class Attention(nnx.Module):
+class BLIPAttention(nnx.Module):
     """Multi-head attention of the text to itself or to the image, a skip connection, then the normalisation."""
 
     def __init__(self, config: ImageRewardConfig, source_width: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -177,8 +177,8 @@ class TextLayer(nnx.Module):
 
     def __init__(self, config: ImageRewardConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        self.attention = Attention(config, config.text_width, **kinds, rngs=rngs)
-        self.crossattention = Attention(config, config.vision_width, **kinds, rngs=rngs)
+        self.attention = BLIPAttention(config, config.text_width, **kinds, rngs=rngs)
+        self.crossattention = BLIPAttention(config, config.vision_width, **kinds, rngs=rngs)
         self.intermediate = Linear(config.text_width, config.text_mlp_width, **kinds, rngs=rngs)
         self.output = Linear(config.text_mlp_width, config.text_width, **kinds, rngs=rngs)
         self.norm = LayerNorm(config.text_width, epsilon=TEXT_EPSILON, **kinds)
@@ -194,7 +194,7 @@ class TextEncoder(nnx.Module):
     """Embeddings and layers."""
 
     def __init__(self, config: ImageRewardConfig, **kinds):
-        self.embeddings = Embeddings(config, **kinds)
+        self.embeddings = BLIPEmbeddings(config, **kinds)
         self.layers = nnx.List([TextLayer(config, **kinds) for _ in range(config.text_layers)])
 
     def __call__(self, input_ids: jax.Array, mask: jax.Array, image_states: jax.Array) -> jax.Array:
@@ -229,7 +229,7 @@ class ImageRewardModel(nnx.Module):
     def __init__(self, config: ImageRewardConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        self.visual_encoder = VisionTransformer(config, **kinds)
+        self.visual_encoder = BLIPVisionTransformer(config, **kinds)
         self.text_encoder = TextEncoder(config, **kinds)
         self.mlp = Head(config.text_width, rngs=rngs)
 

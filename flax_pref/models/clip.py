@@ -85,7 +85,7 @@ class CLIPTextOutput(NamedTuple):
     projected: jax.Array | None
 
 
-class Embeddings(nnx.Module):
+class CLIPEmbeddings(nnx.Module):
     """Sum of token and position embeddings."""
 
     def __init__(self, config: CLIPTextConfig, **kinds):
@@ -97,7 +97,7 @@ class Embeddings(nnx.Module):
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
 
 
-class Attention(nnx.Module):
+class CLIPAttention(nnx.Module):
     """Multi-head self-attention, causal where `config.is_causal`."""
 
     def __init__(self, config: CLIPTextConfig, **kinds):
@@ -135,7 +135,7 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.layer_norm1 = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
-        self.self_attn = Attention(config, **kinds, rngs=rngs)
+        self.self_attn = CLIPAttention(config, **kinds, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
         self.mlp = MLP(config, **kinds, rngs=rngs)
 
@@ -145,7 +145,7 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nnx.Module):
+class CLIPEncoder(nnx.Module):
     """The stack of layers."""
 
     def __init__(self, config: CLIPTextConfig, **kinds):
@@ -164,8 +164,8 @@ class TextTransformer(nnx.Module):
 
     def __init__(self, config: CLIPTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        self.embeddings = Embeddings(config, **kinds, rngs=rngs)
-        self.encoder = Encoder(config, **kinds, rngs=rngs)
+        self.embeddings = CLIPEmbeddings(config, **kinds, rngs=rngs)
+        self.encoder = CLIPEncoder(config, **kinds, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
 
     def __call__(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

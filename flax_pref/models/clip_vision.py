@@ -142,7 +142,7 @@ class VisionEncoder(nnx.Module):
         return x
 
 
-class VisionTransformer(nnx.Module):
+class CLIPVisionTransformer(nnx.Module):
     """Embeddings, layers, and a normalisation before and after them."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -163,7 +163,7 @@ class CLIPVisionModel(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.vision_model = VisionTransformer(config.vision_config, **kinds)
+        self.vision_model = CLIPVisionTransformer(config.vision_config, **kinds)
         self.visual_projection = Linear(
             config.vision_config.hidden_size, config.projection_dim, use_bias=False, **kinds
         )

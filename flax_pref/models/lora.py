@@ -35,7 +35,7 @@ Rows = tuple[str, ...]  # the network of each row of an image
 # Layers
 
 
-class Run(NamedTuple):
+class AdaptedRows(NamedTuple):
     """Neighbouring adapted rows in groups of one size: rows `start ... start + len(indices) * count` of an image."""
 
     start: int
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     indices: tuple[int, ...]
 
 
-def adapted_runs(rows: Rows, modules: Sequence[str]) -> list[Run]:
+def adapted_rows(rows: Rows, modules: Sequence[str]) -> list[AdaptedRows]:
     """The adapted rows in as few runs as possible; one run is one batched product."""
     runs, start = [], 0
     for network, group in itertools.groupby(rows):
@@ -54,7 +54,7 @@ def adapted_runs(rows: Rows, modules: Sequence[str]) -> list[Run]:
             if previous and previous.count == count and previous.start + len(previous.indices) * count == start:
                 runs[-1] = previous._replace(indices=(*previous.indices, index))
             else:
-                runs.append(Run(start, count, (index,)))
+                runs.append(AdaptedRows(start, count, (index,)))
         start += count
     return runs
 
@@ -101,7 +101,7 @@ class LoRALayer(nnx.Module):
         shape, images = y.shape, self.images(x)
         x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
         y = y.reshape(images, len(self.rows), *shape[1:])
-        for start, count, indices in adapted_runs(self.rows, self.modules):
+        for start, count, indices in adapted_rows(self.rows, self.modules):
             stop = start + count * len(indices)
             # Slices of static bounds, no gather: XLA joins them again where they are neighbours.
             a, b = (

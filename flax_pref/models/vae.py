@@ -89,7 +89,7 @@ class VAEConfig:
             raise ValueError(f"{name}={size}: height and width must be multiples of {factor}")
 
 
-class Attention(nnx.Module):
+class VAEAttention(nnx.Module):
     """One attention head over all positions of a feature map, with a skip connection."""
 
     def __init__(self, channels: int, *, num_groups: int, dtype, param_dtype, rngs: nnx.Rngs):
@@ -121,7 +121,7 @@ class MidBlock(nnx.Module):
     def __init__(self, channels: int, *, add_attention: bool, num_groups: int, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"num_groups": num_groups, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, epsilon=EPSILON, **kinds) for _ in range(2)])
-        self.attentions = nnx.List([Attention(channels, **kinds)] if add_attention else [])
+        self.attentions = nnx.List([VAEAttention(channels, **kinds)] if add_attention else [])
         self.remat: Remat = "none"
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -180,7 +180,7 @@ class UpDecoderBlock2D(nnx.Module):
         return in_turn([*self.resnets, *self.upsamplers], x, self.remat)
 
 
-class Encoder(nnx.Module):
+class VAEEncoder(nnx.Module):
     """Image to the moments of its latents."""
 
     def __init__(self, config: VAEConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -213,7 +213,7 @@ class Encoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class Decoder(nnx.Module):
+class VAEDecoder(nnx.Module):
     """Latents to image."""
 
     def __init__(self, config: VAEConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -252,12 +252,12 @@ class AutoencoderKL(nnx.Module):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         moments = 2 * config.latent_channels
         self.config = config
-        self.encoder = Encoder(config, **kinds)
+        self.encoder = VAEEncoder(config, **kinds)
         self.quant_conv = Conv(moments, moments, 1, **kinds) if config.use_quant_conv else None
         self.post_quant_conv = (
             Conv(config.latent_channels, config.latent_channels, 1, **kinds) if config.use_post_quant_conv else None
         )
-        self.decoder = Decoder(config, **kinds)
+        self.decoder = VAEDecoder(config, **kinds)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Moments of the posterior `q(latents | image) = N(mean, exp(logvar))`.

@@ -28,7 +28,7 @@ def _as_open_clip(caption: str) -> str:
     return html.unescape(html.unescape(caption.translate(CURLY)))
 
 
-class Recipe(NamedTuple):
+class ScoreKind(NamedTuple):
     """What distinguishes the scores.
 
     Attributes:
@@ -46,11 +46,11 @@ class Recipe(NamedTuple):
     clean: Callable[[str], str]
 
 
-RECIPES = {
-    "clip": Recipe("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None, clip_view, False, str),
-    "pickscore": Recipe("yuvalkirstain/PickScore_v1", None, clip_view, True, str),
-    "hpsv2": Recipe("xswu/HPSv2", "HPS_v2_compressed.pt", padded_view, False, _as_open_clip),
-    "hpsv2.1": Recipe("xswu/HPSv2", "HPS_v2.1_compressed.pt", padded_view, False, _as_open_clip),
+CLIP_SCORES = {
+    "clip": ScoreKind("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None, clip_view, False, str),
+    "pickscore": ScoreKind("yuvalkirstain/PickScore_v1", None, clip_view, True, str),
+    "hpsv2": ScoreKind("xswu/HPSv2", "HPS_v2_compressed.pt", padded_view, False, _as_open_clip),
+    "hpsv2.1": ScoreKind("xswu/HPSv2", "HPS_v2.1_compressed.pt", padded_view, False, _as_open_clip),
 }
 
 
@@ -60,7 +60,7 @@ class ClipScore:
     """The cosine of an image's and a caption's embedding, for PickScore times `exp(logit_scale)`; a `Reward`.
 
     Attributes:
-        name: one of `RECIPES`.
+        name: one of `CLIP_SCORES`.
         params: of the network.
         graphdef: of the network, a `CLIPModel`.
         image_size: what it sees of an image, in pixels.
@@ -77,11 +77,11 @@ class ClipScore:
 
     def prepare(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids `[B, T]`; a caption that is too long is cut, with its end token kept, as the authors cut it."""
-        return self.tokenize([RECIPES[self.name].clean(caption) for caption in captions])
+        return self.tokenize([CLIP_SCORES[self.name].clean(caption) for caption in captions])
 
     def view(self, images: jax.Array) -> jax.Array:
         """`[B, image_size, image_size, 3]`, see `rewards.reward.Reward`."""
-        return RECIPES[self.name].view(images, self.image_size, OPENAI_MEAN, OPENAI_STD)
+        return CLIP_SCORES[self.name].view(images, self.image_size, OPENAI_MEAN, OPENAI_STD)
 
     def image_features(self, view: jax.Array) -> jax.Array:
         """Embeddings of images, float32 `[B, D]` of length 1."""
@@ -91,7 +91,7 @@ class ClipScore:
         """See `rewards.reward.Reward`."""
         clip = nnx.merge(self.graphdef, self.params)
         cosine = (normalised(clip.encode_images(view)) * normalised(clip.encode_texts(prepared))).sum(axis=-1)
-        return jnp.exp(clip.logit_scale[...]) * cosine if RECIPES[self.name].scaled else cosine
+        return jnp.exp(clip.logit_scale[...]) * cosine if CLIP_SCORES[self.name].scaled else cosine
 
 
 def normalised(features: jax.Array) -> jax.Array:
@@ -117,13 +117,13 @@ def load_clip_reward(
         FileNotFoundError: a file is missing.
         ValueError: there is no such score, a weight is not what the network needs, or a file is damaged.
     """
-    if name not in RECIPES:
-        raise ValueError(f"rewards: no CLIP score {name!r}; expected one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
+    if name not in CLIP_SCORES:
+        raise ValueError(f"rewards: no CLIP score {name!r}; expected one of {', '.join(CLIP_SCORES)}")
+    kind = CLIP_SCORES[name]
     if path is not None:
         place = find_clip(path)
     else:
-        place = find_clip(recipe.repository) if recipe.file is None else find_file(recipe.repository, recipe.file)
+        place = find_clip(kind.repository) if kind.file is None else find_file(kind.repository, kind.file)
     network = load_clip(place, dtype=dtype)
     words = _tokenizer(place, tokenizer, network.config.text_config)
     return ClipScore(network.params, name, network.graphdef, network.config.vision_config.image_size, words.__call__)

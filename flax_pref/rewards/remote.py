@@ -209,7 +209,7 @@ def _png(image: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def is_remote(path: str | None) -> bool:
+def is_service(path: str | None) -> bool:
     """Whether a reward's path is an address, or names a Python function."""
     return path is not None and path.startswith((PYTHON, *HTTP))
 

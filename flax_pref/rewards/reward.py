@@ -15,7 +15,7 @@ from flax_pref.rewards.clip import load_clip_reward
 from flax_pref.rewards.image_reward import load_image_reward
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.judge import Judge
-from flax_pref.rewards.remote import is_remote, load_remote
+from flax_pref.rewards.remote import is_service, load_remote
 
 
 class Reward(Protocol):
@@ -144,7 +144,7 @@ def load_reward(
         FileNotFoundError: a file is missing.
         ValueError: there is no reward of this name, or a file is not what it should be.
     """
-    if is_remote(path):
+    if is_service(path):
         return load_remote(name, path)
     if name not in REWARDS:
         raise ValueError(f"rewards: no reward {name!r}; expected one of {', '.join(REWARDS)}")
@@ -163,10 +163,10 @@ def check_rewards(rewards: Sequence[Weighted]) -> None:
     for reward in rewards:
         if not math.isfinite(reward.weight):
             raise ValueError(f"rewards: weight of {reward.name!r} is {reward.weight}; expected a finite number")
-        if reward.name not in REWARDS and not is_remote(reward.path):
+        if reward.name not in REWARDS and not is_service(reward.path):
             raise ValueError(f"rewards: no reward {reward.name!r}; expected one of {', '.join(REWARDS)}")
         for path in filter(None, (reward.path, reward.clip)):
-            if not is_remote(path) and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+            if not is_service(path) and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
                 raise FileNotFoundError(f"rewards: {reward.name}: no file or folder {path}, and no Hub id (owner/name)")
 
 

@@ -93,7 +93,7 @@ def export_modules(
             save_lora(
                 select_lora(whole, i),
                 path,
-                alpha=lora.scale,
+                alpha=lora.effective_alpha,
                 dtype=jnp.dtype(config.dtype),
                 layout=layout,
                 config=base.config,
@@ -152,5 +152,5 @@ def _stored(folder: Path, name: str) -> Path:
 def _adapters(file: Path, base: Network, lora: LoRA) -> dict:
     """A module whose scale is that of the run."""
     adapters, rank, alpha = load_lora(file, base)
-    ratio = (alpha / rank) / (lora.scale / lora.rank)
+    ratio = (alpha / rank) / (lora.effective_alpha / lora.rank)
     return jax.tree.map_with_path(lambda path, leaf: leaf * ratio if path[-1].key == "lora_b" else leaf, adapters)

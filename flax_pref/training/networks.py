@@ -34,7 +34,7 @@ class LoRA:
             raise ValueError(f"lora: rank={self.rank}, alpha={self.alpha}; expected positive numbers")
 
     @property
-    def scale(self) -> float:
+    def effective_alpha(self) -> float:
         """Alpha, as `add_lora` takes it."""
         return float(self.rank if self.alpha is None else self.alpha)
 
@@ -92,7 +92,7 @@ def trained_networks(
 
     def adapted(params, key):
         network = base._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
-        return lora_network(network, modules, rank=lora.rank, alpha=lora.scale, targets=lora.targets, key=key)
+        return lora_network(network, modules, rank=lora.rank, alpha=lora.effective_alpha, targets=lora.targets, key=key)
 
     def new_adapters(params, key):
         return split_lora(adapted(params, key).params)[1]

@@ -13,7 +13,7 @@ from flax_pref.rewards.reward import Weighted
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Endless batches whose place can be saved."""
 
     def next(self, params: Any) -> Any:
@@ -30,25 +30,25 @@ class Source(Protocol):
 
 
 class Pairs:
-    """Batches of a preference set as a `Source`."""
+    """Batches of a preference set as a `BatchSource`."""
 
     def __init__(self, batches: PairBatches):
         self._batches = batches
 
     def next(self, params: Any) -> Any:
-        """See `Source`."""
+        """See `BatchSource`."""
         return next(self._batches)
 
     def position(self) -> dict[str, Any]:
-        """See `Source`."""
+        """See `BatchSource`."""
         return self._batches.state()
 
     def arrays(self) -> Any:
-        """See `Source`."""
+        """See `BatchSource`."""
         return {}
 
     def restore(self, position: dict[str, Any], arrays: Any) -> None:
-        """See `Source`."""
+        """See `BatchSource`."""
         self._batches.restore(position)
 
 

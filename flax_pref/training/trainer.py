@@ -55,7 +55,7 @@ from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder
 from flax_pref.training.rollouts import Rollouts
 from flax_pref.training.samples import SampleConfig, Samples
-from flax_pref.training.sources import OnlineConfig, Pairs, Source, encode_online_prompts
+from flax_pref.training.sources import BatchSource, OnlineConfig, Pairs, encode_online_prompts
 from flax_pref.training.step import TrainState, make_step, new_state
 
 PATIENCE = 10  # steps in a row that are not finite, which end a run
@@ -457,7 +457,7 @@ class Run:
         )
         return self.program.base._replace(params=unet.params)
 
-    def begin(self, source: Source) -> tuple[TrainState, int]:
+    def begin(self, source: BatchSource) -> tuple[TrainState, int]:
         """The state that the run goes on from, and the number of steps made; puts the source to where it belongs."""
         config, step = self.config, self.checkpoints.latest()
         if step is not None:
@@ -491,7 +491,7 @@ class Run:
     # Steps
 
     @contextlib.contextmanager
-    def open_source(self) -> Iterator[Source]:
+    def open_source(self) -> Iterator[BatchSource]:
         """The batches of the run."""
         config, sharding = self.config, batch_sharding(self.mesh)
         if self.records is not None:
@@ -538,7 +538,7 @@ class Run:
         tell(f"the step was compiled in {seconds:.1f} s")
         return compiled, config.accumulation * flops  # XLA counts one of the parts that a batch is divided into
 
-    def train(self, state: TrainState, first: int, source: Source) -> TrainState:
+    def train(self, state: TrainState, first: int, source: BatchSource) -> TrainState:
         """The loop, from step `first` to the last."""
         config = self.config
         batch = source.next(state.params)

@@ -21,7 +21,7 @@ from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from flax_pref.models.network import Network
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
-from flax_pref.rewards.clip import RECIPES, load_clip_reward
+from flax_pref.rewards.clip import CLIP_SCORES, load_clip_reward
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 from flax_pref.rewards.reward import Weighted, load_reward, make_reward
 
@@ -89,7 +89,7 @@ def reward_of(name, folder):
     return load_clip_reward(name, folder)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CLIP_SCORES)
 def test_an_image_scores_the_same_alone_and_among_others(name, folder):
     reward = reward_of(name, folder)
     assert reward.name == name and reward.differentiable
@@ -349,7 +349,7 @@ def test_what_is_published_is_asked_of_the_hub(folder, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     monkeypatch.setattr(hub, "hf_hub_download", lambda *names: asked.append(names) or tmp_path / "hps.pt")
-    for name in RECIPES:
+    for name in CLIP_SCORES:
         load_clip_reward(name, tokenizer=folder)
     assert asked == [
         ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", False),
