@@ -25,7 +25,7 @@ def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str
     """Runs the bench that the arguments name, prints its figures, and writes them where its field `json` says.
 
     Args:
-        benches: for each kind of flags, named as on the command line but for its capital, what gives the figures.
+        benches: for each kind of flags, named as on the command line with a capital, what gives the figures.
         arguments: `["data", "--json", "data.json"]`.
     """
     kinds = {kind.__name__.lower(): kind() for kind in benches}

@@ -57,7 +57,7 @@ def bench_forward(bench: Forward) -> dict:
     executed = list(Module(text, slice.chip.mxu).executed(lambda one, operands: kernel_cost(one, operands, slice)))
     kernels = [one for one in executed if one.instruction.target == PALLAS]
     copies = [one for one in executed if one.instruction.opcode in ("copy", "transpose")]
-    # Of some copies the compiler notes a token number in place of an estimate.
+    # Of some copies the compiler notes a token number instead of an estimate.
     priced = [(modelled(one, slice).cycles, one.cost.cycles) for one in copies]
     missing = sum(model - noted for model, noted in priced if noted < UNPRICED * model)
     cycles = sum(one.cost.cycles for one in kernels)

@@ -197,7 +197,7 @@ def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     told = finish(process)
-    assert "stopped after" in told and "the same command goes on from there" in told
+    assert "stopped after" in told and "the same command resumes there" in told
     done = int(told.split("stopped after ")[1].split(" of 248")[0])
     assert 0 < done < 248 and done % 8 == 0
     records = (tmp_path / "out" / ".parts").glob("*.json")
@@ -235,7 +235,7 @@ def test_sigterm_to_one_of_two_hosts_ends_both_in_order(prompts, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     sent = time.monotonic()
     for process in processes:
-        assert re.search(r"stopped after [1-9]\d* of 400 images; the same command goes on from there", finish(process))
+        assert re.search(r"stopped after [1-9]\d* of 400 images; the same command resumes there", finish(process))
     assert time.monotonic() - sent < 30
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
@@ -304,6 +304,8 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--rule", "cpgd"), "--rule cpgd needs --w"),
         ((*DEMO, "--rule", "cpgd", "--w", "4"), "--rule cpgd needs a module 'pos'; expected --module pos=PATH"),
         ((*DEMO, "--w", "4"), "--rule cfg has no use for --w"),
+        ((*DEMO, "--proxy", "0.7"), "--rule cfg has no use for --proxy; expected --rule chats"),
+        ((*DEMO, "--between", "extrapolate"), "--between extrapolate needs --every"),
         (
             (*DEMO, "--module", "dpo=dpo.safetensors"),
             "--rule cfg has no use for module 'dpo', only for none; expected --rule fine_tuned or --rule pgd",

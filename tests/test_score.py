@@ -119,7 +119,7 @@ def test_told_to_end_it_finishes_the_batch_and_the_same_command_goes_on(tmp_path
     calls.clear()
     monkeypatch.setattr(strange, "ends_after", 2)
     score.main([str(tmp_path / "a"), *flags])
-    left = int(re.search(r"red: .*stopped with (\d+) left; the same command goes on", capsys.readouterr().out)[1])
+    left = int(re.search(r"red: .*stopped with (\d+) left; the same command resumes", capsys.readouterr().out)[1])
     assert left == table(tmp_path / "a")["score:red"].null_count and 2 <= left <= 8
     assert "score:judge" not in table(tmp_path / "a").column_names
     before = len(calls)
@@ -144,7 +144,7 @@ def test_a_reward_of_another_file_under_the_same_name_is_computed_anew_and_told(
         run_scoring, "identity", lambda name, path, config: {"name": name, "sha256": "cd", "dtype": "float32"}
     )
     score.main([str(tmp_path / "run"), "--rewards", STRANGE])
-    assert re.search("run: red is computed anew: was .*sha256=, now sha256=cd", capsys.readouterr().out)
+    assert re.search("run: red is computed again: was .*sha256=, now sha256=cd", capsys.readouterr().out)
     described = json.loads(table(tmp_path / "run").schema.metadata[b"flax_pref"])
     assert described["rewards"]["red"]["sha256"] == "cd"
 

@@ -138,11 +138,11 @@ def test_killed_and_told_to_end_a_run_comes_to_the_weights_of_an_undisturbed_one
     sent = time.monotonic()
     told = finish(started, PREEMPTED)
     assert time.monotonic() - sent < 20
-    assert f"told to end: saved step {newest(output)}; the same command goes on from there" in told
+    assert f"told to end: saved step {newest(output)}; the same command resumes there" in told
     assert newest(output) < steps and not (output / "modules").exists()
     assert recorded(output)[-1]["step"] == newest(output)
 
-    assert f"goes on from step {newest(output)}" in finish(start(*command))
+    assert f"resumes from step {newest(output)}" in finish(start(*command))
     check_the_same(output, tmp_path / "undisturbed" / "run", steps)
 
 

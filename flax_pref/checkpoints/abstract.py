@@ -1,4 +1,4 @@
-"""Checkpoints without their weights: shapes in place of parameters, for programs that are compiled and not run."""
+"""Checkpoints without their weights: shapes instead of parameters, for programs that are compiled and not run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ PUBLISHED = {
 
 
 def abstract_pipeline(model: str, dtype) -> Pipeline:
-    """The networks of a checkpoint with shapes in place of parameters, and no tokenizers.
+    """The networks of a checkpoint with shapes instead of parameters, and no tokenizers.
 
     Args:
         model: as in `hub.find_checkpoint`; of a repository only the config files are downloaded, if anything.

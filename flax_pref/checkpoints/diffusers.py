@@ -34,7 +34,7 @@ class Pipeline:
         text_encoders: one (SD1.5), or two (SDXL).
         tokenizers: of the text encoders.
         scheduler_config: scheduler/scheduler_config.json as it is.
-        force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros in place of an encoded
+        force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros instead of an encoded
             empty prompt.
 
     Example:

@@ -96,7 +96,7 @@ def _load_like(base: Network, folder: Path, dtype) -> Network:
 
 
 def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -> Network:
-    """`theta_base + sum over networks of weight * theta`, in float32: guidance by weights in place of predictions.
+    """`theta_base + sum over networks of weight * theta`, in float32: guidance by weights instead of predictions.
 
     PGD-merge is `{"dpo": w, "base": -w}` and cPGD-merge `{"pos": w, "neg": -w}` (arXiv:2602.18799); where predictions
     are linear in weights, classifier-free guidance of the result is PGD or cPGD.

@@ -177,7 +177,7 @@ def _tensor(storage: Storage, dtype: str, offset: int, shape: tuple, strides: tu
 
 def _tuple(value: Any) -> tuple:
     if type(value) is not tuple:
-        raise ValueError(f"{_told(value)} in place of a tuple")
+        raise ValueError(f"{_told(value)} instead of a tuple")
     return value
 
 

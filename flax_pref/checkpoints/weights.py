@@ -73,7 +73,7 @@ class Component:
     compute_dtype: Callable[[Any, Any], Any] = lambda config, dtype: dtype
 
     def abstract(self, config: Any, dtype=jnp.float32, *, param_dtype=None) -> Network:
-        """A network with shapes in place of weights; arguments as in `load_network`.
+        """A network with shapes instead of weights; arguments as in `load_network`.
 
         Raises:
             ValueError: fields of the config contradict each other.
@@ -350,7 +350,7 @@ def _read_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file, one by one.
 
-    The file is mapped into memory, and what has been read of it stays there until it is closed: it is opened anew now
+    The file is mapped into memory, and what has been read of it stays there until it is closed: it is opened again now
     and then, or a file of 10 GB would take 10 GB beside the weights.
     """
     while names:

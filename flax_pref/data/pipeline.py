@@ -1,6 +1,6 @@
 """The input of training: batches of encoded pairs on the devices, in an order that is a function of a number.
 
-The pairs of all steps stand in one endless line: epoch after epoch, each shuffled anew by the seed. Step s takes the
+The pairs of all steps stand in one endless line: epoch after epoch, each shuffled again by the seed. Step s takes the
 places from s B to s B + B - 1 of it, B the batch size of all hosts together, and what chance decides about a pair is a
 function of the seed and its place. So the global batches do not depend on hosts, threads, workers or restarts, and
 where the input stands is one number: going on from there replays nothing.
@@ -34,7 +34,7 @@ class InputConfig:
     caption_dropout: float = 0.0
     """Share of pairs that lose their caption, drawn at every step; `Encoding.dropped_caption` says what is left."""
     flip: bool = False
-    """Mirror both images of every second pair, drawn anew at every step; needs a set encoded with mirror images."""
+    """Mirror both images of every second pair, drawn again at every step; needs a set encoded with mirror images."""
     threads: int = 2
     """Threads that read, each a batch at a time; so many batches are ahead in the host's memory. The reader of
     ArrayRecord files holds Python's lock, so that more threads do not read faster; workers do."""

@@ -1,4 +1,4 @@
-"""Writing a prepared set, shard by shard: killed at any moment, it goes on with the shards that are missing.
+"""Writes a prepared set, shard by shard: killed at any moment, it resumes with the missing shards.
 
 Every shard is made of rows of its own, so neither the number of processes nor what a kill left behind changes a byte of
 it. `.parts` holds a record of each finished shard, written after the shard itself; at the end the records become
@@ -131,7 +131,7 @@ class Preparation:
         self._shard_size, self._max_drop_share = shard_size, max_drop_share
         self._process, self._processes = process_index, process_count
         self.finished = False
-        self._noted: dict[_Shard, dict[str, Any]] = {}  # of finished shards, as far as this process has looked
+        self._noted: dict[_Shard, dict[str, Any]] = {}  # of the finished shards that this process has looked at
 
     def begin(self) -> None:
         """Creates the folder, or continues it.
@@ -348,7 +348,7 @@ class Preparation:
         return dict(sorted((self.selection.drops | found).items()))
 
     def _check_damage(self, shards: Iterable[_Shard]) -> None:
-        """Stops if too many rows are damaged, as far as these shards are finished."""
+        """Stops if too many rows of the finished shards are damaged."""
         drops = self._drops(shards)
         try:
             check_damage(drops, self.selection.total, self._max_drop_share)

@@ -289,7 +289,7 @@ class _DataSet(Sequence):
 
 
 def _open(folder: Path, needed: Sequence[str]) -> _DataSet:
-    """One of the two data sets; every file is there and as it was written, as far as its size and ends tell."""
+    """One of the two data sets; every file is there and as it was written, by its size and its ends."""
     for name in ("dataset_info.json", "features.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; copy the whole folder again")

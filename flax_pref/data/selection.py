@@ -124,5 +124,5 @@ def _roles(images: np.ndarray) -> np.ndarray:
 
 
 def _number(image_id: str) -> int:
-    """64 bits in place of an id: among ten million images two are alike with a probability of 3e-6."""
+    """64 bits instead of an id: among ten million images two are alike with a probability of 3e-6."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(errors="surrogatepass"), digest_size=8).digest(), "little")

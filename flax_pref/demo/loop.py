@@ -50,7 +50,7 @@ def fit(
     # Donation destroys what it is given; the caller keeps its own copy.
     params, key = jax.tree.map(jnp.array, params), jax.random.key(seed)
     state = new_state(params, optimizer, key, averaged=True)
-    # Where the first step leaves it: otherwise JAX would compile the second step anew.
+    # Where the first step leaves it: otherwise JAX would compile the second step again.
     state = jax.device_put(state, jax.local_devices()[0])
     history = []
     with tqdm(total=steps, desc=label, unit="step") as progress:

@@ -78,7 +78,7 @@ class BaseConfig:
 
     output: Path
     """Folder of the run: `vae/` when the autoencoder is trained, `pipeline/` at the end. A `vae/` that is there already
-    is used, so an interrupted run goes on with the second phase."""
+    is used, so an interrupted run resumes with the second phase."""
     tokenizer_length: int
     vae: VAEConfig
     unet: UNetConfig

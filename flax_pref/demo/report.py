@@ -71,7 +71,7 @@ def compare(scores: np.ndarray, baseline: np.ndarray) -> dict:
 def build_report(results: Sequence[MethodResult], seconds: float) -> dict:
     """What report.json holds.
 
-    `methods` has for each method its mean score on held-out and on training prompts and, but for the first, its win
+    `methods` has for each method its mean score on held-out and on training prompts and, except for the first, its win
     rate and gain over the first on held-out prompts. `comparisons` sets every later pair of methods side by side, on
     both kinds of prompts.
     """

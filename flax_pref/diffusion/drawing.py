@@ -113,7 +113,7 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     solver = _solver(family.scheduler_config, folder, flags)
     _check_strengths(flags, len(solver.timesteps))
     if flags.merge:
-        terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, merge=False), sources)
+        terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
     sampled = named_rule(**terms)
     tabulate(sampled, len(solver.timesteps), 1)
     return Drawing(
@@ -151,6 +151,10 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
                 raise UserError(f"--rule {flags.rule} has no use for {name}; expected one of {expected}")
     elif flags.w is None:
         raise UserError(f"--rule {flags.rule} needs --w, the strength of the modules, e.g. --w 4")
+    if flags.between != "hold" and flags.every == 1:
+        raise UserError(f"--between {flags.between} needs --every, the steps between contrasts, e.g. --every 4")
+    if flags.proxy is not None and flags.rule != "chats":
+        raise UserError(f"--rule {flags.rule} has no use for --proxy; expected --rule chats")
     return {
         "name": flags.rule,
         "guidance_scale": flags.guidance_scale,
@@ -160,7 +164,7 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
         "every": flags.every,
         "between": flags.between,
         "rescale": flags.rescale,
-        "proxy": flags.proxy,
+        "proxy": 0.5 if flags.proxy is None else flags.proxy,
     }
 
 

@@ -51,8 +51,8 @@ class DrawingFlags:
     """Merge the modules into the weights with strength w, and sample with classifier-free guidance."""
     rescale: float | None = None
     """Guidance rescale factor, 0 to 1 (default: no rescaling)."""
-    proxy: float = 0.5
-    """CHATS coefficient a: proxy = (1 + a) * empty - a * text."""
+    proxy: float | None = None
+    """CHATS coefficient a: proxy = (1 + a) * empty - a * text (default: 0.5)."""
 
     steps: int = 50
     """Sampling steps."""

@@ -29,7 +29,7 @@ class Schedule:
 
     From `start` to `stop`, fractions, the strength takes the course that `shape` says; outside it is off, which is
     w = 0 and s = 1 (arXiv:2404.07724), and predictions that only it needs are not made there. Changing start or stop
-    compiles a sampler anew; changing values does not.
+    recompiles a sampler; changing values does not.
 
     Attributes:
         values: of "constant" one, of "linear" and "cosine" the first and the last, of "list" one for each step of the
@@ -497,7 +497,7 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     """The table of a rule.
 
     Its layout depends on the rule and on intervals only, not on strengths: a row whose coefficient is zero because w is
-    stays, or a sweep over w would compile anew.
+    stays, or a sweep over w would recompile.
 
     Args:
         rule: to follow.

@@ -43,7 +43,7 @@ def encode_images(
 
 
 def draw_latents(batch: Mapping[str, Any], key: jax.Array, scaling_factor: float) -> dict[str, Any]:
-    """A batch of pairs with latents drawn from their posteriors, mean + exp(logvar / 2) noise, in place of the moments.
+    """A batch of pairs with latents drawn from their posteriors, mean + exp(logvar / 2) noise, instead of the moments.
 
     Args:
         batch: `winner` and `loser` `[B, h, w, 2 Z]`, mean and logarithm of the variance; `row` `[B]`.
@@ -61,7 +61,7 @@ def draw_latents(batch: Mapping[str, Any], key: jax.Array, scaling_factor: float
 
 
 def latent_modes(batch: Mapping[str, Any], scaling_factor: float) -> dict[str, Any]:
-    """A batch of pairs with the modes of their posteriors in place of the moments; see `draw_latents`."""
+    """A batch of pairs with the modes of their posteriors instead of the moments; see `draw_latents`."""
     return {**batch, **{image: scaling_factor * _mode(*_moments(batch[image])) for image in ("winner", "loser")}}
 
 

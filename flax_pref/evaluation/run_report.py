@@ -58,7 +58,7 @@ def _compared(
 
 
 def report_runs(flags: ReportFlags) -> Path:
-    """Compares scored runs, prints the tables and writes the report, in place of an earlier one.
+    """Compares scored runs, prints the tables and writes the report, which replaces an earlier one.
 
     The folder gets report.html (the comparison, with the images side by side), vote.html (a blind vote on the same
     images), report.json, table.csv, categories.csv and table.tex. Every number has a 95 % bootstrap interval over

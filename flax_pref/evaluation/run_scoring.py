@@ -284,7 +284,7 @@ def _score_column(tables: Sequence[Scores], wanted: ScoreColumn, work: ScoringWo
     for scores in tables:
         before = scores.of(wanted.column)
         if before not in (None, wanted.of):
-            print(f"{scores.folder}: {_label(wanted)} is computed anew: was {difference(before, wanted.of)}")
+            print(f"{scores.folder}: {_label(wanted)} is computed again: was {difference(before, wanted.of)}")
         total = len(scores.pending(wanted.column, wanted.of))
         text = f"{scores.folder.name}: {_label(wanted)}"
         with tqdm(desc=text, unit="image", total=total, bar_format=bar_format) as progress:
@@ -305,7 +305,7 @@ def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:
             finite = known[np.isfinite(known)]
             parts = [f"mean {finite.mean(dtype=np.float64):.6g} of {len(finite)} images"] if len(finite) else []
             parts += [f"{len(known) - len(finite)} not finite"] if len(finite) < len(known) else []
-        parts += [f"stopped with {left} left; the same command goes on from there"] if left else []
+        parts += [f"stopped with {left} left; the same command resumes there"] if left else []
         lines.append(f"  {_label(one)}: {', '.join(parts)}")
     for problem in PROBLEMS:
         images = [scores.images[i] for i in np.flatnonzero(scores.problems == problem)]

@@ -67,7 +67,7 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
 
     - GenEval's layout: `<number of the prompt>/samples/<seed>.png`.
     - By the number that file names begin with, from 0: `00012.png`, or `12-3.png` for prompt 12 and seed 3.
-    - HPSv2's layout: the same, but for each group of prompts in a folder of its name, and counted within it.
+    - HPSv2's layout: the same, with a folder for each group of prompts, and counted within it.
     - As many images as prompts: one after the other, in the order of names, where 2.png comes before 10.png.
 
     Images in folders named like groups are never given prompts of other groups.

@@ -2,7 +2,7 @@
 
 The table is the file `scores.parquet` beside the images: the columns of the manifest, a column `score:NAME` for each
 reward, `problem`, and perhaps `embedding`. It is rewritten whole every now and then while images are being scored, null
-standing for what is not scored yet, so it is also what a program that was killed goes on from.
+standing for what is not scored yet, so it is also what a program that was killed resumes from.
 """
 
 import collections
@@ -52,7 +52,7 @@ class _Column:
 class Scores:
     """The table of scores of a run.
 
-    A score belongs to the bytes of an image and to its prompt: rows whose image was drawn anew are not known again.
+    A score belongs to the bytes of an image and to its prompt: rows whose image was drawn again are not known again.
 
     Attributes:
         folder: of the run.
@@ -194,7 +194,7 @@ class Scores:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{self.file}: damaged, or not written by {title('score')} ({reason}): remove it to score all images "
-                "anew"
+                "again"
             ) from error
 
 
@@ -429,9 +429,7 @@ def _told(scores: Scores, column: str) -> Iterator[None]:
         lines, name = str(error).strip().splitlines() or [""], column.removeprefix(SCORE)
         reason = lines[-1 if "Traceback" in str(error) else 0].strip().removeprefix(f"{name}: ")
         kind = "" if isinstance(error, (UserError, ValueError)) else f"{type(error).__name__}: "
-        advice = (
-            "take a smaller --batch-size" if "RESOURCE_EXHAUSTED" in reason else "the same command goes on from there"
-        )
+        advice = "take a smaller --batch-size" if "RESOURCE_EXHAUSTED" in reason else "the same command resumes there"
         raise UserError(f"{scores.folder}: {name}: {kind}{reason}; what is scored is kept, {advice}") from error
 
 

@@ -103,7 +103,7 @@ class ImageWork:
 
 
 def resolve_images(flags: ImageFlags) -> ImageWork:
-    """Finds what the flags name and checks that it fits together; reads no weights but for their hash.
+    """Finds what the flags name and checks that it fits together; reads weights only for their hash.
 
     Raises:
         UserError, ValueError, FileNotFoundError: it does not, or something is missing.
@@ -178,7 +178,7 @@ def _complete(images: ImageSet, work: ImageWork) -> bool:
         print(f"{out}: {images.done} of {images.total} images are there")
     # Where one process draws, the others come along: it may be told to stop, and then all do.
     if anywhere(len(images.pending) > 0) and not _draw_set(_load(work), images, work):
-        print(f"{out}: stopped after {images.done} of {images.total} images; the same command goes on from there")
+        print(f"{out}: stopped after {images.done} of {images.total} images; the same command resumes there")
         return False
     wait_for_others("all images are drawn")
     images.finish()

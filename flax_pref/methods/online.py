@@ -72,7 +72,7 @@ class OnlineMethod:
     steps: int = 20
     """Of DDIM, for each image."""
     eta: float = 1.0
-    """Of DDIM, the share of noise that steps draw anew: above 0, at most 1; see `solvers.ddim`."""
+    """Share of new noise in a step of DDIM: above 0, at most 1; see `solvers.ddim`."""
     guidance_scale: float = 5.0
     """s of classifier-free guidance, while images are drawn and in the loss; 1 is none."""
 
@@ -121,7 +121,7 @@ class OnlineMethod:
         raise NotImplementedError
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        """Examples as the objective takes them, but for solver and conditioning.
+        """Examples as the objective takes them, without solver and conditioning.
 
         Args:
             experience: of N prompts.
@@ -297,9 +297,9 @@ def draw_step_pairs(
         drawing: for B prompts.
         method: of pairs.
         pool: candidates for a step.
-        follow: "winner", "loser" or "random", the candidate that the trajectory goes on from.
+        follow: "winner", "loser" or "random", the candidate that the trajectory continues from.
         ascent: how far the winner moves along the gradient of its reward, its prediction taken as constant; the
-            trajectory goes on from where it was.
+            trajectory continues from where it was.
 
     Returns:
         what `StepPairs.shapes` says.

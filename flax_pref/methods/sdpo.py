@@ -78,7 +78,7 @@ def safeguard(noise_pred: jax.Array, noise: jax.Array, mu: float) -> jax.Array:
     Returns:
       `[B]`.
     """
-    # Residuals in place of gradients, which are a multiple of them that cancels in the ratio.
+    # Residuals instead of gradients, which are a multiple of them that cancels in the ratio.
     winner, loser = jnp.moveaxis(jax.lax.stop_gradient(residual(noise_pred, noise)), 1, 0)
     own, shared = jnp.square(winner).sum(axis=(1, 2, 3)), (winner * loser).sum(axis=(1, 2, 3))
     opposed = shared <= 0

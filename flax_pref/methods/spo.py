@@ -13,7 +13,7 @@ class SPO(StepPairs):
     """SPO (arXiv:2406.04314), with a reward of the estimated image where its authors trained a reward of noisy ones.
 
     The loss of a pair is that of `StepPairs`; the pair is the best and the worst of a pool of candidates, and each
-    trajectory goes on from one of the pool at random.
+    trajectory continues from one of the pool at random.
 
     Example:
         >>> method = fp.SPO(pool=4)
@@ -26,7 +26,7 @@ class SPO(StepPairs):
     beta: float = 10.0
     """See `Preferences`."""
     pool: int = 4
-    """Candidates for a step; the trajectory goes on from any of them."""
+    """Candidates for a step; the trajectory continues from any of them."""
     skip: int = 4
     """Steps at the beginning that have one candidate, and that nothing is learned from."""
 

@@ -22,7 +22,7 @@ class TailorPO(StepPairs):
     modules: ClassVar[tuple[str, ...]] = ("tailorpo",)
 
     follow: Literal["winner", "random", "loser"] = "winner"
-    """The candidate that the trajectory goes on from."""
+    """The candidate that the trajectory continues from."""
     rate: float = 0.0
     """Of TailorPO-G: before the loss the winner moves by `-rate` times the gradient of `(r_high - r)^2`; 0: not."""
     rise: float = 0.1

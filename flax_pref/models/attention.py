@@ -281,7 +281,7 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     """Splash attention of JAX, on every chip of the mesh in use (`jax.set_mesh`) for its part of the batch and heads.
 
     A Pallas call is not partitioned by the compiler, so where there is a mesh it is mapped over it by hand: batch over
-    the axes "data" and "fsdp", heads over "tensor", as far as these divide them.
+    the axes "data" and "fsdp", heads over "tensor", where these divide them.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 

@@ -234,7 +234,7 @@ silu.defvjp(lambda x: (silu(x), x), _silu_backward)
 
 @jax.custom_vjp
 def gated_gelu(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """`value GELU(gate)`, `[...], [...] -> [...]`; exact, but for 16-bit types, see `gelu`."""
+    """`value GELU(gate)`, `[...], [...] -> [...]`; exact, except in 16-bit types, see `gelu`."""
     return value * gelu(gate)
 
 

@@ -14,7 +14,7 @@ Remat = Literal["none", "block"]
 def recomputed(call: Callable, modules: Any, x: jax.Array, *others: Any) -> jax.Array:
     """`call(modules, x, *others)`, of which the backward pass keeps the arguments and nothing else.
 
-    What `jax.checkpoint` does, but for its barriers, of which XLA leaves nothing on CPUs.
+    Does what `jax.checkpoint` does without its barriers, of which XLA leaves nothing on CPUs.
 
     Args:
         call: pure.

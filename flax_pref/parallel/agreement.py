@@ -160,10 +160,12 @@ def _by_host(texts: Sequence[str]) -> str:
     hosts: dict[str, list[int]] = {}
     for host, text in enumerate(texts):
         hosts.setdefault(text, []).append(host)
-    return ", ".join(
-        f"{text if len(text) <= LONGEST else text[: LONGEST - 3] + '...'} on {_ranges(numbers)}"
-        for text, numbers in hosts.items()
-    )
+    return ", ".join(f"{_shortened(text)} on {_ranges(numbers)}" for text, numbers in hosts.items())
+
+
+def _shortened(text: str) -> str:
+    """Without its middle where it is long: of a path with its hash, the end tells two apart."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 4]}...{text[3 + LONGEST // 4 - LONGEST :]}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

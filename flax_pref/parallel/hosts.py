@@ -149,7 +149,7 @@ def watched() -> Iterator[None]:
 def _gone(which: str, reason: str) -> str:
     return (
         f"error: {which} cannot go on: another process has gone or hangs ({reason}); start the program again on all "
-        "hosts, it goes on from what it has saved"
+        "hosts, it resumes from what it has saved"
     )
 
 

@@ -127,7 +127,7 @@ def like_params(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays `[B, ...]`: images are divided over the axes "data" and "fsdp", as far as the mesh has them."""
+    """Sharding of arrays `[B, ...]`: images are divided over those of the axes "data" and "fsdp" that the mesh has."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
 
 

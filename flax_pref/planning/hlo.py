@@ -207,7 +207,7 @@ class Module:
     def _sent(self, inner: list[tuple[Instruction, Computation]]) -> tuple[str | None, int]:
         """The kind of collective that an instruction is, or ends, and the bytes of its whole arrays.
 
-        What goes on beside other work stands in every fusion from the one that begins it to the one that waits for it.
+        What runs beside other work stands in every fusion from the one that begins it to the one that waits for it.
         """
         ended = any(each.target == "AsyncCollectiveDone" for each, _ in inner)
         senders = [(each, scope) for each, scope in inner if collective(each) and (ended or not asynchronous(each))]
@@ -248,7 +248,7 @@ class Module:
             return []
         written = one.outputs
         if last.opcode == "tuple" and len(last.operands) == len(written):
-            # What is handed on, as to the next fusion that a collective goes on beside, is not touched.
+            # What is handed on, as to the next fusion that a collective runs beside, is not touched.
             makers = [fused[name] for name in last.operands]
             written = [x for x, maker in zip(written, makers, strict=True) if not _handed_on(maker)]
         if last.opcode == "dynamic-update-slice":
@@ -280,7 +280,7 @@ def collective(one: Instruction) -> str | None:
 
 
 def asynchronous(one: Instruction) -> bool:
-    """Whether it is a collective that goes on beside other work, which it is fused with."""
+    """Whether it is a collective that runs beside other work, which it is fused with."""
     return collective(one) is not None and "async_collective_fusion_config" in one.text
 
 

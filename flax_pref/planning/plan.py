@@ -168,7 +168,7 @@ def compiled(lowered: Any) -> tuple[str, Memory]:
 def laid_out(lowered: Any, job: Job) -> tuple[str, Memory]:
     """A program up to where the compiler has laid out its memory, which is where nine tenths of its time begin.
 
-    The compiler writes down then what it has and goes on in its thread, which nothing but the end of the process stops.
+    The compiler then writes what it has and continues in its thread, which only the end of the process stops.
     """
     failed: list[BaseException] = []
 
@@ -207,7 +207,7 @@ def _settled(folder: Path, pattern: str) -> str:
 
 
 def modelled(one: Executed, topology: Topology) -> Cost:
-    """The cost of an instruction with cycles from its shapes, in place of the compiler's estimate.
+    """The cost of an instruction with cycles from its shapes, instead of the compiler's estimate.
 
     With these numbers the sums are within 2 % of the compiler's for the forward pass of Stable Diffusion 1.5 with both
     kinds of attention, on v5e; docs/planning.md has others.
@@ -222,7 +222,7 @@ def modelled(one: Executed, topology: Topology) -> Cost:
         vectors / 2 if cost.flops else vectors,
     )
     if one.instruction.opcode.endswith("-start") or one.sends:
-        cycles = 0.0  # it goes on beside what follows; what chips send each other is told apart
+        cycles = 0.0  # it runs beside what follows; what chips send each other is told apart
     return cost._replace(cycles=cycles + LAUNCH * one.runs)
 
 

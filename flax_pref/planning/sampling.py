@@ -1,4 +1,4 @@
-"""The programs that draw images with shapes in place of weights, as they would be compiled for a mesh."""
+"""The programs that draw images with shapes instead of weights, as they would be compiled for a mesh."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

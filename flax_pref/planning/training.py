@@ -1,4 +1,4 @@
-"""The programs of a run with shapes in place of weights and data, as they would be compiled for a mesh."""
+"""The programs of a run with shapes instead of weights and data, as they would be compiled for a mesh."""
 
 import dataclasses
 from typing import Any, get_args

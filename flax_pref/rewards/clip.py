@@ -24,7 +24,7 @@ CURLY = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\
 
 
 def _as_open_clip(caption: str) -> str:
-    """What OpenCLIP's tokenizer makes of a text first, but for its repair of texts that were decoded wrongly."""
+    """A text as OpenCLIP's tokenizer cleans it first, without its repair of wrongly decoded texts."""
     return html.unescape(html.unescape(caption.translate(CURLY)))
 
 

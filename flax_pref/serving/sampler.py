@@ -196,21 +196,21 @@ def _description(file: Path) -> dict[str, Any]:
     """
     description = read_json(file, expected=f"a sampler that {command('export')} has written")
     if description.get("format") != FORMAT:
-        raise ValueError(f"{file}: format={description.get('format')!r}, this version reads {FORMAT}; export anew")
+        raise ValueError(f"{file}: format={description.get('format')!r}, this version reads {FORMAT}; export again")
     for name, kind in EXPECTED.items():
         value = description.get(name)
         if type(value) is not kind:
             found = f"{name}={value!r}"[:80] if name in description else f"no {name}"
-            raise ValueError(f"{file}: {found}, expected {kind.__name__}; copy the folder again, or export anew")
+            raise ValueError(f"{file}: {found}, expected {kind.__name__}; copy the folder again, or export again")
     for name in ("tokenizers", "platforms"):
         if not description[name] or not all(type(text) is str for text in description[name]):
             raise ValueError(f"{file}: {name}={description[name]!r}, expected names; copy the folder again")
     for name in (*description["sha256"], *description["tokenizers"]):
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{file}: {name!r} is outside of the folder; copy the folder again, or export anew")
+            raise ValueError(f"{file}: {name!r} is outside of the folder; copy the folder again, or export again")
     for name in (WEIGHTS, *map(program_file, description["platforms"])):
         if name not in description["sha256"]:
-            raise ValueError(f"{file}: sha256 has no {name!r}; copy the folder again, or export anew")
+            raise ValueError(f"{file}: sha256 has no {name!r}; copy the folder again, or export again")
     for name in ("steps", "batch_size"):
         if description[name] < 1:
             raise ValueError(f"{file}: {name}={description[name]}, expected at least 1; copy the folder again")

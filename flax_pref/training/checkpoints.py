@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what training goes on from, and proof that it is what was saved.
+"""Checkpoints of a run: what training resumes from, and proof that it is what was saved.
 
     settings.json      what the run depends on
     300/state/         the arrays, as Orbax writes them
     300/manifest.json  appears last: where the data stands, names of the arrays, SHA-256 of every file and of itself
 
 Orbax restores a file with a flipped bit without complaint. So a step counts only if its manifest is there and every
-file is what the manifest says; a run that was killed, or whose disk lies, goes on from the newest step that is whole.
+file is what the manifest says; a run that was killed, or whose disk lies, resumes from the newest step that is whole.
 """
 
 import errno
@@ -124,7 +124,7 @@ class RunCheckpoints:
             reason = " ".join(str(error).split())
             raise OSError(
                 f"{self._path(step)}: this checkpoint could not be written ({reason}); {_remedy(error)} and run the "
-                "same command again, which goes on from the checkpoint before"
+                "same command again, which resumes from the checkpoint before"
             ) from error
         self._saved = step
 
@@ -229,7 +229,7 @@ class RunCheckpoints:
         if begun is not None and begun != now and any((self._path(step) / MANIFEST).exists() for step in steps):
             raise UserError(
                 f"{self.folder}: holds checkpoints of a run with {difference(_flat(begun), _flat(now))}: repeat "
-                "these settings, or choose another --output and begin anew from those weights with --init-from"
+                "these settings, or choose another --output and begin again from those weights with --init-from"
             )
         # They are written with the first step: a run that fails to begin leaves nothing behind.
         self._unwritten = now if begun != now else None

@@ -71,7 +71,7 @@ class Recorder:
             total: number of steps at which the run ends.
             per_step: pairs, or whatever `unit` says, in the global batch of one step.
             chips: devices of the mesh.
-            first: number of steps made before, those of the checkpoint that the run goes on from.
+            first: number of steps made before, those of the checkpoint that the run resumes from.
             unit: what a batch consists of.
             flops: floating-point operations of a step on all devices (`parallel.peak.step_flops`); None: not recorded.
             peak: FLOP/s of a device at best (`parallel.peak.peak_of`); None: not known, its share is not recorded.
@@ -120,7 +120,7 @@ class Recorder:
     def flush(self) -> dict[str, Any] | None:
         """Waits for all steps and writes what is to be recorded of them.
 
-        To be called before a checkpoint is saved, so that a run that goes on from it has no gap; and before anything
+        To be called before a checkpoint is saved, so that a run that resumes from it has no gap; and before anything
         else that takes time, such as samples, which then counts in no step's time.
 
         Returns:

@@ -213,7 +213,7 @@ class Rollouts:
     # Order and chance
 
     def prompt_order(self, iteration: int) -> np.ndarray:
-        """The prompts of an iteration, indices `[prompts]` into all, which are shuffled anew for each time through."""
+        """The prompts of an iteration, indices `[prompts]` into all, which are shuffled again for each time through."""
         total, own = len(self._prompts.captions), self._config.prompts
         places = np.arange(iteration * own, (iteration + 1) * own)
         epochs = {
@@ -223,7 +223,7 @@ class Rollouts:
         return np.array([epochs[place // total][place % total] for place in places.tolist()])
 
     def example_order(self, iteration: int) -> np.ndarray:
-        """All examples of an iteration, indices, as often as they are used and shuffled anew each time."""
+        """All examples of an iteration, indices, as often as they are used and shuffled again each time."""
         rng = np.random.default_rng([self._seed, _EXAMPLE_ORDER, iteration])
         return np.concatenate([rng.permutation(self._examples) for _ in range(self._config.epochs)])
 

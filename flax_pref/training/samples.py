@@ -20,7 +20,7 @@ from flax_pref.parallel.sharding import batch_sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Images that are drawn while a run goes on."""
+    """Images that are drawn during a run."""
 
     every: int | None = None
     """Steps between two drawings; None: none."""

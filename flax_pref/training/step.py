@@ -13,7 +13,7 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """What a step replaces, and what a run goes on from.
+    """What a step replaces, and what a run resumes from.
 
     Attributes:
         params: pytree that is trained, float32.

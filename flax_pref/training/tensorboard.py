@@ -5,7 +5,7 @@ import sys
 _TORCH = "torch"
 _hidden = _TORCH not in sys.modules
 if _hidden:
-    sys.modules[_TORCH] = None  # an import of it fails, and tensorboardX goes on without
+    sys.modules[_TORCH] = None  # its import fails, and tensorboardX does without it
 try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -1,7 +1,7 @@
-"""The trainer: one loop for every method, from one CPU to many hosts, that goes on after any kill.
+"""The trainer: one loop for every method, from one CPU to many hosts, that resumes after any kill.
 
 runs/dpo/config.json       what the run is
-runs/dpo/checkpoints/      what it goes on from
+runs/dpo/checkpoints/      what it resumes from
 runs/dpo/metrics.jsonl     what it has seen, and tensorboard/, samples/, profile/
 runs/dpo/modules/          what it has trained
 """
@@ -63,7 +63,7 @@ PATIENCE = 10  # steps in a row that are not finite, which end a run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a run that was killed goes on from."""
+    """What a killed run resumes from."""
 
     every: int = 100
     """Steps between two checkpoints; a kill loses fewer, SIGTERM none."""
@@ -106,7 +106,7 @@ class TrainConfig:
     """
 
     output: Path
-    """Folder of the run. Where it holds checkpoints, the run goes on from the newest one."""
+    """Folder of the run. Where it holds checkpoints, the run resumes from the newest one."""
     model: str
     """The base: folder in the layout of diffusers, Hub id, or "demo"."""
     variant: str | None = None
@@ -129,7 +129,7 @@ class TrainConfig:
     average_decay: float = 0.0
     """Of an exponential moving average of what is trained, which is then drawn from and exported; 0: none."""
     latents: Literal["sample", "mode"] = "sample"
-    """Of an image: a draw from the autoencoder's distribution, anew at each step, or its most likely value."""
+    """Latents of an image: a new draw from the autoencoder's distribution at each step, or its most likely value."""
     seed: int = 0
     """Of the order of pairs, adapters, timesteps and noise."""
     init_from: Path | None = None
@@ -182,7 +182,7 @@ class TrainConfig:
         return self.input.batch_size if self.online is None else self.online.rollouts.batch_size
 
 
-# What may change when a run goes on: it makes the same steps, up to rounding.
+# What may change when a run resumes: it makes the same steps, up to rounding.
 FREE = (
     *("output", "dtype", "attention", "remat", "mesh", "hosts", "host_timeout", "checkpoints", "samples", "export"),
     *("export_only", "record_every", "profile"),
@@ -298,7 +298,7 @@ class Program:
     is not there.
 
     Attributes:
-        base: the network that training begins from, with shapes and their shardings in place of parameters.
+        base: the network that training begins from, with shapes and their shardings instead of parameters.
         trained: the networks of the run.
         shapes: of the state, with their shardings.
         frozen: shapes of what `frozen_of` keeps of the base.
@@ -458,14 +458,14 @@ class Run:
         return self.program.base._replace(params=unet.params)
 
     def begin(self, source: BatchSource) -> tuple[TrainState, int]:
-        """The state that the run goes on from, and the number of steps made; puts the source to where it belongs."""
+        """The state that the run resumes from, and the number of steps made; puts the source to where it belongs."""
         config, step = self.config, self.checkpoints.latest()
         if step is not None:
             shapes = {"train": self.program.shapes, "source": jax.tree.map(shape_of, source.arrays())}
             saved, position = self.checkpoints.restore(step, shapes)
             source.restore(position, saved["source"])
             state = saved["train"]
-            tell(f"{self.checkpoints.folder}: goes on from step {step}")
+            tell(f"{self.checkpoints.folder}: resumes from step {step}")
         else:
 
             def first(params):  # the key begins in here, for JAX puts no key on the devices of other hosts
@@ -585,7 +585,7 @@ class Run:
                     self.export(state, config.output / "modules" / f"step_{number:06}")
                 if told and not last:
                     self.checkpoints.wait()
-                    tell(f"told to end: saved step {number}; the same command goes on from there")
+                    tell(f"told to end: saved step {number}; the same command resumes there")
                     raise SystemExit(PREEMPTED)
         self.checkpoints.wait()
         return state

@@ -93,7 +93,7 @@ def _find(image, colour, template):
     where = jax.nn.softmax(60.0 * match)
     corner = jnp.arange(world.RESOLUTION, dtype=jnp.float32)
     grid = jnp.stack(jnp.meshgrid(corner, corner), -1).reshape(-1, 2)
-    # A square is also half a circle: count the match only as far as no other template matches better.
+    # A square is also half a circle: count the match only where no other template matches better.
     best = jax.nn.logsumexp(60.0 * overlap.reshape(len(shapes), -1), axis=1) / 60.0
     right = jax.nn.softmax(40.0 * best)[template]
     found = _PARTIAL * jnp.clip(best.max() / 0.9, 0, 1) + (1 - _PARTIAL) * jnp.clip(where @ match / 0.9, 0, 1) * right
@@ -130,7 +130,7 @@ def _judge(image, ask: Question):
     smooth = jnp.clip((jnp.exp(-jnp.square(size / 0.06)).mean() - 0.4) / 0.5, 0, 1)
     stray = 1 - member.max(0).mean()
     cleanness = smooth * _beyond(stray, 0.02, 0.02)
-    # Contrast: what has the object's colour stands off from the rest as far as the palette allows.
+    # Contrast: what has the object's colour differs from the rest as much as the palette allows.
     weight = jax.vmap(lambda colour: jax.nn.softmax(-20 * jnp.square(image - colour).sum(-1).ravel()))(ask.colour)
     mean = image.reshape(-1, 3).mean(0)
     stands_off = jnp.sqrt(jnp.square(weight @ image.reshape(-1, 3) - mean).sum(-1) + 1e-8)

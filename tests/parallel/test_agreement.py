@@ -100,6 +100,12 @@ def test_versions_and_every_source_file_are_compared(tmp_path, monkeypatch):
     assert "flax_pref/methods/diffusion_dpo.py: SHA-256 " in told and "step.py" not in told
 
 
+def test_of_a_long_path_name_and_hash_are_told():
+    ends = [f"{name}.txt (SHA-256 {digit * 12})" for name, digit in (("prompts", "1"), ("others", "2"))]
+    told = agreement.described({"prompts": [f"/a/{'long/' * 30}{end}" for end in ends]})
+    assert all(end in told for end in ends) and len(told) < 200
+
+
 def test_alone_nothing_is_computed_or_compared():
     begin_together(None)
     agree(lambda: pytest.fail("asked"))

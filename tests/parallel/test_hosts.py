@@ -255,7 +255,7 @@ def check_told_of_the_other(ended, number):
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith(f"error: process {number} of 2 cannot go on: another process has gone or hangs (")
-    assert last.endswith("start the program again on all hosts, it goes on from what it has saved")
+    assert last.endswith("start the program again on all hosts, it resumes from what it has saved")
     return errors
 
 

@@ -255,7 +255,7 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
         RunCheckpoints(tmp_path, other)
     assert str(caught.value) == (
         f"{tmp_path}: holds checkpoints of a run with optimizer.learning_rate=0.1, now optimizer.learning_rate=0.2; no "
-        "rank, now rank=4: repeat these settings, or choose another --output and begin anew from those weights with "
+        "rank, now rank=4: repeat these settings, or choose another --output and begin again from those weights with "
         "--init-from"
     )
     RunCheckpoints(tmp_path, SETTINGS | {"optimizer": dict(reversed(SETTINGS["optimizer"].items()))}).close()
