@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from numpy.typing import DTypeLike
 
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.config import parse_flags
@@ -37,7 +38,7 @@ def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str
         bench.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def random_network(kind: str, config, dtype="float32") -> Network:
+def random_network(kind: str, config, dtype: DTypeLike = "float32") -> Network:
     """A network with random weights of the size that keeps activations bounded, in the given dtype."""
     network = abstract_network(kind, config, jnp.dtype(dtype))
     rng = np.random.default_rng(0)
@@ -63,7 +64,9 @@ def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.nd
     }
     if family.unet.addition_embed_type == "text_time":
         shapes["text_embeds"] = (family.text_encoders[-1].projection_dim,)
-    inputs = {name: rng.standard_normal((batch_size, *shape), dtype=np.float32) for name, shape in shapes.items()}
+    inputs: dict[str, np.ndarray] = {
+        name: rng.standard_normal((batch_size, *shape), dtype=np.float32) for name, shape in shapes.items()
+    }
     inputs["timesteps"] = np.linspace(981, 21, batch_size).astype(np.int32)
     if "text_embeds" in inputs:
         inputs["time_ids"] = np.tile(size_ids([8 * size] * 2, (0, 0), [8 * size] * 2), (batch_size, 1))

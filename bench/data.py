@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bench.common import time_in_turns
 from bench.writing import random_photos
 from flax_pref.data.images import decode_image, encode_jpeg, fit_image
+from flax_pref.data.pairs import Drop
 from flax_pref.data.pipeline import InputConfig, PairBatches, host_batches
 from flax_pref.data.prepared import (
     CAPTIONS,
@@ -193,7 +194,8 @@ class Still(Records):
 def reading_parts(bench: Data, folder: Path, records: PreparedSet) -> dict[str, float]:
     """Median microseconds per pair of each part, in one thread and one after the other."""
     sources = {
-        name: tfds.builder_from_directory(folder / name).as_data_source(split=SPLIT) for name in (PAIRS, CAPTIONS)
+        name: tfds.builder_from_directory(folder / name).as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]
+        for name in (PAIRS, CAPTIONS)
     }
     rng, parts = np.random.default_rng(0), {}
     for name, source in sources.items():
@@ -223,7 +225,7 @@ def bench_decoding(bench: Data, folder: Path) -> dict:
     """JPEG pairs a second and core, decoded, resized and cropped into batches: ours and torch's DataLoader in turns."""
     photos = random_photos(2 * min(bench.photos, 16), bench.photo_size) / np.float32(255)
     jpegs = [encode_jpeg(photo[: -bench.photo_size // 8]) for photo in photos]  # not square, so that they are cropped
-    pairs = [tuple(jpegs[(2 * i + j) % len(jpegs)] for j in range(2)) for i in range(bench.photos)]
+    pairs = [(jpegs[2 * i % len(jpegs)], jpegs[(2 * i + 1) % len(jpegs)]) for i in range(bench.photos)]
     batch_size = min(16, bench.photos)
     figures = {
         **{"pairs": bench.photos, "photo_size": bench.photo_size, "size": bench.size, "cores": bench.threads},
@@ -246,7 +248,8 @@ def decode_in_threads(pool: ThreadPoolExecutor, pairs: list[tuple[bytes, bytes]]
     """Batches uint8 `[B, 2, size, size, 3]` as preparation makes them, each let go."""
 
     def decoded(pair):
-        fitted = [fit_image(decode_image(data), (size, size), crop="center", resample="bicubic") for data in pair]
+        images = [image for image in map(decode_image, pair) if not isinstance(image, Drop)]
+        fitted = [fit_image(image, (size, size), crop="center", resample="bicubic") for image in images]
         return np.stack([image.pixels for image in fitted])
 
     for start in range(0, len(pairs), batch_size):
@@ -286,7 +289,7 @@ def torch_decoding(
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
-        TorchPairs(pairs, size),
+        TorchPairs(pairs, size),  # pyright: ignore[reportArgumentType] (no subclass: torch may not be there)
         batch_size=batch_size,
         num_workers=workers,
         persistent_workers=True,

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from bench.common import Reached, bytes_accessed, memory_peak_gb, random_inputs, random_network, time_in_turns
 from flax_pref.checkpoints.lora import lora_network
@@ -28,6 +27,7 @@ from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.tree import flatten_dict
 from flax_pref.parallel.peak import peak_of, step_flops
 
 MODULES = ("pos", "neg")
@@ -173,7 +173,7 @@ def sampler_inputs(family: Family, batch_size: int, size: int) -> tuple[jax.Arra
     return image_keys(0, range(batch_size)), text, empty
 
 
-def sampler(network: Network, rule: Rule, solver: Solver, batch_size: int, size: int) -> Callable:
+def sampler(network: Network, rule: Rule, solver: Solver, batch_size: int, size: int) -> Any:
     """`sample` under a rule, of parameters and `sampler_inputs`; what else it reads are constants."""
     table = tabulate(rule, len(solver.timesteps), batch_size)
     shape = (size, size, network.config.in_channels)
@@ -208,12 +208,12 @@ def torch_sampler(
     """
     try:
         import torch
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
         from peft import LoraConfig  # noqa: F401 (diffusers needs it for adapters)
     except ImportError:
-        torch = None
+        torch = DDIMScheduler = None
     on = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
-    if torch is None or on is None or (on == "cuda" and not torch.cuda.is_available()):
+    if torch is None or DDIMScheduler is None or on is None or (on == "cuda" and not torch.cuda.is_available()):
         print("no torch with diffusers and peft for this device: timing ours alone", file=sys.stderr)
         return None
     keys, *conditioning = inputs
@@ -222,7 +222,8 @@ def torch_sampler(
     coefficients = torch.from_numpy(table.steady + (table.w[:, :, None] * table.contrast).sum(axis=1)).to(on)
     shape = (size, size, network.config.in_channels)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
-    scheduler = DDIMScheduler.from_config(family.scheduler_config)
+    # The library annotates `from_config` as if it returned a tuple.
+    scheduler: Any = DDIMScheduler.from_config(family.scheduler_config)
     unet = functools.cache(lambda: torch_unet(network).to(on))
     predict = functools.cache(lambda: torch.compile(unet()) if compiled else unet())
 
@@ -252,14 +253,14 @@ def torch_sampler(
     return run
 
 
-def torch_unet(network: Network):
+def torch_unet(network: Network) -> Any:
     """diffusers' UNet with the weights and adapters of ours, in the dtype that ours computes in."""
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft import LoraConfig
 
     base, lora = split_lora(network.params)
-    unet = UNet2DConditionModel.from_config(network.config.to_dict())
+    unet: Any = UNet2DConditionModel.from_config(network.config.to_dict())
     stored, matrices = to_stored(base), flatten_dict(lora)
     for name, parameter in unet.named_parameters():
         parameter.data.copy_(torch.tensor(np.float32(stored[name])))

@@ -70,9 +70,13 @@ def _in_child(job: str, folder: str, *arguments: str) -> None:
     before = peak_gb()
     started = time.perf_counter()
     kind = jnp.dtype(dtype)
-    loaded = load_network("unet", Path(folder) / "unet", kind).params if part == "unet" else load_pipeline(folder, kind)
-    networks = [loaded] if part == "unet" else [p.params for p in (loaded.unet, loaded.vae, *loaded.text_encoders)]
-    leaves = jax.block_until_ready(jax.tree.leaves(networks))
+    if part == "unet":
+        networks = [load_network("unet", Path(folder) / "unet", kind)]
+    else:
+        loaded = load_pipeline(folder, kind)
+        networks = [loaded.unet, loaded.vae, *loaded.text_encoders]
+        del loaded
+    leaves = jax.block_until_ready(jax.tree.leaves([network.params for network in networks]))
     seconds = time.perf_counter() - started
     figures = {
         "seconds": round(seconds, 1),

@@ -89,7 +89,7 @@ def torch_pickscore(params: dict, view: np.ndarray, ids: np.ndarray, dtype: str)
     clip.load_state_dict(weights, strict=False, assign=True)
     for tower in (clip.text_model, clip.vision_model):  # what is no weight was not made on the meta device
         positions = tower.embeddings.position_embedding.num_embeddings
-        tower.embeddings.position_ids = torch.arange(positions)[None]
+        tower.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     clip = clip.to(getattr(torch, dtype)).eval()
     pixels = torch.from_numpy(view).permute(0, 3, 1, 2).contiguous().to(getattr(torch, dtype))
     tokens = torch.from_numpy(ids).long()
@@ -119,7 +119,9 @@ def gradient_memory(bench: Rewards) -> dict:
             return score_latents(reward, network._replace(params=params), latents, ids).sum()
 
         compiled = jax.jit(jax.grad(score)).lower(latents, network.params, pickscore(clip), ids).compile()
-        return round(compiled.memory_analysis().temp_size_in_bytes / 1e9, 2)
+        memory = compiled.memory_analysis()
+        assert memory is not None  # CPUs and accelerators tell it
+        return round(memory.temp_size_in_bytes / 1e9, 2)
 
     return {
         **{"family": bench.family, "size": bench.size},

@@ -159,20 +159,21 @@ def measure(bench: Step, rivals: list[str], folder: Path) -> tuple[dict[str, dic
 class Candidate:
     """A process that makes a step whenever it is asked to."""
 
-    def __init__(self, process: subprocess.Popen):
-        self.process = process
+    def __init__(self, process: subprocess.Popen[str], name: str):
+        assert process.stdin is not None and process.stdout is not None
+        self.asks, self.answers, self.name = process.stdin, process.stdout, name
         self.told = self._hear()
 
     def step(self) -> None:
         """Asks for a step and waits for it."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self.asks.write("step\n")
+        self.asks.flush()
         self.told |= self._hear()
 
     def _hear(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
-            raise ValueError(f"bench: {' '.join(self.process.args)} ended early, see above")
+            raise ValueError(f"bench: {self.name} ended early, see above")
         return json.loads(line)
 
 
@@ -186,10 +187,11 @@ def candidate(name: str, bench: Step, folder: Path) -> Iterator[Candidate]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
+        started = Candidate(process, " ".join(command))
         try:
-            yield Candidate(process)
+            yield started
         finally:
-            process.stdin.close()
+            started.asks.close()
             process.wait()
 
 
@@ -236,7 +238,7 @@ def _child(name: str, fields: str, folder: str) -> None:
         if count == 0:
             told["loss"] = loss
             if bench.adapters == "lora" and name in ("dpo", "torch"):
-                np.savez(Path(folder) / f"{name}.npz", **prepared.moments())
+                np.savez(Path(folder) / f"{name}.npz", allow_pickle=True, **prepared.moments())
         print(json.dumps({**told, "peak_memory_gb": round(prepared.peak_gb(), 3)}), flush=True)
 
 
@@ -253,7 +255,7 @@ def pairs(family: Family, batch_size: int, size: int) -> dict[str, Any]:
     inputs = random_inputs(family, 2 * batch_size, size)
     latents, time_ids = inputs.pop("latents"), inputs.pop("time_ids", None)
     del inputs["timesteps"]
-    batch = {"winner": latents[::2], "loser": latents[1::2]}
+    batch: dict[str, Any] = {"winner": latents[::2], "loser": latents[1::2]}
     batch["text"] = {name: array[:batch_size] for name, array in inputs.items()}
     if time_ids is not None:
         batch["time_ids"] = time_ids.reshape(batch_size, 2, -1)
@@ -297,6 +299,7 @@ def prepare(bench: Step, name: str) -> Prepared:
     started = time.perf_counter()
     compiled = step.lower(state[0], frozen, batch).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None  # CPUs and accelerators tell it
     told = {
         **{"platform": device.platform, "device": device.device_kind, "dtype": dtype},
         **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is, **reached.figures()},

@@ -5,7 +5,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +93,7 @@ SETTINGS = {
 
 def bench_tradeoff(bench: Tradeoff) -> dict:
     """Gains on held-out prompts and times per image, all in one run."""
-    base = load_pipeline(resources.files("flax_pref.world") / "base")
+    base = load_pipeline("demo")
     guided = load_modules(base.unet, {name: bench.modules / f"{name}.safetensors" for name in ("pos", "neg")})
     adapted = dataclasses.replace(base, unet=guided.base)
     s = bench.guidance_scale
@@ -150,7 +149,7 @@ def bench_tradeoff(bench: Tradeoff) -> dict:
 
 
 def draw_in_turns(
-    methods: dict[str, tuple[Pipeline, Rule]], split: str, count: int, seed: int, bench: Tradeoff
+    methods: dict[str, tuple[Pipeline, Rule]], split: world.Split, count: int, seed: int, bench: Tradeoff
 ) -> dict[str, tuple[np.ndarray, list[float]]]:
     """Scores `[N]` and seconds of each batch under every method; batch by batch, so that a busy machine slows all."""
     captions = [scene.caption for scene in itertools.islice(world.scenes(split, 0), count)]
@@ -158,7 +157,7 @@ def draw_in_turns(
     drawers = {}
     for name, (pipeline, rule) in methods.items():
         solver = solver_from_config(pipeline.scheduler_config, bench.steps, name="ddim")
-        draw = TextToImage(pipeline, solver, (world.RESOLUTION,) * 2, bench.batch_size)
+        draw = TextToImage(pipeline, solver, (world.RESOLUTION, world.RESOLUTION), bench.batch_size)
         drawers[name] = draw, tabulate(rule, len(solver.timesteps), bench.batch_size)
     scores, seconds = {name: [] for name in methods}, {name: [] for name in methods}
     batches = list(chunks(count, bench.batch_size))

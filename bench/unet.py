@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -51,7 +51,9 @@ def bench_unet(bench: Unet) -> dict:
         started = time.perf_counter()
         compiled = forward.lower(params, inputs).compile()
         row = {"batch_size": batch_size, "compile_seconds": round(time.perf_counter() - started, 2)}
-        candidates = {"seconds": lambda compiled=compiled, inputs=inputs: compiled(params, inputs).block_until_ready()}
+        candidates: dict[str, Callable[[], Any]] = {
+            "seconds": lambda compiled=compiled, inputs=inputs: compiled(params, inputs).block_until_ready()
+        }
         if reference is not None:
             candidates["torch_seconds"] = lambda inputs=inputs: reference(inputs)
         medians = time_in_turns(candidates, bench.rounds)
@@ -66,12 +68,13 @@ def torch_unet(family: Family, dtype: str) -> Callable | None:
     """diffusers' UNet in eager mode as a function of our inputs; None where it is not installed."""
     try:
         import torch
-        from diffusers import UNet2DConditionModel
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     except ImportError:
         print("diffusers or torch is not installed: timing ours alone", file=sys.stderr)
         return None
     kind = getattr(torch, dtype)
-    unet = UNet2DConditionModel.from_config(family.unet.to_dict()).to(kind).eval()
+    unet: Any = UNet2DConditionModel.from_config(family.unet.to_dict())  # annotated as if it were a tuple
+    unet = unet.to(kind).eval()
 
     def run(inputs):
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}

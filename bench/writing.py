@@ -102,7 +102,7 @@ def random_photos(count: int, size: int) -> np.ndarray:
     """Images that compress like photographs, uint8 `[count, size, size, 3]`: smooth, with the grain of a film."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
-    smooth = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in coarse]
+    smooth = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in coarse]
     grain = 4 * rng.standard_normal((count, size, size, 3), dtype=np.float32)
     return np.clip(np.stack(smooth) + grain, 0, 255).astype(np.uint8)
 

@@ -32,7 +32,8 @@ def use_cache() -> None:
     Example:
         >>> fp.use_cache()
     """
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"] or settings["jax_compilation_cache_dir"] is not None:
         return
     folder = default_folder()
     try:
@@ -45,7 +46,7 @@ def use_cache() -> None:
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_compilation_cache_max_size == -1:  # with a limit JAX also locks the folder while it writes
+    if settings["jax_compilation_cache_max_size"] == -1:  # with a limit JAX also locks the folder while it writes
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
 
 
@@ -90,5 +91,5 @@ def leave_default() -> None:
     For programs of several hosts, of which only the first writes entries. Hosts that cannot read them compile what the
     first has not to, and XLA's tuning for GPUs, which hosts share out, may wait for it.
     """
-    if jax.config.jax_compilation_cache_dir == str(default_folder()):
+    if jax.config.values["jax_compilation_cache_dir"] == str(default_folder()):
         jax.config.update("jax_compilation_cache_dir", None)

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import filelock
 
@@ -25,7 +25,17 @@ LOCK, HOLDER = ".lock", ".lock.json"  # the second says who holds the first
 _UNFINISHED = ("part", "partial", "crdownload", "incomplete", "download", "tmp", "temp", "aria2", "filepart")
 _COMPRESSED = ("gz", "bz2", "xz", "zst", "lz4", "zip")
 
-P = TypeVar("P")
+
+class Named(Protocol):
+    """A file or folder, wherever it is."""
+
+    @property
+    def name(self) -> str:
+        """Without its folders."""
+        ...
+
+
+P = TypeVar("P", bound=Named)
 
 
 def files_of_kind(paths: Iterable[P], suffix: str) -> list[P]:

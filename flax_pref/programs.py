@@ -16,12 +16,12 @@ class Command(NamedTuple):
     Attributes:
         module: what `python -m` takes in a clone of the repository.
         about: what it does, in a sentence.
-        config: dataclass of its config file, `MODULE:CLASS`; None: it takes flags only.
+        config: dataclass of its config file, `MODULE:CLASS`; "": it takes flags only.
     """
 
     module: str
     about: str
-    config: str | None = None
+    config: str = ""
 
 
 PROGRAMS = {

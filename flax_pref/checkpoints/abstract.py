@@ -69,7 +69,9 @@ def conditioning_shapes(
     unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig], *, sizes: bool
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the conditioning on one prompt, for SDXL with or without the sizes; see `diffusion.conditioning`."""
-    shapes = {"encoder_hidden_states": (text_encoders[0].max_position_embeddings, unet.cross_attention_dim)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder_hidden_states": (text_encoders[0].max_position_embeddings, unet.cross_attention_dim)
+    }
     if len(text_encoders) == 2:
         shapes["text_embeds"] = (text_encoders[1].projection_dim,)
         if sizes:

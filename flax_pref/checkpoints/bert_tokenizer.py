@@ -27,6 +27,7 @@ class BertTokenizer:
 
     vocab: Mapping[str, int] = dataclasses.field(repr=False)
     length: int
+    _encoder: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for token in (START, END, PAD, UNKNOWN, MASK):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
@@ -120,7 +121,7 @@ def load_pipeline(
 
 
 def _without_weights(folder: Path) -> Network:
-    return Network(read_config("unet", folder), graphdef=None, params={})
+    return Network(read_config("unet", folder), nnx.graphdef(nnx.Module()), params={})
 
 
 def not_a_folder(file: Path) -> str:

@@ -20,13 +20,13 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -35,7 +35,10 @@ from flax_pref.files import read_json, replacing, unique_keys, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
 from flax_pref.models.network import Network
+from flax_pref.models.tree import flatten_dict
 from flax_pref.models.unet import UNetConfig
+
+T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks
@@ -303,7 +306,11 @@ def save_lora(
     rank = next(len(b) for _, b in adapters.values())
     try:
         prefix = PEFT_PREFIX if layout == "peft" else "unet."
-        names = _kohya_names(adapters, config) if layout == "kohya" else {layer: prefix + layer for layer in adapters}
+        names = (
+            _kohya_names(adapters, config)
+            if layout == "kohya" and config
+            else {layer: prefix + layer for layer in adapters}
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -341,7 +348,7 @@ def save_lora(
 
 def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file, the same at each call: the library writes metadata in an order of chance."""
-    data = save(tensors)
+    data = save(dict(tensors))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps({"__metadata__": metadata, **json.loads(data[8:end])}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -553,21 +560,21 @@ class PeftSettings(NamedTuple):
         Raises:
             ValueError: its matrices have another rank than the configuration says; `name` is that of the first.
         """
-        expected = self.ranks.get(_pattern_of(layer, self.ranks), self.rank)
+        expected = _of_layer(layer, self.ranks, self.rank)
         if expected not in (None, rank):
             raise ValueError(
                 f"{self.file}: weight {name!r} has rank {rank}, but {self.source} says {expected}; they do not belong "
                 "together: download or export both again"
             )
-        alpha = self.alphas.get(_pattern_of(layer, self.alphas), self.alpha)
+        alpha = _of_layer(layer, self.alphas, self.alpha)
         if alpha is None:
             return rank
         return alpha * math.sqrt(rank) if self.rslora else alpha
 
 
-def _pattern_of(layer: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that names a layer, by the rule of PEFT: it matches the end of the name after a dot."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", layer)), None)
+def _of_layer(layer: str, patterns: Mapping[str, T], default: T) -> T:
+    """What the first pattern that names a layer says; by PEFT's rule it matches the end of the name after a dot."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
 def _peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]) -> PeftSettings | None:

@@ -1,6 +1,8 @@
 """Preference modules from disk: LoRA files and full weights, beside the base that they guide or merged into it."""
 
+import functools
 import hashlib
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -131,9 +133,8 @@ def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -
     shares, params = zip(*[(share, part) for share, part in terms if share], strict=True)
 
     def total(*leaves):
-        return sum(share * leaf.astype(jnp.float32) for share, leaf in zip(shares, leaves, strict=True)).astype(
-            leaves[0].dtype
-        )
+        scaled = (share * leaf.astype(jnp.float32) for share, leaf in zip(shares, leaves, strict=True))
+        return functools.reduce(operator.add, scaled).astype(leaves[0].dtype)
 
     return base._replace(params=params[0] if shares == (1.0,) else jax.tree.map(total, *params))
 

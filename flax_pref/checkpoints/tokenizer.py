@@ -39,6 +39,7 @@ class CLIPTokenizer:
     eos_token: str = "<|endoftext|>"
     pad_token: str = "<|endoftext|>"
     added_tokens: Sequence[AddedToken] = dataclasses.field(default=(), repr=False)
+    _encoder: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         own = dict.fromkeys((self.bos_token, self.eos_token, self.pad_token))
@@ -48,7 +49,7 @@ class CLIPTokenizer:
                 raise ValueError(f"CLIPTokenizer: the vocabulary of {len(self.vocab)} tokens has no {token!r}")
         bpe = models.BPE(
             dict(self.vocab),
-            [tuple(pair) for pair in self.merges],
+            [(first, second) for first, second in self.merges],
             unk_token=self.eos_token,
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",

@@ -14,7 +14,7 @@ import reprlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,13 +93,13 @@ class Region:
                 raise ValueError(f"{self.file}: cannot be read any more ({error}); download it again") from error
         if self.deflated:
             try:  # one byte more than there should be tells a bomb, and is all that is unpacked of it
-                data = np.frombuffer(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1), np.uint8)
+                data = np.frombuffer(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data.data, self.size + 1), np.uint8)
             except zlib.error as error:
                 raise ValueError(f"{self.file}: cannot be unpacked ({error}); download it again") from error
         if len(data) != self.size:
             raise ValueError(f"{self.file}: holds other than the {self.size} bytes it announces; download it again")
         if self.crc and not self._verified:
-            if zlib.crc32(data) != self.crc:
+            if zlib.crc32(data.data) != self.crc:
                 raise ValueError(f"{self.file}: a checksum does not match: the file is damaged; download it again")
             self._verified.append(True)
         return data
@@ -116,6 +116,7 @@ class Storage:
 
     def read(self, dtype: np.dtype) -> np.ndarray:
         """All of it, as numbers of a type."""
+        assert self.region is not None, "a storage is read after its place in the file is known"
         data = self.region.read()
         if self.big_endian:
             part = dtype.itemsize // (2 if dtype.kind == "c" else 1)
@@ -239,6 +240,12 @@ def _checked(key: Any, value: Any) -> tuple[Any, Any]:
     return key, value
 
 
+def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Names of a pickle's opcodes and their arguments."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        yield opcode.name, argument
+
+
 def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
     """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end."""
     stack: list[Any] = []
@@ -263,8 +270,8 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
             )
         stack.append(Global(name))
 
-    for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
+    for opcode, argument in _operations(stream):
+        match opcode:
             case "PROTO" | "FRAME":
                 pass
             case value if value in VALUES:
@@ -278,7 +285,7 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
             case "TUPLE":
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
+                count = int(opcode[-1])
                 stack[-count:] = [tuple(stack[len(stack) - count :])]
             case "LIST":
                 stack.append(since_mark())
@@ -446,6 +453,7 @@ def _identity(identity: tuple) -> tuple[str, str, int]:
 
 
 def _in_region(storage: Storage) -> Storage:
+    assert storage.region is not None, "a storage is checked after its place in the file is known"
     size = storage.count * jnp.dtype(storage.dtype).itemsize
     if storage.region.size != size:
         raise ValueError(f"{storage.region.size} bytes for a storage of {size}")

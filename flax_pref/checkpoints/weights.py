@@ -4,13 +4,12 @@ The modules of `flax_pref.models` carry the attribute names of the published wei
 leaf names, transpositions, old names. Weights pass one by one, so a network never lies in host memory twice.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +62,7 @@ class Component:
     """
 
     config: type
-    module: type[nnx.Module]
+    module: Callable[..., nnx.Module]
     library: Callable[[Any], tuple[str, str]]
     stem: str
     old_names: tuple[tuple[str, str], ...] = ()
@@ -184,19 +183,30 @@ class Tensors(Protocol):
 
     def keys(self) -> Iterable[str]:
         """Their names."""
+        ...
 
     def get_tensor(self, name: str) -> np.ndarray:
         """One of them."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> Any: ...
 
 
-class TorchTensors(contextlib.nullcontext):
+class TorchTensors:
     """`Tensors` of a flat dictionary that `read_torch_file` has read."""
 
     def __init__(self, file: Path, tensors: Any):
-        super().__init__(self)
         if not isinstance(tensors, dict) or not all(isinstance(value, StoredTensor) for value in tensors.values()):
             raise ValueError(f"{file}: holds other than weights by name; expected the state dict of a network")
         self._tensors = tensors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
 
     def keys(self) -> Iterable[str]:
         """The names of the weights."""

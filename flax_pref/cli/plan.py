@@ -12,5 +12,6 @@ def main(arguments: list[str]) -> None:
     from flax_pref.compilation import set_up
     from flax_pref.planning.requests import plan_training
 
+    assert flags is not None  # with --help, reading the config has ended the program
     set_up()
     plan_training(flags, config, arguments)

@@ -26,7 +26,8 @@ from flax_pref.data.selection import Selection
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty
 from flax_pref.models.network import replicated
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 CAPTIONS_AT_ONCE = 64
 
@@ -133,14 +134,14 @@ class PairEncoder:
     def _fit(self, item: tuple[int, PreferencePair | Drop]) -> "tuple[int, _Decoded | Drop]":
         row, pair = item
         if isinstance(pair, Drop):
-            return item
+            return row, pair
         images = []
         for place, (role, data) in enumerate((("winner", pair.winner), ("loser", pair.loser))):
             image = decode_image(data, smallest_side=self.encoding.smallest_side)
             if isinstance(image, Drop):
                 return row, image._replace(detail=f"{role}: {image.detail}")
-            how = {"crop": self.encoding.crop, "resample": self.encoding.resample}
-            images.append(fit_image(image, self.encoding.size, **how, key=2 * row + place))
+            crop, resample = self.encoding.crop, self.encoding.resample
+            images.append(fit_image(image, self.encoding.size, crop=crop, resample=resample, key=2 * row + place))
         kept = pair._replace(winner=b"", loser=b"")  # the encoded images are not needed any more
         return row, _Decoded(kept, *images)
 
@@ -177,13 +178,14 @@ class _Decoded(NamedTuple):
 
 def _taken(computed: tuple[list[_Decoded], jax.Array] | None) -> Iterator[tuple[int, EncodedPair]]:
     """The pairs of a batch, as soon as the devices have computed it."""
-    batch, moments = computed or ((), None)
-    moments = moments if moments is None else np.asarray(moments)
-    for i, (pair, *images) in enumerate(batch):
+    if computed is None:
+        return
+    batch, moments = computed[0], np.asarray(computed[1])
+    for (pair, *images), (winner, loser) in zip(batch, moments[: len(batch)], strict=True):
         plain = [(*fitted.original_size, *fitted.crop_top_left) for fitted in images]
         mirrored = [(*fitted.original_size, *_mirrored_crop(fitted)) for fitted in images]
         sizes = np.array([plain, mirrored][: moments.shape[2]], np.int32)
-        yield pair.row, EncodedPair(pair, *moments[i], sizes)
+        yield pair.row, EncodedPair(pair, winner, loser, sizes)
 
 
 def _mirrored_crop(fitted: Fitted) -> tuple[int, int]:
@@ -243,7 +245,7 @@ class EncodedSet(Records):
         images = hashlib.sha256()
 
         def read():
-            for row, pair in zip(selection.rows.tolist(), pairs(reader, selection.rows), strict=True):
+            for row, pair in zip(selection.rows.tolist(), pairs(reader, selection.rows.tolist()), strict=True):
                 images.update(image_digest(pair).encode())
                 yield row, pair
 

@@ -67,7 +67,7 @@ def identifier(value: Any, name: str) -> str:
         raise Rejected("id is missing", name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not _is_text(value):
+    if not isinstance(value, str) or not _is_text(value):
         raise Rejected("id is no text", f"{name}: {quote(value)}")
     return value
 

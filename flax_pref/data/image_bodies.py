@@ -44,7 +44,7 @@ def what_jpeg_lacks(data: bytes, image: Image.Image, decode: Callable[[bytes], I
             return "scans"
     elif {component for scan in scans for component in scan.components} < set(components):
         return "scans"
-    corner = np.ravel(image.getpixel((image.width - 1, image.height - 1)))
+    corner = np.ravel(np.asarray(image.getpixel((image.width - 1, image.height - 1))))
     if progressive or all(abs(int(value) - 128) <= 2 for value in corner):
         longer = decode(data[:end] + _FILLER + data[end:])
         if not np.array_equal(np.asarray(image), np.asarray(longer)):

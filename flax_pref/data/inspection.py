@@ -3,6 +3,7 @@
 import base64
 import bisect
 import collections
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -107,7 +108,7 @@ def _judgements(reader: PairReader, selection: Selection, wanted: Collection[int
     used = np.zeros(len(span), bool)
     used[selection.rows - span.start] = True
     for row, said in zip(span, tqdm(reader.judgements(span), "reading judgements", len(span), unit="row"), strict=True):
-        if used[row - span.start]:
+        if used[row - span.start] and isinstance(said, Judgement):  # as all used rows are
             winner_first += said.winner == 0
             if row in wanted:
                 judgements[row] = said
@@ -155,9 +156,10 @@ def _look(
         if isinstance(encoded, Drop):
             drops[row] = encoded
             continue
-        images = [decode(data) for data in encoded]
-        sizes.update(image.size for image in images if not isinstance(image, Drop))
-        damage = next(((i, image) for i, image in enumerate(images) if isinstance(image, Drop)), None)
+        decoded = [decode(data) for data in encoded]
+        images = [image for image in decoded if not isinstance(image, Drop)]
+        sizes.update(image.size for image in images)
+        damage = next(((i, image) for i, image in enumerate(decoded) if isinstance(image, Drop)), None)
         if damage is not None:
             place, drop = damage
             drops[row] = drop._replace(detail=": ".join(filter(None, [f"image {said.ids[place]}", drop.detail])))
@@ -183,7 +185,8 @@ def _thumbnail(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-class _Reason(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Reason:
     """Rows dropped for one reason, and the first of them as an example."""
 
     reason: str
@@ -202,12 +205,15 @@ def _reasons(drops: Mapping[int, Drop], reader: PairReader) -> list[_Reason]:
         counts[kind] += 1
         examples.setdefault(kind, (row, drop.detail))
     return [
-        _Reason(*kind, count, *reader.where(examples[kind][0]), examples[kind][1])
-        for kind, count in counts.most_common()
+        _Reason(
+            reason, damaged, count, *reader.where(examples[reason, damaged][0]), detail=examples[reason, damaged][1]
+        )
+        for (reason, damaged), count in counts.most_common()
     ]
 
 
-class _Bar(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Bar:
     """One of several numbers that are to be compared."""
 
     label: str

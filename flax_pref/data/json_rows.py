@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -43,19 +43,22 @@ class JsonRows:
             ValueError: the file has become shorter.
         """
         with self.file.open("rb") as opened:
-            last = found = None
-            for row in rows:
-                if row != last:
-                    last, found = row, self._object(opened, row)
-                yield found
+            for row, repeats in itertools.groupby(rows):
+                found = self._object(opened, row)
+                yield from (found for _ in repeats)
 
-    def _object(self, opened: BinaryIO, row: int) -> dict[str, Any] | Drop:
+    def _object(self, opened: IO[bytes], row: int) -> dict[str, Any] | Drop:
         start, end = map(int, self._places[row])
         opened.seek(start)
         data = opened.read(end - start)
         if len(data) < end - start:
             raise ValueError(f"{self.file}: ends in row {row}, but was longer before; leave it as it is")
         return accepted(json_object, data)
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return place if match is None else match.end()
 
 
 def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
@@ -68,11 +71,11 @@ def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
     """
     data = file.read_bytes()
     text = data.decode("latin-1")
-    place = _SPACE.match(text, len(_BOM) if data.startswith(_BOM) else 0).end()
+    place = _after_space(text, len(_BOM) if data.startswith(_BOM) else 0)
     del data
     if text[place : place + 1] != "[":
         raise ValueError(f"{file}: begins with {text[place : place + 20]!r}; expected a JSON list of records")
-    place = _SPACE.match(text, place + 1).end()
+    place = _after_space(text, place + 1)
     decoder = json.JSONDecoder()
     ended = text[place : place + 1] == "]"
     while not ended:
@@ -81,13 +84,13 @@ def list_elements(file: epath.Path) -> Iterator[tuple[int, int, Any]]:
         except (ValueError, RecursionError) as error:
             raise _not_json(file, place, getattr(error, "msg", error)) from error
         yield place, end, value
-        place = _SPACE.match(text, end).end()
+        place = _after_space(text, end)
         mark = text[place : place + 1]
         if mark not in ("]", ","):
             raise _not_json(file, place, "expected a comma, or a bracket that ends the list")
         ended = mark == "]"
-        place = place if ended else _SPACE.match(text, place + 1).end()
-    if _SPACE.match(text, place + 1).end() < len(text):
+        place = place if ended else _after_space(text, place + 1)
+    if _after_space(text, place + 1) < len(text):
         raise _not_json(file, place, "something follows the list")
 
 

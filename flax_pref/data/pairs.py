@@ -84,18 +84,23 @@ class PairReader(Protocol):
 
     def __len__(self) -> int:
         """Number of rows."""
+        ...
 
     def where(self, row: int) -> tuple[str, int]:
         """The file that a row is in, and its number in that file, from 0 up (lines of text: from 1 up)."""
+        ...
 
     def judgements(self, rows: range) -> Iterator[Judgement | Tie | Drop]:
         """What each of consecutive rows says, in order."""
+        ...
 
     def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
         """The encoded images of rows, in the order of the row; `rows` ascend and none of them is a tie or damaged."""
+        ...
 
     def image_files(self, rows: Sequence[int]) -> list[Any]:
         """The files that `images` reads, each once, as paths: `str` of one is its name."""
+        ...
 
 
 def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | Drop]:
@@ -113,6 +118,7 @@ def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | 
         if isinstance(images, Drop):
             yield images
             continue
+        assert isinstance(judgement, Judgement), "the rows that are asked for are judgements"
         winner, loser = judgement.winner, 1 - judgement.winner
         yield PreferencePair(
             row=row,

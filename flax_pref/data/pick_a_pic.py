@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,8 +64,9 @@ _BUFFER = 2**20  # bytes of a column that are read at once, not all of a row gro
 class OpenableFile(Protocol):
     """A file, wherever it is; `str` of it is its name in messages."""
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> IO[Any]:
         """Opens it."""
+        ...
 
 
 class PickAPic:

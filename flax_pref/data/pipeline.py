@@ -270,7 +270,11 @@ class _ToDevices:
 
     def _put(self, array: np.ndarray) -> jax.Array:
         shape = (self.batch_size, *array.shape[1:])
-        return jax.make_array_from_callback(shape, self.sharding, lambda index: array[self._held(index[0]), *index[1:]])
+
+        def held(index) -> np.ndarray:
+            return array[self._held(index[0]), *index[1:]]
+
+        return jax.make_array_from_callback(shape, self.sharding, held)
 
     def _held(self, wanted: slice) -> slice:
         """Where rows of the global batch, those of one device, are among the rows of this process."""

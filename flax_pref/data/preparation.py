@@ -365,9 +365,12 @@ class Preparation:
 
     def _describe(self, shapes: Shapes) -> dict[str, Any]:
         """Lists what was dropped, accounts for every row, and describes both data sets."""
-        parts = {name: [self._part(shard) for shard in self._shards(name)] for name in self.counts}
-        if missing := [name for name, noted in parts.items() if None in noted]:
-            raise UserError(f"{self.folder}: shards of {missing[0]} are missing; run the same command again")
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for name in self.counts:
+            noted = [self._part(shard) for shard in self._shards(name)]
+            parts[name] = [part for part in noted if part is not None]
+            if len(parts[name]) < len(noted):
+                raise UserError(f"{self.folder}: shards of {name} are missing; run the same command again")
         self._check_damage(self._shards(PAIRS))
         drops, ties, total = self._drops(self._shards(PAIRS)), self.selection.ties, self.selection.total
         lengths = {name: [part["records"] for part in noted] for name, noted in parts.items()}

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, splits
 
 from flax_pref.files import read_json, replacing, write_json
 from flax_pref.programs import command
@@ -57,6 +59,7 @@ class Records(Protocol):
 
     def __len__(self) -> int:
         """Number of pairs, N."""
+        ...
 
     def pair(self, index: int) -> dict[str, np.ndarray]:
         """Pair `index`, 0 .. N-1.
@@ -66,9 +69,11 @@ class Records(Protocol):
             `[k, h, w, 2 Z]`; `winner_first` bool; `sizes` int32 `[k, 2, 4]`: of winner and loser (height, width) before
             and (top, left) of the crop after resizing, in pixels.
         """
+        ...
 
     def conditioning(self, caption: int) -> dict[str, np.ndarray]:
         """What the UNet is told of a caption, bfloat16 arrays by name; of no caption for `EMPTY`."""
+        ...
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -117,7 +122,7 @@ def caption_features(shapes: Shapes) -> tfds.features.FeaturesDict:
 
 
 def _half(shape: Sequence[int], doc: str) -> tfds.features.Tensor:
-    return tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes", doc=f"{doc}; bits of bfloat16")
+    return tfds.features.Tensor(shape=tuple(shape), dtype=np.uint16, encoding="bytes", doc=f"{doc}; bits of bfloat16")
 
 
 def shard_name(name: str, shard: int, count: int) -> str:
@@ -131,7 +136,7 @@ def write_shard(file: Path, features: tfds.features.FeaturesDict, records: Itera
     Raises:
         OSError: it cannot be written.
     """
-    count, serializer = 0, tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    count, serializer = 0, example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
 
     def serialized():
         nonlocal count
@@ -141,7 +146,7 @@ def write_shard(file: Path, features: tfds.features.FeaturesDict, records: Itera
             yield count, example.SerializeToString(deterministic=True)
             count += 1
 
-    adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[tfds.core.FileFormat.ARRAY_RECORD]
+    adapter = file_adapters.ADAPTER_FOR_FORMAT[tfds.core.FileFormat.ARRAY_RECORD]
     with replacing(file) as unfinished:
         try:
             adapter.write_examples(unfinished, serialized())
@@ -165,7 +170,7 @@ def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequen
     name = folder.name
     shards = [folder / shard_name(name, i, len(lengths)) for i in range(len(lengths))]
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.dataset_info.DatasetIdentity(
+        builder=dataset_info.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
         ),
         description=f"Preference {name}, encoded for Stable Diffusion",
@@ -173,9 +178,11 @@ def describe(folder: Path, features: tfds.features.FeaturesDict, lengths: Sequen
         metadata=tfds.core.MetadataDict(metadata),
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
-    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix=FORMAT)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=name, split=SPLIT, filetype_suffix=FORMAT
+    )
     size = sum(shard.stat().st_size for shard in shards)
-    info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(SPLIT, list(lengths), size, template)]))
+    info.set_splits(splits.SplitDict([tfds.core.SplitInfo(SPLIT, list(lengths), size, template)]))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as written:
         info.write_to_directory(written)
         write_json(Path(written) / ENDS, {shard.name: _ends(shard) for shard in shards})
@@ -259,13 +266,13 @@ class PreparedSet(Records):
         return self._captions[caption]["caption"].decode()
 
 
-class _DataSet(Sequence):
+class _DataSet:
     """The records of one of the two data sets."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder):
         split = builder.info.splits[SPLIT]
         self._files, self._ends = list(map(str, split.filepaths)), list(itertools.accumulate(split.shard_lengths))
-        self._records = builder.as_data_source(split=SPLIT)
+        self._records = builder.as_data_source(SPLIT)  # pyright: ignore[reportCallIssue] (its decorator)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -303,7 +310,9 @@ def _open(folder: Path, needed: Sequence[str]) -> _DataSet:
         raise ValueError(
             f"{folder}: dataset_info.json or features.json is damaged ({reason}); copy them again"
         ) from error
-    if missing := [name for name in needed if name not in builder.info.features]:
+    features = builder.info.features
+    there = features.keys() if isinstance(features, tfds.features.FeaturesDict) else ()
+    if missing := [name for name in needed if name not in there]:
         raise ValueError(f"{folder / 'features.json'}: has no {missing[0]!r}; copy the folder again")
     for file in split.filepaths:
         if not file.exists():

@@ -92,14 +92,16 @@ def select(reader: PairReader, choice: Choice) -> Selection:
 
 def _filtered(said: Judgement, choice: Choice) -> Drop | None:
     """Why the config leaves a judgement out; None if it does not."""
-    if choice.min_confidence is not None and said.confidence is None:
-        return Drop("confidence is unknown", damaged=False)
-    if choice.min_confidence is not None and said.confidence < choice.min_confidence:
-        return Drop("confidence is too low", f"{said.confidence:g}", damaged=False)
-    if choice.models and said.models is None:
-        return Drop("models are unknown", damaged=False)
-    if choice.models and (others := [model for model in said.models if model not in choice.models]):
-        return Drop("image of another model", ", ".join(others), damaged=False)
+    if choice.min_confidence is not None:
+        if said.confidence is None:
+            return Drop("confidence is unknown", damaged=False)
+        if said.confidence < choice.min_confidence:
+            return Drop("confidence is too low", f"{said.confidence:g}", damaged=False)
+    if choice.models:
+        if said.models is None:
+            return Drop("models are unknown", damaged=False)
+        if others := [model for model in said.models if model not in choice.models]:
+            return Drop("image of another model", ", ".join(others), damaged=False)
     return None
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypeVar
+from typing import IO, Literal, NamedTuple, TypeVar
 
 from etils import epath
 from fsspec.core import url_to_fs
@@ -53,7 +53,7 @@ class HubFile(NamedTuple):
         """Without its folders."""
         return self.path.rpartition("/")[2]
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> IO[bytes]:
         """Opens it."""
         return self.filesystem.open(self.path, mode)
 
@@ -93,7 +93,7 @@ def mark(file: epath.Path | Path | HubFile) -> str:
     """
     try:
         if not is_remote(file):
-            found = os.stat(file)
+            found = os.stat(str(file))
             return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
     except OSError:
         return "missing"
@@ -228,7 +228,7 @@ def _regular(files: list[File]) -> list[File]:
         ValueError: one is.
     """
     for file in files:
-        if not is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
+        if not is_remote(file) and os.path.exists(str(file)) and not os.path.isfile(str(file)):
             raise ValueError(
                 f"{file}: is no regular file but a folder, FIFO or device; remove it, or copy the file here"
             )

@@ -5,7 +5,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from etils import epath
@@ -55,7 +55,7 @@ class _Sample(NamedTuple):
     tar: str
     key: str
     places: dict[str, tuple[int, int]]
-    opened: BinaryIO
+    opened: IO[bytes]
 
     @property
     def images(self) -> tuple[str, str]:
@@ -218,7 +218,7 @@ def _members(file: epath.Path) -> Iterator[_Member]:
             raise ValueError(f"{file}: truncated, damaged or no tar file ({reason}); download it again") from error
 
 
-def headers(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def headers(opened: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Reads the headers of a tar file to its end mark, and checks that nothing except padding follows the mark.
 
     `tarfile` stops at the first block of zeros, as tar does. A block that a disk or a download has zeroed, the seam of
@@ -233,7 +233,7 @@ def headers(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
     last = None
     with _header(0, lambda: tarfile.TarFile(fileobj=opened)) as tar:
         while (info := _header(tar.offset, tar.next)) is not None:
-            tar.members.clear()  # it would keep those of a million members
+            cast(Any, tar).members.clear()  # it would keep those of a million members
             if named := tar.pax_headers.keys() & {"path", "linkpath", "size"}:
                 raise tarfile.ReadError(
                     f"a global header gives all members the same {min(named)}, before {info.offset}"
@@ -277,7 +277,7 @@ def _is_padding(zeros: int, size: int, after_zero: bool) -> bool:
     return not after_zero and any(size % record == 0 and zeros < record + 2 * _BLOCK for record in _RECORDS)
 
 
-def _ends_in_zero(opened: BinaryIO, info: tarfile.TarInfo) -> bool:
+def _ends_in_zero(opened: IO[bytes], info: tarfile.TarInfo) -> bool:
     """Whether the content of a member ends in a zero, which images and texts do not."""
     if not info.size:
         return False

@@ -196,7 +196,9 @@ class Demo:
     def read_back(self, file: Path) -> Records:
         """Reads the pairs as any Pick-a-Pic file is read, and encodes them in memory."""
         reader = open_source(Source(layout="pick_a_pic", path=str(file)))
-        encoder = PairEncoder(self.pipeline, Encoding(size=(world.RESOLUTION,) * 2, batch_size=self.config.batch_size))
+        encoder = PairEncoder(
+            self.pipeline, Encoding(size=(world.RESOLUTION, world.RESOLUTION), batch_size=self.config.batch_size)
+        )
         pairs = EncodedSet(encoder, reader, select(reader, Choice()))
         print(f"read {len(pairs)} pairs from {file}")
         return pairs
@@ -277,7 +279,7 @@ class Demo:
 
     def draw(self, captions: Sequence[str], rule: Rule, *, seed: int, label: str) -> np.ndarray:
         """One image per caption, `[N, 64, 64, 3]`; the noise of a caption depends on its number and the seed."""
-        draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION,) * 2, self.config.batch_size)
+        draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION, world.RESOLUTION), self.config.batch_size)
         return draw(captions, range(len(captions)), rule, seed=10 * self.config.seed + seed, label=label)
 
     def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +115,7 @@ def train_base(config: BaseConfig) -> Pipeline:
     return Pipeline(unet, vae, (text_encoder,), (tokenizer,), SCHEDULER)
 
 
-def new_network(module: type[nnx.Module], config: Any, seed: int) -> Network:
+def new_network(module: Callable[..., nnx.Module], config: Any, seed: int) -> Network:
     """A network with random weights."""
     graphdef, state = nnx.split(module(config, rngs=nnx.Rngs(params=seed)))
     return Network(config, graphdef, nnx.to_pure_dict(state))

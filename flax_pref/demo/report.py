@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -54,7 +55,7 @@ class Sweep:
     def best(self, method: str) -> float:
         """The w of the highest mean score."""
         means = {w: float(np.mean(scores)) for w, scores in self.scores[method].items()}
-        return max(means, key=means.get)
+        return max(means, key=lambda w: means[w])
 
 
 def compare(scores: np.ndarray, baseline: np.ndarray) -> dict:
@@ -76,7 +77,9 @@ def build_report(results: Sequence[MethodResult], seconds: float) -> dict:
     both kinds of prompts.
     """
     first, *others = results
-    methods = {first.name: {"mean": float(first.scores.mean()), "train_mean": float(first.train_scores.mean())}}
+    methods: dict[str, dict[str, float | None]] = {
+        first.name: {"mean": float(first.scores.mean()), "train_mean": float(first.train_scores.mean())}
+    }
     for result in others:
         methods[result.name] = {
             "mean": float(result.scores.mean()),
@@ -98,7 +101,8 @@ def build_report(results: Sequence[MethodResult], seconds: float) -> dict:
 def table(report: Mapping) -> list[list[str]]:
     """The comparison as rows of text, the header first."""
     rows = [["method", "w", "held-out score", "training score", "win rate over base", "gain over base"]]
-    for name, values in report["methods"].items():
+    methods: Mapping[str, Mapping[str, Any]] = report["methods"]
+    for name, values in methods.items():
         w = values.get("w")
         rows.append(
             [
@@ -163,7 +167,7 @@ def write_report(
     folder = Path(folder)
     chosen = np.linspace(0, len(captions) - 1, min(rows, len(captions))).round().astype(int)
     grid = {LABELS.get(result.name, result.name): result.images[chosen] for result in results}
-    image_grid(grid, [captions[i] for i in chosen], folder / "grid.png")
+    image_grid(grid, [captions[int(i)] for i in chosen], folder / "grid.png")
     _replace(folder / "sweep.png", _sweep_plot(sweep, scorer))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (resources.files("flax_pref.evaluation") / "templates" / "demo.html.jinja").read_text(encoding="utf-8")
@@ -194,7 +198,9 @@ def _sweep_plot(sweep: Sweep, scorer: str) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, scores in sweep.constant.items():
-        axes.axhline(np.mean(scores), color=COLOURS.get(name), linestyle="--", label=LABELS.get(name, name), zorder=1)
+        axes.axhline(
+            float(np.mean(scores)), color=COLOURS.get(name), linestyle="--", label=LABELS.get(name, name), zorder=1
+        )
     for name, by_w in sweep.scores.items():
         ws = sorted(by_w)
         means = [np.mean(by_w[w]) for w in ws]

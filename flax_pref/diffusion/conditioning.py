@@ -17,7 +17,11 @@ from numpy.typing import ArrayLike
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.models.unet import UNetConfig
+from flax_pref.shapes import Float, TokenIds
 
+# By the names of the UNet's arguments: hidden states `[B, T, D]` and pooled prompts `[B, P]`.
+Conditioning = dict[str, Float[jax.Array, "images ..."]]
+HostConditioning = dict[str, Float[np.ndarray, "images ..."]]
 QUOTED = 5  # cut prompts that a warning quotes
 
 
@@ -31,7 +35,7 @@ def chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.concatenate([wanted, np.full(size - len(wanted), start)]), len(wanted)
 
 
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64) -> dict[str, np.ndarray]:
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64) -> HostConditioning:
     """Encodes prompts; equal ones once.
 
     Args:
@@ -45,10 +49,13 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: in
         and projected prompts.
     """
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    distinct = np.array(list(place), object)
+    distinct = list(place)
     warn_of_cuts(pipeline, prompts)
     parts = [
-        {name: np.asarray(array)[:n] for name, array in encode_batch(pipeline, distinct[chosen]).items()}
+        {
+            name: np.asarray(array)[:n]
+            for name, array in encode_batch(pipeline, [distinct[i] for i in chosen.tolist()]).items()
+        }
         for chosen, n in chunks(len(distinct), batch_size)
     ]
     rows = [place[prompt] for prompt in prompts]
@@ -57,7 +64,7 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: in
 
 def encode_batch(
     pipeline: Pipeline, prompts: Sequence[str], *, sharding: jax.sharding.Sharding | None = None
-) -> dict[str, jax.Array]:
+) -> Conditioning:
     """What `encode_prompts` gives, in one call of each encoder and on the device: it does not wait for the results.
 
     Args:
@@ -69,8 +76,8 @@ def encode_batch(
     return encode_ids(pipeline, ids if sharding is None else jax.device_put(ids, sharding))
 
 
-def encode_ids(pipeline: Pipeline, ids: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    """What `encode_batch` gives, of token ids: int32 `[B, T]` from each of the tokenizers."""
+def encode_ids(pipeline: Pipeline, ids: Sequence[TokenIds]) -> Conditioning:
+    """What `encode_batch` gives, of token ids from each of the tokenizers."""
     last = len(pipeline.text_encoders) == 1
     encoded = [
         _encode(encoder.graphdef, last, encoder.params, own)
@@ -82,12 +89,12 @@ def encode_ids(pipeline: Pipeline, ids: Sequence[jax.Array]) -> dict[str, jax.Ar
     return conditioning
 
 
-def encode_blank(pipeline: Pipeline) -> dict[str, np.ndarray]:
+def encode_blank(pipeline: Pipeline) -> dict[str, Float[np.ndarray, "..."]]:
     """Encodes the empty text "", without leading axis."""
     return {name: array[0] for name, array in encode_prompts(pipeline, [""], batch_size=1).items()}
 
 
-def encode_empty(pipeline: Pipeline) -> dict[str, np.ndarray]:
+def encode_empty(pipeline: Pipeline) -> dict[str, Float[np.ndarray, "..."]]:
     """The conditioning of the unconditional prediction, without leading axis: `encode_blank`, or zeros in SDXL."""
     blank = encode_blank(pipeline)
     if pipeline.force_zeros_for_empty_prompt:
@@ -95,8 +102,8 @@ def encode_empty(pipeline: Pipeline) -> dict[str, np.ndarray]:
     return blank
 
 
-def size_ids(original_size: ArrayLike, crop_top_left: ArrayLike, target_size: ArrayLike) -> np.ndarray:
-    """SDXL's `time_ids`, float32 `[..., 6]` (arXiv:2307.01952, section 2.2), of `[..., 2]` each.
+def size_ids(original_size: ArrayLike, crop_top_left: ArrayLike, target_size: ArrayLike) -> Float[np.ndarray, "... 6"]:
+    """SDXL's `time_ids`, float32 (arXiv:2307.01952, section 2.2), of `[..., 2]` each.
 
     Sizes are (height, width) in pixels, crops (top, left).
     """

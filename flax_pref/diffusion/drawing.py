@@ -158,7 +158,7 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": flags.rule,
         "guidance_scale": flags.guidance_scale,
-        "w": _merged_strengths(flags.w) if flags.merge else flags.w,
+        "w": _merged_strengths(flags.w) if flags.merge and flags.w is not None else flags.w,
         "module": next(iter(sources), "module"),
         "reference": "base" if flags.module_base is None else OWN_BASE,
         "every": flags.every,

@@ -93,10 +93,11 @@ class DrawingFlags:
                 strength = None if text is None else parse_strengths(text)
             except ValueError as error:
                 raise UserError(f"--{flag} {text}: {error}") from error
-            if flag == "guidance-scale" and isinstance(strength, dict):
-                raise UserError(f"--guidance-scale {text}: expected one strength, it is the same for all modules")
-            if flag == "guidance-scale" and any(value < 0 for value in strength.values):
-                raise UserError(f"--guidance-scale {text}: expected 0 or more")
+            if flag == "guidance-scale" and strength is not None:
+                if isinstance(strength, dict):
+                    raise UserError(f"--guidance-scale {text}: expected one strength, it is the same for all modules")
+                if any(value < 0 for value in strength.values):
+                    raise UserError(f"--guidance-scale {text}: expected 0 or more")
         if self.quantize is not None and importlib.util.find_spec("qwix") is None:
             raise UserError(f"--quantize {self.quantize}: needs qwix; pip install 'flax-pref[quantize]'")
 

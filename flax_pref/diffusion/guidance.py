@@ -12,12 +12,15 @@ Strengths, w and s, are numbers, one number for each image, or a `Schedule` alon
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import numpy as np
 
+from flax_pref.shapes import Array
+
 Prompt = Literal["text", "empty", "proxy"]
+Shape = Literal["constant", "linear", "cosine", "list"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Strengths along the trajectory
@@ -45,7 +48,7 @@ class Schedule:
     """
 
     values: tuple
-    shape: Literal["constant", "linear", "cosine", "list"] = "constant"
+    shape: Shape = "constant"
     start: float = 0.0
     stop: float = 1.0
 
@@ -69,7 +72,7 @@ class Schedule:
         shape, *values = course.split(":") if ":" in course else ("constant", course)
         try:
             ends = dict(zip(("start", "stop"), map(float, interval.split(":")), strict=True)) if at else {}
-            return cls(tuple(map(float, values)), shape, **ends)
+            return cls(tuple(map(float, values)), cast(Shape, shape), **ends)
         except ValueError as error:
             raise ValueError(
                 f"{text!r} is no strength ({error}); expected a number, linear:FIRST:LAST, cosine:FIRST:LAST or "
@@ -191,7 +194,7 @@ class Rule:
         ('base', 'dpo')
     """
 
-    formula: Callable[[np.ndarray], tuple[Combination, Combination | Mapping[str, Combination]]]
+    formula: Callable[[np.ndarray | float], tuple[Combination, Combination | Mapping[str, Combination]]]
     guidance_scale: Strength = 1.0
     w: Strengths = 0.0
     every: int = 1
@@ -205,7 +208,7 @@ class Rule:
         if self.between not in ("hold", "extrapolate"):
             raise ValueError(f"between={self.between!r}, expected 'hold' or 'extrapolate'")
         strengths = {"guidance_scale": self.guidance_scale, **self.strengths, "proxy": self.proxy}
-        if (names := self.terms(np.float64(1.0))[1].keys()) != self.strengths.keys():
+        if (names := self.terms(1.0)[1].keys()) != self.strengths.keys():
             raise ValueError(
                 f"w has strengths for {', '.join(self.strengths)}; expected one for each of {', '.join(names)}"
             )
@@ -222,14 +225,14 @@ class Rule:
         """The strength of each contrast; a single one is named "w"."""
         return self.w if isinstance(self.w, Mapping) else {"w": self.w}
 
-    def terms(self, guidance_scale: np.ndarray) -> tuple[Combination, Mapping[str, Combination]]:
+    def terms(self, guidance_scale: np.ndarray | float) -> tuple[Combination, Mapping[str, Combination]]:
         """Steady, and the contrast of each of `strengths`."""
         steady, contrast = self.formula(guidance_scale)
         return steady, contrast if isinstance(contrast, Mapping) else {"w": contrast}
 
     def networks(self) -> tuple[str, ...]:
         """The networks that the rule asks for predictions of."""
-        steady, contrasts = self.terms(np.float64(2.0))
+        steady, contrasts = self.terms(2.0)
         rows = [row for part in (steady, *contrasts.values()) for row in part.coefficients]
         return tuple(dict.fromkeys(network for network, _ in rows))
 
@@ -420,9 +423,9 @@ def merge_weights(rule: Rule) -> dict[str, float]:
         {'pos': 2.0, 'neg': -2.0}
     """
     shares: dict[str, float] = {}
-    _, contrasts = rule.terms(np.float64(0.0))  # at s = 0 the whole of CFG_s(N) is one prediction of N
+    _, contrasts = rule.terms(0.0)  # at s = 0 the whole of CFG_s(N) is one prediction of N
     for name, w in rule.strengths.items():
-        if np.ndim(w) or isinstance(w, Schedule):
+        if not isinstance(w, float | int | np.ndarray | np.generic) or np.ndim(w):
             raise ValueError(f"{name}={w!r}: only one number for all steps and images can be merged into weights")
         for (network, _), coefficient in contrasts[name].coefficients.items():
             shares[network] = shares.get(network, 0.0) + float(w * coefficient)
@@ -468,13 +471,13 @@ class Table:
 
     rows: tuple[tuple[str, Prompt], ...] = dataclasses.field(metadata={"static": True})
     plans: tuple[GuidanceStep, ...] = dataclasses.field(metadata={"static": True})
-    steady: jax.Array
-    contrast: jax.Array
-    text: tuple[jax.Array, jax.Array] | None
-    w: jax.Array
-    extrapolation: jax.Array
-    rescale: jax.Array | None
-    proxy: jax.Array
+    steady: Array
+    contrast: Array
+    text: tuple[Array, Array] | None
+    w: Array
+    extrapolation: Array
+    rescale: Array | None
+    proxy: Array
 
     def images(self, chosen: np.ndarray) -> "Table":
         """The table of some of its images."""
@@ -538,7 +541,7 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     extrapolation = (
         np.where((order >= rule.every) & (rule.between == "extrapolate"), order % rule.every, 0) / rule.every
     )
-    text = rule.terms(np.float64(1.0))
+    text = rule.terms(1.0)
     table = Table(
         rows=rows,
         plans=plans,
@@ -550,8 +553,8 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
         extrapolation=extrapolation.astype(np.float32),
         rescale=None
         if rule.rescale is None
-        else _broadcast(np.float32(rule.rescale), (num_images,), "rescale").astype(np.float32),
-        proxy=np.float32(rule.proxy),
+        else _broadcast(np.asarray(rule.rescale, np.float32), (num_images,), "rescale").astype(np.float32),
+        proxy=np.asarray(rule.proxy, np.float32),
     )
     for r, (network, prompt) in enumerate(rows):
         with np.errstate(over="ignore"):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.models.network import Network
+from flax_pref.shapes import Array, Decoded, Float, GivenLatents, ImageKeys, Latents
 
 # Pixels per call of the autoencoder: one image of 1024 x 1024, four of 512 x 512. Its activations at full resolution
 # have 128 channels and more, so a whole batch of images at once would set the memory peak of everything.
@@ -19,18 +20,22 @@ PIXELS = 2**20
 
 
 def encode_images(
-    vae: Network, images: np.ndarray, *, keys: jax.Array | None = None, label: str = "encoding"
-) -> np.ndarray:
+    vae: Network,
+    images: Float[Array, "images image_height image_width 3"],
+    *,
+    keys: ImageKeys | None = None,
+    label: str = "encoding",
+) -> Float[np.ndarray, "images height width channels"]:
     """Scaled latents of images.
 
     Args:
         vae: the autoencoder.
-        images: `[N, H, W, 3]` in [0, 1].
-        keys: `[N]`, one per image, to sample the posterior; None for its mode.
+        images: in [0, 1].
+        keys: one per image, to sample the posterior; None for its mode.
         label: of the progress bar.
 
     Returns:
-        float32 `[N, h, w, Z]`, times the config's scaling_factor.
+        float32, times the config's scaling_factor.
     """
     latents = []
     with tqdm(total=len(images), desc=label, unit="image") as progress:
@@ -65,21 +70,21 @@ def latent_modes(batch: Mapping[str, Any], scaling_factor: float) -> dict[str, A
     return {**batch, **{image: scaling_factor * _mode(*_moments(batch[image])) for image in ("winner", "loser")}}
 
 
-def _moments(stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _moments(stored: Float[Array, "images height width moments"]) -> tuple[Latents, Latents]:
     mean, logvar = jnp.split(stored.astype(jnp.float32), 2, axis=-1)
     return mean, logvar
 
 
-def decode_latents(vae: Network, latents: jax.Array, *, shards: int = 1) -> jax.Array:
+def decode_latents(vae: Network, latents: GivenLatents, *, shards: int = 1) -> Decoded:
     """Images of latents, a few at a time, in one program; it does not wait for the result.
 
     Args:
         vae: the autoencoder.
-        latents: `[B, h, w, Z]`, scaled.
+        latents: scaled.
         shards: number of devices that the batch is divided over, which divides B; they decode at the same time.
 
     Returns:
-        float32 `[B, H, W, 3]` in [0, 1], on the devices.
+        float32 in [0, 1], on the devices.
     """
     size = [side * vae.config.downscale_factor for side in latents.shape[1:3]]
     own = len(latents) // shards
@@ -96,8 +101,8 @@ def _images_per_call(size) -> int:
 
 @partial(jax.jit, static_argnums=0)
 def _encode(graphdef: nnx.GraphDef, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    moments = nnx.merge(graphdef, params).encode(2 * images - 1)
-    return tuple(moment.astype(jnp.float32) for moment in moments)
+    mean, logvar = nnx.merge(graphdef, params).encode(2 * images - 1)
+    return mean.astype(jnp.float32), logvar.astype(jnp.float32)
 
 
 def _mode(mean: jax.Array, logvar: jax.Array) -> jax.Array:

@@ -13,24 +13,42 @@ import numpy as np
 
 from flax_pref.diffusion.guidance import GuidanceStep, Table
 from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
+from flax_pref.shapes import (
+    Array,
+    Float,
+    GivenLatents,
+    GivenRowLatents,
+    ImageKeys,
+    Latents,
+    RowLatents,
+    Timesteps,
+    Tree,
+)
 
-# (networks, latents [B, R, H, W, C], timesteps [B], conditioning of [B, R, ...]) -> noise_pred [B, R, H, W, C], where
-# networks is a static tuple of R names, one for each row of an image. See also `combine`.
-Predict = Callable[[tuple[str, ...], jax.Array, jax.Array, Any], jax.Array]
+# (networks, latents, timesteps, conditioning of [B, R, ...]) -> noise_pred, where networks is a static tuple of R
+# names, one for each row of an image. See also `combine`.
+Predict = Callable[[tuple[str, ...], GivenRowLatents, Timesteps, Tree], RowLatents]
+
+
+def predict_rows(
+    predict: Predict, networks: tuple[str, ...], latents: GivenRowLatents, timesteps: Timesteps, text: Tree
+) -> RowLatents:
+    """Calls a `Predict`: in this signature the shape of a prediction, which may be a user's own, is checked."""
+    return predict(networks, latents, timesteps, text)
 
 
 def sample(
     predict: Predict,
     table: Table,
     solver: Solver,
-    keys: jax.Array,
-    text: Any,
-    empty: Any,
+    keys: ImageKeys,
+    text: Tree,
+    empty: Tree,
     shape: tuple[int, int, int],
     *,
-    blank: Any = None,
+    blank: Tree = None,
     each_step: Callable[[], None] = lambda: None,
-) -> jax.Array:
+) -> Latents:
     """Draws latents.
 
     A pure function: jit it over what varies. Of the arguments, predict and shape are static.
@@ -39,7 +57,7 @@ def sample(
         predict: the networks, see `Predict`. It is called once per step, with the rows that the step needs.
         table: the guidance rule for the solver's steps and for B images; see `guidance.tabulate`.
         solver: of S rows.
-        keys: `[B]`, one per image; see `image_keys`.
+        keys: one per image; see `image_keys`.
         text: conditioning on the prompts. `[B, T, D]` hidden states, or any pytree of `[B, ...]` arrays that predict
             takes, such as hidden states, `text_embeds` and `time_ids` of SDXL.
         empty: the same for the rows "empty", with or without the leading axis: the encoded empty text "", zeros (SDXL),
@@ -49,7 +67,7 @@ def sample(
         each_step: called while JAX traces a step, e.g. to put a callback for a progress bar there.
 
     Returns:
-        latents, float32 `[B, H, W, C]`, scaled as the network knows them.
+        latents in float32, scaled as the network knows them.
 
     Raises:
         ValueError: the table or text do not fit.
@@ -65,25 +83,25 @@ def sample_trajectory(
     predict: Predict,
     table: Table,
     solver: Solver,
-    keys: jax.Array,
-    text: Any,
-    empty: Any,
+    keys: ImageKeys,
+    text: Tree,
+    empty: Tree,
     shape: tuple[int, int, int],
     *,
-    blank: Any = None,
-    start: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    blank: Tree = None,
+    start: GivenLatents | None = None,
+) -> tuple[Float[jax.Array, "visited images height width channels"], Float[jax.Array, "steps images"]]:
     """Draws the latents that `sample` draws, and returns all that lie on the way, with their log-probabilities.
 
     Online training needs these: the probability of each step, guidance included, under the networks that took it. It
     keeps S + 1 times the memory of the latents. The arguments are those of `sample`; the solver must be stochastic.
 
     Args:
-        start: the initial noise `[B, H, W, C]`, for trajectories that begin at one point; None: drawn from the keys.
+        start: the initial noise, for trajectories that begin at one point; None: drawn from the keys.
 
     Returns:
-        latents, float32 `[S + 1, B, H, W, C]`, from the initial noise to what `sample` returns, and log_probs, float32
-        `[S, B]`, where row i is that of the step from latents i to i + 1; see `solvers.log_prob`.
+        latents of S + 1 visits, from the initial noise to what `sample` returns, and log_probs of S steps, where row i
+        is that of the step from latents i to i + 1; see `solvers.log_prob`. Both are float32.
 
     Raises:
         ValueError: the solver is not stochastic, or as for `sample`.
@@ -118,18 +136,18 @@ class State(NamedTuple):
 
 
 def _walk(
-    observe: Callable[[jax.Array, jax.Array, Solver, jax.Array], Any],
+    observe: Callable[[Latents, Latents, Solver, Latents], Any],
     predict: Predict,
     table: Table,
     solver: Solver,
-    keys: jax.Array,
-    text: Any,
-    empty: Any,
+    keys: ImageKeys,
+    text: Tree,
+    empty: Tree,
     shape: tuple[int, int, int],
     *,
-    blank: Any = None,
-    start: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Any]:
+    blank: Tree = None,
+    start: GivenLatents | None = None,
+) -> tuple[Latents, Latents, Any]:
     """The scan of `sample`: the first latents, the last ones, and stacked over the steps what observe returns.
 
     observe is called in each step as `observe(latents, noise_pred, row, next_latents)`; without a start, that is drawn.
@@ -140,6 +158,7 @@ def _walk(
             f"sample: a table of {table.w.shape[0]} steps and {table.w.shape[-1]} images, but the solver has "
             f"{num_steps} steps and there are {num_images} keys"
         )
+    first = solver.init_noise_sigma * draw_normal(keys, 0, shape) if start is None else jnp.asarray(start)
     prompts = _prompts(table, text, empty, empty if blank is None else blank, num_images)
     conditioning = {
         plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(prompts[table.rows[r][1]] for r in plan.rows))
@@ -162,27 +181,27 @@ def _walk(
         else:
             sums = (steady + (w[:, None, None] * contrast).sum(axis=0) if plan.contrast == "new" else steady)[None]
         flat = sums.reshape(-1, *sums.shape[2:])[:, chosen]
-        predictions, *newest = combine(predict, flat, *arguments).reshape(*sums.shape[:2], *start.shape)
+        predictions, *newest = combine(predict, flat, *arguments).reshape(*sums.shape[:2], *first.shape)
 
         held = (jnp.stack(newest), state.contrast[0]) if kept else state.contrast
         if reuses and plan.contrast != "none":
             last, before = held
             predictions += (w[:, None, :, None, None, None] * (last + extrapolation * (last - before))).sum(axis=0)
-        noise_pred = predictions[0] if table.rescale is None else _rescale(*predictions, table.rescale)
+        noise_pred = (
+            predictions[0] if table.rescale is None else _rescale(predictions[0], predictions[1], table.rescale)
+        )
         noise = draw_normal(keys, i, shape) if solver.stochastic else None
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
         return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
 
-    if start is None:
-        start = solver.init_noise_sigma * draw_normal(keys, 0, shape)
     # K sums of predictions: the guided one and, where it is rescaled, the text prediction that it is made of.
     sums = [(table.steady, table.contrast)] + ([] if table.text is None else [table.text])
     steady, contrast = (jnp.stack(parts, axis=-3) for parts in zip(*sums, strict=True))
-    unknown = jnp.zeros((*contrast.shape[1:3], *start.shape), start.dtype)
-    state = State(start, no_history(solver, start), (unknown,) * (2 if reuses else 0))
+    unknown = jnp.zeros((*contrast.shape[1:3], *first.shape), first.dtype)
+    state = State(first, no_history(solver, first), (unknown,) * (2 if reuses else 0))
     strengths = (steady, contrast, table.w, table.extrapolation)
     state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)
-    return start, state.latents, observed
+    return first, state.latents, observed
 
 
 def _scan(body: Callable, state: Any, inputs: Any, plans: Sequence[GuidanceStep]) -> tuple[Any, Any]:
@@ -222,28 +241,33 @@ def segments(plans: Sequence[Any]) -> list[tuple[tuple[Any, ...], int]]:
 
 
 def combine(
-    predict: Predict, weights: jax.Array, networks: tuple[str, ...], latents: jax.Array, timesteps: jax.Array, text: Any
-) -> jax.Array:
-    """Weighted sums of predictions, float32 `[K, B, H, W, C]`, of weights `[K, R, B]`; other arguments: see `Predict`.
+    predict: Predict,
+    weights: Float[Array, "sums rows images"],
+    networks: tuple[str, ...],
+    latents: GivenRowLatents,
+    timesteps: Timesteps,
+    text: Tree,
+) -> Float[jax.Array, "sums images height width channels"]:
+    """Weighted sums of predictions in float32; other arguments than the weights: see `Predict`.
 
     A predict whose networks are on different devices has a method `combine` that does the same: they send the sums.
     """
-    if hasattr(predict, "combine"):
-        return predict.combine(weights, networks, latents, timesteps, text)
-    predictions = predict(networks, latents, timesteps, text).astype(jnp.float32)
+    if (sums := getattr(predict, "combine", None)) is not None:
+        return sums(weights, networks, latents, timesteps, text)
+    predictions = predict_rows(predict, networks, latents, timesteps, text).astype(jnp.float32)
     # Sums of products, no matrix product: accelerators would round the factors of that, and guidance takes differences
     # of near equals.
     return (weights[..., None, None, None] * jnp.moveaxis(predictions, 1, 0)).sum(axis=1)
 
 
-def _rescale(noise_pred: jax.Array, text_pred: jax.Array, share: jax.Array) -> jax.Array:
-    """Guidance rescale (arXiv:2305.08891, equations 15 and 16); share `[B]`."""
+def _rescale(noise_pred: Latents, text_pred: Latents, share: Float[Array, " images"]) -> Latents:
+    """Guidance rescale (arXiv:2305.08891, equations 15 and 16)."""
     deviation, wanted = (x.std(axis=(1, 2, 3)) for x in (noise_pred, text_pred))
     return noise_pred * (share * (wanted / deviation) + 1 - share)[:, None, None, None]
 
 
-def image_keys(seeds: int | Sequence[int], prompt_ids: Sequence[int]) -> jax.Array:
-    """The keys `[B]` of images, a function of each image's seed and prompt id only.
+def image_keys(seeds: int | Sequence[int] | np.ndarray, prompt_ids: Sequence[int] | np.ndarray) -> ImageKeys:
+    """The keys of images, a function of each image's seed and prompt id only.
 
     Args:
         seeds: one for all images, or one for each.
@@ -252,8 +276,8 @@ def image_keys(seeds: int | Sequence[int], prompt_ids: Sequence[int]) -> jax.Arr
     Raises:
         ValueError: a seed or a prompt id outside 0 .. 2^32 - 1.
     """
-    seeds, prompt_ids = np.broadcast_arrays(seeds, prompt_ids)
-    for name, values in (("seed", seeds), ("prompt_id", prompt_ids)):
+    all_seeds, all_ids = np.broadcast_arrays(seeds, prompt_ids)
+    for name, values in (("seed", all_seeds), ("prompt_id", all_ids)):
         # JAX would wrap larger numbers around, and two images would share their noise.
         outside = values[(values < 0) | (values >= 2**32)]
         if outside.size:
@@ -263,15 +287,15 @@ def image_keys(seeds: int | Sequence[int], prompt_ids: Sequence[int]) -> jax.Arr
         # Threefry whatever the default is: other generators draw differently under vmap, that is, by batch.
         return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), prompt_id)
 
-    return jax.vmap(key)(seeds.astype(np.uint32), prompt_ids.astype(np.uint32))
+    return jax.vmap(key)(all_seeds.astype(np.uint32), all_ids.astype(np.uint32))
 
 
-def draw_normal(keys: jax.Array, i: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal `[B, *shape]`: draw number i of each image, 0 at the start and then one per step."""
+def draw_normal(keys: ImageKeys, i: jax.Array | int, shape: tuple[int, ...]) -> Float[jax.Array, "images ..."]:
+    """Standard normal numbers for each image: its draw number i, 0 at the start and then one per step."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(keys)
 
 
-def _prompts(table: Table, text: Any, empty: Any, blank: Any, num_images: int) -> dict[str, Any]:
+def _prompts(table: Table, text: Tree, empty: Tree, blank: Tree, num_images: int) -> dict[str, Tree]:
     """The conditioning that each kind of prompt stands for, `[B, ...]` each."""
     for shape in (x.shape for x in jax.tree.leaves(text)):
         if shape[0] != num_images:

@@ -436,7 +436,7 @@ def solver_from_config(
             f"scheduler_config: _class_name={class_name!r:.80} is not supported; supported: "
             f"{' or '.join(SOLVERS)}; pass as name one of {', '.join(NAMES)} to sample with that instead"
         )
-    name = name or SOLVERS[class_name]
+    name = name or SOLVERS[str(class_name)]
     if name not in NAMES:
         raise ValueError(f"solver: name must be one of {', '.join(NAMES)}, got {name!r}")
     if name != "ddim" and eta:

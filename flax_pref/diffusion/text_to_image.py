@@ -126,22 +126,24 @@ class TextToImage:
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
-        for name, given in (lists | {"seeds": seed} if np.ndim(seed) else lists).items():
+        seeds = np.asarray(seed)
+        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts, "seeds": seeds if seeds.ndim else None}
+        for name, given in lists.items():
             if given is not None and len(given) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
         warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
-        prompts, ids, seeds = np.array(prompts, object), np.asarray(prompt_ids), np.broadcast_to(seed, len(prompts))
-        negative = None if negative_prompts is None else np.array(negative_prompts, object)
+        ids, seeds = np.asarray(prompt_ids), np.broadcast_to(seeds, len(prompts))
         table = tabulate(cfg() if rule is None else rule, len(self.solver.timesteps), len(prompts))
         images = []
         batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
         with tqdm(total=total, desc=label, unit=unit) as progress, watched_steps(progress, self.watch_steps) as bar:
             for chosen, n in batches:
-                avoided = None if negative is None else negative[chosen]
+                avoided = None if negative_prompts is None else [negative_prompts[int(i)] for i in chosen]
                 keys = image_keys(seeds[chosen], ids[chosen])
-                batch = self.draw(prompts[chosen], keys, table.images(chosen), negative_prompts=avoided, bar=bar)
+                batch = self.draw(
+                    [prompts[int(i)] for i in chosen], keys, table.images(chosen), negative_prompts=avoided, bar=bar
+                )
                 images.append(np.asarray(batch)[:n])
                 if not self.watch_steps:
                     progress.update(n)
@@ -254,7 +256,7 @@ def watched_steps(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
     number = next(_numbers)
     _bars[number] = bar
     try:
-        yield np.int32(number)
+        yield np.asarray(number, np.int32)
     finally:
         jax.effects_barrier()
         del _bars[number]
@@ -266,8 +268,11 @@ def watched_steps(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
 @partial(jax.jit, static_argnums=7)
 def _sample(bank, table, solver, keys, text, empty, blank, shape, bar):
     def update():
+        def count(number) -> None:
+            _bars[int(number)].update()
+
         if bar is not None:
-            jax.debug.callback(lambda number: _bars[int(number)].update(), bar)
+            jax.debug.callback(count, bar)
 
     return sample(bank, table, solver, keys, text, empty, shape, blank=blank, each_step=update)
 

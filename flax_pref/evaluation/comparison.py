@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,8 +154,8 @@ class ScoredRun:
     def w(self) -> float | None:
         """Strength of the modules, where it is one number."""
         try:
-            w = float(self.settings.get("w"))
-        except (TypeError, ValueError):
+            w = float(self.settings["w"])
+        except (KeyError, TypeError, ValueError):
             return None
         return w if math.isfinite(w) else None
 
@@ -210,8 +211,9 @@ def _checked(table: pa.Table, rewards: Iterable[str]) -> pa.Table:
 
 def _object(text: str | None, name: str, **options: Any) -> dict[str, Any]:
     """The JSON object in a cell; {} for an empty one."""
+    text = text or "{}"
     try:
-        values = json.loads(text or "{}", **options)
+        values = json.loads(text, **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} {text[:40]!r} is not JSON") from error
     if not isinstance(values, dict):
@@ -468,7 +470,7 @@ def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _diversity(items: Items, baseline: str, embedding: tuple[str, str] | None) -> list[dict[str, Any]]:
     """Mean cosine distance between the images of a prompt, over prompts with several seeds."""
-    if not items.embeddings:
+    if not items.embeddings or embedding is None:
         return []
     there = np.all([np.isfinite(e).all(axis=1) & e.any(axis=1) for e in items.embeddings.values()], axis=0)
     there &= np.bincount(items.prompts[there], minlength=len(there))[items.prompts] > 1
@@ -553,9 +555,9 @@ def read_votes(files: Iterable[str | os.PathLike]) -> list[Vote]:
     return [vote for file in files for vote in _votes_in(file)]
 
 
-def _votes_in(file: str | os.PathLike) -> list[Vote]:
+def _votes_in(file: str | os.PathLike[str]) -> list[Vote]:
     expected = "votes exported by the page vote.html"
-    content = read_json(file, expected=expected)
+    content = read_json(Path(file), expected=expected)
     if content.get("kind") != "flax_pref votes" or not isinstance(content.get("votes"), list):
         raise ValueError(f"{file}: not a file of votes; expected {expected}")
     kinds = {"prompt_id": int, "prompt": str, "seed": int, "left": str, "right": str, "vote": str}

@@ -186,8 +186,7 @@ def _copied(folder: Path, name: str, ref: ImageRef) -> str | None:
         if file.is_file() and file.stat().st_size == ref.size and _is(file.read_bytes(), ref):
             return there
     content = _content(ref)
-    extension = None if content is None else _extension(content)
-    if extension is None:
+    if content is None or (extension := _extension(content)) is None:
         return None
     with replacing(folder / f"{name}.{extension}") as unfinished:
         unfinished.write_bytes(content)

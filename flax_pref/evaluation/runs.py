@@ -360,12 +360,12 @@ def _fits(numbers: Sequence[tuple[Any, Any]], texts: Sequence[str] | None = None
 def _numbers(names: Sequence[str]) -> list[tuple[int, int]] | None:
     """Prompt and seed of names such as 12-3.png or 00012.png."""
     matches = [re.match(r"(\d+)(?:[-_](\d+)$|(?=\D|$))", PurePosixPath(name).stem) for name in names]
-    return [(int(match[1]), int(match[2] or 0)) for match in matches] if all(matches) else None
+    return None if None in matches else [(int(match[1]), int(match[2] or 0)) for match in matches if match]
 
 
 def _geneval_numbers(names: Sequence[str]) -> list[tuple[int, int]] | None:
     matches = [re.search(r"(?:^|/)(\d+)/samples/(\d+)\.\w+$", name) for name in names]
-    return [(int(match[1]), int(match[2])) for match in matches] if all(matches) else None
+    return None if None in matches else [(int(match[1]), int(match[2])) for match in matches if match]
 
 
 def _group_numbers(names: Sequence[str], grouped: Mapping[str, Sequence[int]]) -> list[tuple[int, int]] | None:

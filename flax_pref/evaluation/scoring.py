@@ -310,7 +310,7 @@ class Scorer:
             same_size: whether all images have the same size.
         """
         lacking = self.batch_size - len(images)
-        images, captions = [*images, *images[:1] * lacking], [*captions, *captions[:1] * lacking]
+        images, captions = [*images, *[images[0]] * lacking], [*captions, *[captions[0]] * lacking]
         prepared = self._reward.prepare(captions)
         if same_size:
             view = self._view(self._reward, jax.device_put(np.stack(images), self._divided))
@@ -327,7 +327,7 @@ def score_images(
     of: Mapping[str, Any],
     *,
     stop: Callable[[], bool] = lambda: False,
-    done: Callable[[int], None] = lambda count: None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Scores the pending images of a run, and saves the table at times and at the end, however that comes.
 
@@ -399,7 +399,7 @@ def _score_batch(scorer: Scorer, scores: Scores, batch: Batch, reads: Sequence[F
     return _Computing([batch.indices[place] for place in images], list(images), values, count)
 
 
-def _keep(scores: Scores, column: str, computing: _Computing | None, done: Callable[[int], None]) -> None:
+def _keep(scores: Scores, column: str, computing: _Computing | None, done: Callable[[int], object]) -> None:
     """Waits for a batch."""
     if computing is None:
         return

@@ -77,8 +77,8 @@ def _percent(interval: Interval) -> list[str]:
 
 def decimals(intervals: Iterable[Interval]) -> int:
     """Digits behind the point that show two digits of the width of the narrowest interval; 3 where there is none."""
-    widths = [i["high"] - i["low"] for i in intervals if i is not None and i["low"] is not None]
-    widths = [width for width in widths if width > 0]
+    bounds = ((i["low"], i["high"]) for i in intervals if i is not None)
+    widths = [high - low for low, high in bounds if low is not None and high is not None and high > low]
     return min(6, max(0, 1 - math.floor(math.log10(min(widths))))) if widths else 3
 
 
@@ -183,7 +183,7 @@ def _latex_column(intervals: Sequence[Interval], factor: float = 1) -> list[str]
         interval and {name: None if x is None else factor * x for name, x in interval.items()} for interval in intervals
     ]
     places = 1 if factor == 100 else decimals(scaled)
-    best = max(interval["value"] for interval in scaled if interval)
+    best = max(value for interval in scaled if interval and (value := interval["value"]) is not None)
     return [_latex_cell(interval, places, best) for interval in scaled]
 
 

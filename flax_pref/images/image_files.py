@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from flax_pref.images.choices import ImageFormat
 from flax_pref.images.grid import FRAME, GAP, INK, MARGIN, PAPER, TILE, font_of, wrapped
@@ -78,7 +78,7 @@ def read_metadata(file: bytes | str | os.PathLike) -> dict[str, Any]:
     content = file if isinstance(file, bytes) else epath.Path(file).read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.format == "PNG":
+            if isinstance(image, PngImageFile):
                 return {name: _value(text) for name, text in image.text.items()}
             description = image.getexif().get(_DESCRIPTION)
             return {} if description is None else json.loads(description)

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal, NamedTuple, Self, get_args
+from typing import IO, Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +123,7 @@ class Item(NamedTuple):
 class _Row(NamedTuple):
     """An image that is safe: the item that it is of, and where in the folder its bytes are."""
 
-    index: int
+    place: int
     file: str
     offset: int
     size: int
@@ -192,7 +192,8 @@ class ImageSet:
                 "process between 0 and their number"
             )
         self.folder = epath.Path(folder)
-        self._items, self._layout, self._format, self._shard_size = items, layout, image_format, shard_size
+        self._items, self._layout, self._shard_size = items, layout, shard_size
+        self._format: ImageFormat = image_format
         self._process, self._processes = process_index, process_count
         self._remote = "://" in os.fspath(self.folder)
         self._names = image_names(items, layout, image_format)
@@ -249,7 +250,7 @@ class ImageSet:
             self._check_settings()
             self._recover(self._verify)
 
-    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+    def write(self, indices: Sequence[int] | np.ndarray, images: np.ndarray) -> None:
         """Writes a batch; when this returns the images are safe.
 
         Args:
@@ -382,8 +383,9 @@ class ImageSet:
 
     def _recover(self, verify: bool = False) -> None:
         """Finds what is safe, completes the shards where a kill came between, and removes what is left over."""
-        if hasattr(self.folder._backend, "fs"):  # fsspec remembers listings, and other processes have written since
-            self.folder._backend.fs(self.folder).invalidate_cache()
+        backend = getattr(self.folder, "_backend", None)
+        if (fs := getattr(backend, "fs", None)) is not None:  # fsspec remembers listings, others have written since
+            fs(self.folder).invalidate_cache()
         leftovers = collections.defaultdict(set)
         for name in self._list(PARTS):
             shard = re.match(r"\d+", name)
@@ -392,12 +394,12 @@ class ImageSet:
         # In this order a whole shard comes before its parts, what it lists is newer; the manifest is the oldest.
         files = sorted((name for names in leftovers.values() for name in names if name.endswith(".json")), reverse=True)
         records = dict(zip(files, self._pool.map(self._read_record, files), strict=True))
-        manifest = [row for row in self._read_manifest() if row.index // self._shard_size in self._own]
+        manifest = [row for row in self._read_manifest() if row.place // self._shard_size in self._own]
         sizes = self._sizes({row.file for rows in (*records.values(), manifest) for row in rows})
         self._rows = {}
         for rows in (*records.values(), manifest):
             for row in _sound(rows, sizes):
-                self._rows.setdefault(row.index, row)
+                self._rows.setdefault(row.place, row)
         changed = self._find_changed() if verify else set()
         self._begun = True
         for shard in sorted({*leftovers, *changed}):
@@ -412,10 +414,10 @@ class ImageSet:
         """Forgets images that are not as they were written; the shards whose tar files are not, outside of images."""
         rows = sorted(self._rows.values())
         found = list(zip(rows, self._pool.map(self._compare, rows), strict=True))
-        self.damaged = [row.index for row, state in found if state == "image"]
+        self.damaged = [row.place for row, state in found if state == "image"]
         for index in self.damaged:
             del self._rows[index]
-        return {row.index // self._shard_size for row, state in found if state == "sample"}
+        return {row.place // self._shard_size for row, state in found if state == "sample"}
 
     def _compare(self, row: _Row) -> Literal["image", "sample", ""]:
         """What of an image is not as it was written: its bytes, or what is around them in the tar file of a shard."""
@@ -426,8 +428,8 @@ class ImageSet:
                 return "image"
             if not row.file.endswith(".tar") or row.file.startswith(PARTS):
                 return ""
-            before, content = tar_members(self._names[row.index], self._metadata(row.index), image, self._format)
-            if row.index == self._indices(row.index // self._shard_size)[-1]:
+            before, content = tar_members(self._names[row.place], self._metadata(row.place), image, self._format)
+            if row.place == self._indices(row.place // self._shard_size)[-1]:
                 content += TAR_END
             file.seek(max(0, row.offset - len(before)))
             return "" if file.read(len(before) + len(content)) == before + content else "sample"
@@ -436,9 +438,9 @@ class ImageSet:
         """Makes the records of an unfinished shard list exactly what is safe."""
         kept = set()
         for name, rows in records.items():
-            safe = [row for row in rows if self._rows.get(row.index) == row]
+            safe = [row for row in rows if self._rows.get(row.place) == row]
             if safe and safe != rows:
-                name = self._put_record(self._part(shard, safe[0].index), safe)
+                name = self._put_record(self._part(shard, safe[0].place), safe)
             if safe:
                 kept |= {name, *(row.file.removeprefix(f"{PARTS}/") for row in safe)}
         for name in names - kept:
@@ -453,11 +455,11 @@ class ImageSet:
 
     def _is_own(self, row: _Row) -> bool:
         """Whether a row of a record can be one of this process's images."""
-        numbers = (row.index, row.offset, row.size, row.width, row.height)
+        numbers = (row.place, row.offset, row.size, row.width, row.height)
         return (
             all(type(number) is int and 0 <= number < LARGEST for number in numbers)
-            and row.index < len(self._items)
-            and row.index // self._shard_size in self._own
+            and row.place < len(self._items)
+            and row.place // self._shard_size in self._own
             and type(row.file) is type(row.sha256) is str
             and _is_inside(row.file)
         )
@@ -512,7 +514,7 @@ class ImageSet:
             where = {index: (self._names[index], 0) for index in batch}
         rows = [_Row(index, *where[index], len(batch[index]), hashes[index], width, height) for index in batch]
         self._put_record(part, rows)
-        self._rows.update((row.index, row) for row in rows)
+        self._rows.update((row.place, row) for row in rows)
         if all(index in self._rows for index in self._indices(shard)):
             self._complete(shard)
 
@@ -527,9 +529,9 @@ class ImageSet:
         file = f"{shard:05d}.tar"
         if self._layout == "webdataset" and (rewrite or any(row.file != file for row in rows)):
             offsets = self._put_tar(file, self._indices(shard), map(self._read_image, rows))
-            rows = [row._replace(file=file, offset=offsets[row.index]) for row in rows]
+            rows = [row._replace(file=file, offset=offsets[row.place]) for row in rows]
         whole = self._put_record(f"{shard:05d}", rows)
-        self._rows.update((row.index, row) for row in rows)
+        self._rows.update((row.place, row) for row in rows)
         for name in self._list(PARTS):
             if re.match(rf"0*{shard}\D", name) and name != whole:
                 (self.folder / PARTS / name).unlink(missing_ok=True)
@@ -636,7 +638,7 @@ class ImageSet:
             image = file.read(row.size)
         if hashlib.sha256(image).hexdigest() != row.sha256:
             raise UserError(
-                f"{self.folder / row.file}: its bytes are not those that were written (image {row.index}): run the "
+                f"{self.folder / row.file}: its bytes are not those that were written (image {row.place}): run the "
                 "same command again with --verify, which draws it again"
             )
         return image
@@ -677,7 +679,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1)
         self._accepted: collections.deque[Future] = collections.deque()
 
-    def put(self, indices: Sequence[int], images: Any) -> None:
+    def put(self, indices: Sequence[int] | np.ndarray, images: Any) -> None:
         """Accepts a batch, as soon as there is room for it.
 
         Args:
@@ -692,7 +694,7 @@ class Writer:
             self._accepted.popleft().result()
         self._accepted.append(self._thread.submit(self._write, indices, images))
 
-    def _write(self, indices: Sequence[int], images: Any) -> None:
+    def _write(self, indices: Sequence[int] | np.ndarray, images: Any) -> None:
         self._set.write(indices, np.asarray(images))
         self._written(len(indices))
 
@@ -792,7 +794,7 @@ def _set_aside(folder: epath.Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}.folder"))
 
 
-def _write(file: BinaryIO, chunks: Iterable[bytes]) -> None:
+def _write(file: IO[bytes], chunks: Iterable[bytes]) -> None:
     for chunk in chunks:  # not every object store's file has writelines
         file.write(chunk)
 

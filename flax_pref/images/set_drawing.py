@@ -212,7 +212,9 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
     negative = None if flags.negative_prompt is None else [flags.negative_prompt] * size
     # A program that reports its steps is never kept in the compilation cache; where steps are short, that costs more.
     by_step = flags.prompts is None and platform() == "cpu"
-    total = {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
+    total: dict[str, Any] = (
+        {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
+    )
     started, drawn = time.perf_counter(), 0
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 

@@ -20,6 +20,7 @@ from flax_pref.methods.errors import (
     reference_errors,
     text_of_images,
 )
+from flax_pref.shapes import Bool, Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,11 @@ class CHATS(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; `empty` is required, and the authors' code has zeros for it.
 
         The metrics are `loss`, `accuracy` (share of pairs that both together predict better than the reference),
@@ -77,8 +78,8 @@ class CHATS(PairMethod):
         return chats(guidance_scale)
 
 
-def drop_loser_prompts(batch: Mapping[str, Any], dropped: jax.Array, empty: Any) -> Any:
-    """The text of winners and losers, `[B, 2, ...]` each, with the empty prompt for losers of `dropped [B]` pairs."""
+def drop_loser_prompts(batch: Mapping[str, Any], dropped: Bool[jax.Array, " images"], empty: Tree) -> Tree:
+    """The text of winners and losers, `[B, 2, ...]` each, with the empty prompt for the losers of dropped pairs."""
 
     def drop(x, of_empty):
         return jnp.where(dropped.reshape(-1, *(1,) * (x.ndim - 1)), jnp.asarray(of_empty, x.dtype), x)

@@ -20,6 +20,7 @@ from flax_pref.methods.online import (
     pred_coef,
     safe_variance,
 )
+from flax_pref.shapes import Key, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,8 @@ class D3PO(Preferences):
     modules: ClassVar[tuple[str, ...]] = ("d3po",)
 
     def loss(
-        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, predict: Predict, batch: Mapping[str, Any], key: Key[jax.Array, ""] | None
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `OnlineMethod`; the metrics are those of `online.pair_loss`.
 
         The batch has `latents` and `next_latents [B, 2, H, W, C]`, x_t and x_{t-1} of winner and loser, at the same

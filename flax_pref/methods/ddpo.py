@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import log_prob
 from flax_pref.methods.online import OnlineMethod, RolloutInputs, draw_trajectories, guided
+from flax_pref.shapes import Float, Key, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class DDPO(OnlineMethod):
         self.expect("advantage_clip", 0 < self.advantage_clip < math.inf, "a number above 0")
 
     def loss(
-        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, predict: Predict, batch: Mapping[str, Any], key: Key[jax.Array, ""] | None
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `OnlineMethod`.
 
         The batch has `latents` and `next_latents [B, H, W, C]`, x_t and x_{t-1}; `log_prob [B]` of the step when it was
@@ -97,8 +98,8 @@ class DDPO(OnlineMethod):
         }
 
 
-def advantages(rewards: jax.Array) -> jax.Array:
-    """`(r - mean) / std` of each image among those of its prompt, `[P, G]`; zero where all are the same.
+def advantages(rewards: Float[jax.Array, "prompts images"]) -> Float[jax.Array, "prompts images"]:
+    """`(r - mean) / std` of each image among those of its prompt; zero where all are the same.
 
     The authors' code has running statistics of each prompt; here they are those of the G images that one policy drew.
     """

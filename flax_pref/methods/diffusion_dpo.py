@@ -17,6 +17,7 @@ from flax_pref.methods.errors import (
     pair_metrics,
     reference_errors,
 )
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,11 @@ class DiffusionDPO(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`.
 
         The metrics are `loss`, `accuracy` (share of pairs that the module ranks right against the reference), `winner`

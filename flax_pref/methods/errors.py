@@ -13,9 +13,23 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.diffusion.guidance import Rule, pgd
-from flax_pref.diffusion.sampler import Predict
+from flax_pref.diffusion.sampler import Predict, predict_rows
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.lora import BASE
+from flax_pref.shapes import (
+    Array,
+    Float,
+    GivenLatents,
+    Int,
+    Key,
+    Latents,
+    PerImage,
+    PerRow,
+    RowLatents,
+    Scalar,
+    Timesteps,
+    Tree,
+)
 
 PAIR = ("winner", "loser")
 
@@ -39,11 +53,11 @@ class PairMethod:
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """The loss of a batch and its metrics, scalars.
 
         Args:
@@ -73,20 +87,20 @@ class NoisyImages(NamedTuple):
     """R rows for each entry of a batch, each an image of it, with the same noise at the same timestep.
 
     Attributes:
-      latents: `[B, R, H, W, C]`.
-      timesteps: `[B]`.
+      latents: of each row.
+      timesteps: of each image.
       text: what else the networks are told, a pytree of `[B, R, ...]` arrays.
-      noise: `[B, 1, H, W, C]`, what the networks are to predict.
+      noise: what the networks are to predict, the same for all rows of an image.
     """
 
-    latents: jax.Array
-    timesteps: jax.Array
-    text: Any
-    noise: jax.Array
+    latents: RowLatents
+    timesteps: Timesteps
+    text: Tree
+    noise: Float[jax.Array, "images 1 height width channels"]
 
 
 def noisy_images(
-    batch: Mapping[str, Any], key: jax.Array, schedule: NoiseSchedule, images: tuple[str, ...] = PAIR
+    batch: Mapping[str, Any], key: Key[jax.Array, ""], schedule: NoiseSchedule, images: tuple[str, ...] = PAIR
 ) -> NoisyImages:
     """What networks predict from; the same key gives the same noise and timesteps, whatever the images.
 
@@ -109,7 +123,7 @@ def noisy_images(
     return NoisyImages(latents, timesteps, text_of_images(batch, images), noise[:, None])
 
 
-def text_of_images(batch: Mapping[str, Any], images: tuple[str, ...]) -> Any:
+def text_of_images(batch: Mapping[str, Any], images: tuple[str, ...]) -> Tree:
     """The text of a batch for R rows, `[B, R, ...]` each: the same in all, but in SDXL with the size of the image."""
     text = jax.tree.map(lambda x: jnp.stack([x] * len(images), axis=1), batch["text"])
     if isinstance(text, Mapping) and "text_embeds" in text and "time_ids" not in text:
@@ -117,50 +131,56 @@ def text_of_images(batch: Mapping[str, Any], images: tuple[str, ...]) -> Any:
     return text
 
 
-def draw_noise(schedule: NoiseSchedule, latents: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`t ~ U{0 .. T-1}` and `eps ~ N(0, 1)` for each row of `latents [B, H, W, C]`: `([B], [B, H, W, C])`."""
+def draw_noise(
+    schedule: NoiseSchedule, latents: GivenLatents, key: Key[jax.Array, ""]
+) -> tuple[Int[jax.Array, " images"], Latents]:
+    """`t ~ U{0 .. T-1}` and `eps ~ N(0, 1)` for each image."""
     timestep_key, noise_key = jax.random.split(key)
     timesteps = jax.random.randint(timestep_key, latents.shape[:1], 0, schedule.num_train_timesteps)
     return timesteps, jax.random.normal(noise_key, latents.shape)
 
 
-def errors(predict: Predict, networks: tuple[str, ...], noisy: NoisyImages) -> jax.Array:
-    """L of the network of each row, `[R, B]`, so that rows can be unpacked; one batched prediction."""
-    noise_pred = predict(networks, noisy.latents, noisy.timesteps, noisy.text)
+def errors(predict: Predict, networks: tuple[str, ...], noisy: NoisyImages) -> PerRow:
+    """L of the network of each row, rows first so that they can be unpacked; one batched prediction."""
+    noise_pred = predict_rows(predict, networks, noisy.latents, noisy.timesteps, noisy.text)
     return denoising_error(noise_pred, noisy.noise).T
 
 
-def denoising_error(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
-    """`L = mean over H, W, C of (eps_theta - eps)^2`, `[...]` of `[..., H, W, C]`, in no less than float32."""
+def denoising_error(
+    noise_pred: Float[Array, "*rows height width channels"], noise: Float[Array, "... height width channels"]
+) -> Float[jax.Array, "*rows"]:
+    """`L = mean over H, W, C of (eps_theta - eps)^2` in no less than float32; the noise is broadcast."""
     return jnp.square(residual(noise_pred, noise)).mean(axis=(-3, -2, -1))
 
 
-def residual(noise_pred: jax.Array, noise: jax.Array) -> jax.Array:
+def residual(
+    noise_pred: Float[Array, "*rows height width channels"], noise: Float[Array, "... height width channels"]
+) -> Float[jax.Array, "*rows height width channels"]:
     """`eps_theta - eps` in no less than float32; the gradient of L with respect to `eps_theta` is a multiple of it."""
-    return noise_pred.astype(jnp.promote_types(noise_pred.dtype, jnp.float32)) - noise
+    return jnp.asarray(noise_pred, jnp.promote_types(noise_pred.dtype, jnp.float32)) - noise
 
 
-def reference_errors(predict: Predict, noisy: NoisyImages) -> jax.Array:
-    """L of the reference for every image, `[R, B]`, a constant.
+def reference_errors(predict: Predict, noisy: NoisyImages) -> PerRow:
+    """L of the reference for every image, a constant.
 
     It is a prediction of its own: as rows of the policy's, the reference would take part in computing gradients.
     """
     return jax.lax.stop_gradient(errors(predict, (BASE,) * noisy.latents.shape[1], noisy))
 
 
-def logistic_loss(logits: jax.Array) -> jax.Array:
-    """`-log sigmoid` of each pair's logit `[B]`, then the mean over pairs: in this order (Jensen's inequality)."""
+def logistic_loss(logits: PerImage) -> Scalar:
+    """`-log sigmoid` of each pair's logit, then the mean over pairs: in this order (Jensen's inequality)."""
     return -jax.nn.log_sigmoid(logits).mean()
 
 
-def pair_metrics(loss: jax.Array, logits: jax.Array, winner: jax.Array, loser: jax.Array) -> dict[str, jax.Array]:
+def pair_metrics(loss: Scalar, logits: PerImage, winner: PerImage, loser: PerImage) -> dict[str, Scalar]:
     """The metrics that methods that learn from pairs share, scalars.
 
     Args:
       loss: of the batch.
-      logits: `[B]`, above zero where a pair is ranked as it should be; those that are zero, as before any training,
+      logits: above zero where a pair is ranked as it should be; those that are zero, as before any training,
         count one half in `accuracy`.
-      winner: errors `[B]`, minus those of the reference where there is one.
+      winner: errors, minus those of the reference where there is one.
       loser: of losers likewise.
     """
     accuracy = jnp.mean((logits > 0) + 0.5 * (logits == 0))

@@ -11,6 +11,7 @@ from flax_pref.config import check_positive
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import PairMethod, errors, noisy_images, pair_metrics, reference_errors
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,11 @@ class KTO(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; the loss is one half before any training.
 
         The metrics are those of `DiffusionDPO`, and `baseline`, Q.

@@ -11,6 +11,7 @@ from flax_pref.config import check_positive
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import PairMethod, errors, logistic_loss, noisy_images, pair_metrics
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,11 @@ class MaPO(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`.
 
         The metrics are `loss`, `accuracy` (share of pairs whose winner the module predicts better than the loser),

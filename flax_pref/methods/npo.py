@@ -23,6 +23,7 @@ from flax_pref.methods.errors import (
     pair_metrics,
     reference_errors,
 )
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,11 @@ class NPO(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; the winner is the image that people prefer, here too.
 
         The metrics are `loss`, `accuracy` (share of pairs whose loser the module prefers, against the reference),

@@ -24,9 +24,15 @@ import numpy as np
 
 from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
-from flax_pref.diffusion.sampler import Predict, draw_normal, sample_trajectory
+from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
 from flax_pref.diffusion.solvers import Solver, step
 from flax_pref.models.lora import BASE
+from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Int, Key, Latents, PerImage, Scalar, Tree
+
+Candidates = Float[jax.Array, "images candidates height width channels"]
+"""K latents, or predictions from them, of each image."""
+GivenCandidates = Float[Array, "images candidates height width channels"]
+"""The same that may also lie on the host."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Methods
@@ -39,7 +45,7 @@ class RolloutInputs(NamedTuple):
         predict: the networks.
         solver: of S rows.
         clean: r and u, `[S]` each; see `solvers.clean_estimate`.
-        keys: `[B]`.
+        keys: one for each prompt.
         text: conditioning on the prompts, `[B, ...]` each.
         empty: of no prompt, likewise.
         shape: `(H, W, C)` of latents.
@@ -50,12 +56,12 @@ class RolloutInputs(NamedTuple):
     predict: Predict
     solver: Solver
     clean: tuple[np.ndarray, np.ndarray]
-    keys: jax.Array
-    text: Any
-    empty: Any
+    keys: ImageKeys
+    text: Tree
+    empty: Tree
     shape: tuple[int, int, int]
-    score: Callable[[jax.Array], jax.Array]
-    ascent: Callable[[jax.Array], jax.Array]
+    score: Callable[[Latents], PerImage]
+    ascent: Callable[[Latents], Latents]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +97,8 @@ class OnlineMethod:
         return False
 
     def loss(
-        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, predict: Predict, batch: Mapping[str, Any], key: Key[jax.Array, ""] | None
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """The loss of a batch and its metrics, scalars.
 
         Args:
@@ -161,8 +167,8 @@ class StepPairs(Preferences):
     """
 
     def loss(
-        self, predict: Predict, batch: Mapping[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, predict: Predict, batch: Mapping[str, Any], key: Key[jax.Array, ""] | None
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `OnlineMethod`; the metrics are those of `pair_loss`.
 
         The batch has `latents [B, H, W, C]`, x_t; `winner` and `loser`, x_{t-1} likewise; `rewards [B, 2]`, of winner
@@ -199,25 +205,25 @@ class StepPairs(Preferences):
 
 
 def guided(
-    predict: Predict, network: str, batch: Mapping[str, Any], latents: jax.Array, guidance_scale: float
-) -> jax.Array:
+    predict: Predict, network: str, batch: Mapping[str, Any], latents: GivenCandidates, guidance_scale: float
+) -> Candidates:
     """`eps(x, empty) + s (eps(x, text) - eps(x, empty))` of K latents of each row of a batch, in one prediction.
 
     Args:
       predict: the networks.
       network: its name.
       batch: has `row`, `text` and `empty`; see `OnlineMethod.loss`.
-      latents: `[B, K, H, W, C]`.
+      latents: K of each image.
       guidance_scale: s; with 1 nothing is predicted without the prompt.
 
     Returns:
-      `[B, K, H, W, C]`, in no less than float32.
+      in no less than float32.
     """
     count, unguided = latents.shape[1], guidance_scale == 1
     prompts = [batch["text"]] * count if unguided else [batch["empty"]] * count + [batch["text"]] * count
     text = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *prompts)
     inputs = latents if unguided else jnp.concatenate([latents, latents], axis=1)
-    noise_pred = predict((network,) * len(prompts), inputs, batch["row"].timesteps, text)
+    noise_pred = predict_rows(predict, (network,) * len(prompts), inputs, batch["row"].timesteps, text)
     noise_pred = noise_pred.astype(jnp.promote_types(noise_pred.dtype, jnp.float32))
     if unguided:
         return noise_pred
@@ -226,37 +232,37 @@ def guided(
 
 
 def guided_pair(
-    predict: Predict, policy: str, batch: Mapping[str, Any], latents: jax.Array, guidance_scale: float
-) -> tuple[jax.Array, jax.Array]:
+    predict: Predict, policy: str, batch: Mapping[str, Any], latents: GivenCandidates, guidance_scale: float
+) -> tuple[Candidates, Candidates]:
     """`guided` of the policy, and of the base as a constant, a prediction of its own."""
     predicted = guided(predict, policy, batch, latents, guidance_scale)
     return predicted, jax.lax.stop_gradient(guided(predict, BASE, batch, latents, guidance_scale))
 
 
-def pred_coef(row: Solver) -> jax.Array:
-    """k_t of `mu = a x_t + k_t noise_pred`, `[B, 1, 1, 1]`."""
+def pred_coef(row: Solver) -> Float[jax.Array, "images 1 1 1"]:
+    """k_t of `mu = a x_t + k_t noise_pred`."""
     return (row.estimate_coefs[:, 0] * row.estimate_from_pred)[:, None, None, None]
 
 
-def mean_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`<a, b> / D`, `[...]` of `[..., H, W, C]`."""
+def mean_product(a: GivenLatents, b: GivenLatents) -> PerImage:
+    """`<a, b> / D`."""
     return (a * b).mean(axis=(-3, -2, -1))
 
 
-def safe_variance(row: Solver) -> jax.Array:
-    """sigma_t^2 `[B]`; one where a step draws no noise, for its pairs do not count, see `pair_loss`."""
+def safe_variance(row: Solver) -> PerImage:
+    """sigma_t^2; one where a step draws no noise, for its pairs do not count, see `pair_loss`."""
     return jnp.where(row.fresh_noise_coef > 0, jnp.square(row.fresh_noise_coef), 1)
 
 
-def clip_ratio(log_ratio: jax.Array, ratio_clip: float | None) -> jax.Array:
+def clip_ratio(log_ratio: PerImage, ratio_clip: float | None) -> PerImage:
     """The logarithm of a ratio that is limited to `1 - ratio_clip ... 1 + ratio_clip`; as it is where that is None."""
     if ratio_clip is None:
         return log_ratio
     return jnp.clip(log_ratio, jnp.log1p(-ratio_clip), jnp.log1p(ratio_clip))
 
 
-def pair_loss(logits: jax.Array, batch: Mapping[str, Any], margin: float) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`-log sigmoid` of each pair's logit `[B]`, then the mean over the pairs that count; zero if none does.
+def pair_loss(logits: PerImage, batch: Mapping[str, Any], margin: float) -> tuple[Scalar, dict[str, Scalar]]:
+    """`-log sigmoid` of each pair's logit, then the mean over the pairs that count; zero if none does.
 
     A pair counts if the gap of its rewards is above the margin, and if its step has drawn noise.
 
@@ -363,14 +369,18 @@ def draw_step_pairs(
     return {**pairs, "reward": pairs["reward"][:, -1]}
 
 
-def _take(x: jax.Array, which: jax.Array) -> jax.Array:
-    """`[B, H, W, C]` of `[B, K, H, W, C]` and `[B]`."""
+def _take(x: Candidates, which: Int[jax.Array, " images"]) -> Latents:
+    """One of the K latents of each image."""
     return jnp.take_along_axis(x, which[:, None, None, None, None], axis=1)[:, 0]
 
 
 def draw_trajectories(
     drawing: RolloutInputs, method: OnlineMethod, *, images: int, one_start: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[
+    Float[jax.Array, "prompts images visited height width channels"],
+    Float[jax.Array, "prompts images steps"],
+    Float[jax.Array, "prompts images"],
+]:
     """Whole trajectories of several images for each prompt.
 
     Args:
@@ -380,7 +390,7 @@ def draw_trajectories(
         one_start: whether those of a prompt begin with the same noise.
 
     Returns:
-        latents `[B, G, S + 1, H, W, C]`, log-densities of the steps `[B, G, S]` and rewards `[B, G]`.
+        latents of S + 1 visits, log-densities of S steps, and rewards.
     """
     count, (network,) = len(drawing.keys), method.modules
     # Number 0 of a prompt's key is the common start.

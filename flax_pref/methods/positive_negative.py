@@ -11,6 +11,7 @@ from flax_pref.diffusion.guidance import Rule, cpgd
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import PAIR, PairMethod, errors, noisy_images
+from flax_pref.shapes import Key, Scalar, Tree
 
 PAIR_OF_MODULES = ("pos", "neg")
 
@@ -37,7 +38,7 @@ class PositiveNegative(PairMethod):
         check_field(self, "train", self.train in ("both", *PAIR_OF_MODULES), "'both', 'pos' or 'neg'")
 
     @property
-    def modules(self) -> tuple[str, ...]:
+    def modules(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (a constant elsewhere)
         """Names of the modules that it trains."""
         return PAIR_OF_MODULES if self.train == "both" else (self.train,)
 
@@ -45,11 +46,11 @@ class PositiveNegative(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; the metrics are `loss`, `winner` and `loser`, the error of each module that is trained."""
         images = {image: name for image, name in zip(PAIR, PAIR_OF_MODULES, strict=True) if name in self.modules}
         noisy = noisy_images(batch, key, schedule, tuple(images))

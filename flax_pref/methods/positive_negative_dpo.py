@@ -19,6 +19,7 @@ from flax_pref.methods.errors import (
     pair_metrics,
     reference_errors,
 )
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ class PositiveNegativeDPO(PairMethod):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; metrics are `loss`, those of DPO after `positive_` and those of NPO after `negative_`."""
         pos, neg = self.modules
         twice = noisy_images(batch, key, schedule, PAIR * 2)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.config import check_share
-from flax_pref.diffusion.sampler import Predict
+from flax_pref.diffusion.sampler import Predict, predict_rows
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.diffusion_dpo import DiffusionDPO
 from flax_pref.methods.errors import (
@@ -19,6 +19,7 @@ from flax_pref.methods.errors import (
     reference_errors,
     residual,
 )
+from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,15 @@ class SDPO(DiffusionDPO):
         self,
         predict: Predict,
         batch: Mapping[str, Any],
-        key: jax.Array,
+        key: Key[jax.Array, ""],
         *,
         schedule: NoiseSchedule,
-        empty: Any = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        empty: Tree = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         """See `PairMethod`; the metrics are those of `DiffusionDPO` and `safeguard`, the mean over pairs."""
         policy = self.modules[0]
         noisy = noisy_images(batch, key, schedule)
-        noise_pred = predict((policy, policy), noisy.latents, noisy.timesteps, noisy.text)
+        noise_pred = predict_rows(predict, (policy, policy), noisy.latents, noisy.timesteps, noisy.text)
         winner, loser = denoising_error(noise_pred, noisy.noise).T - reference_errors(predict, noisy)
         weight = safeguard(noise_pred, noisy.noise, self.mu)
         # The value is that of `loser`, the gradient is `weight` times as large.

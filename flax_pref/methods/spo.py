@@ -27,7 +27,7 @@ class SPO(StepPairs):
     """See `Preferences`."""
     pool: int = 4
     """Candidates for a step; the trajectory continues from any of them."""
-    skip: int = 4
+    skip: int = 4  # pyright: ignore[reportIncompatibleVariableOverride] (a constant elsewhere)
     """Steps at the beginning that have one candidate, and that nothing is learned from."""
 
     def __post_init__(self):

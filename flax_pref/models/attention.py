@@ -8,7 +8,7 @@ the cache, is four times as fast as the whole at 4096 positions.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.A
     k = jnp.moveaxis(k, 1, 3)  # [B, N, Hd, S]
     if is_causal:
         seen = jnp.tri(q.shape[2], k.shape[3], dtype=bool)
-        out = jnp.concatenate([_softmax_attention(*image, seen)[0] for image in _images(q, k, v)])
+        out = jnp.concatenate([_softmax_attention(*image, mask=seen)[0] for image in _images(q, k, v)])
     else:
         out = _attend(q, k, v)
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
@@ -297,7 +297,8 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         if filled > length:
             q, k, v = _fill(q, k, v, filled - length)
-        return jnp.swapaxes(jax.vmap(kernel)(q, k, v)[:, :, :length], 1, 2)
+        out = cast(jax.Array, jax.vmap(kernel)(q, k, v))  # without the statistics, which it gives if asked
+        return jnp.swapaxes(out[:, :, :length], 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:  # no mesh, or each device is on its own already

@@ -10,7 +10,6 @@ A bank is a pytree of its parameters, to be passed to a jitted function, and a `
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.models.lora import BASE, LoRALayer, bank_predict
+from flax_pref.shapes import Float, GivenRowLatents, RowLatents, Timesteps, Tree
 
 AXIS = "network"  # of a mesh, for networks side by side
 
@@ -57,7 +57,9 @@ class Bank:
 
     members: tuple[Member, ...]
 
-    def __call__(self, networks: tuple[str, ...], latents: jax.Array, timesteps: jax.Array, text: Any) -> jax.Array:
+    def __call__(
+        self, networks: tuple[str, ...], latents: GivenRowLatents, timesteps: Timesteps, text: Tree
+    ) -> RowLatents:
         """Predicts; see `diffusion.sampler.Predict`.
 
         Raises:
@@ -97,7 +99,9 @@ class Stack:
     mesh: Mesh = dataclasses.field(metadata={"static": True})
     params: dict
 
-    def __call__(self, networks: tuple[str, ...], latents: jax.Array, timesteps: jax.Array, text: Any) -> jax.Array:
+    def __call__(
+        self, networks: tuple[str, ...], latents: GivenRowLatents, timesteps: Timesteps, text: Tree
+    ) -> RowLatents:
         """Predicts; see `diffusion.sampler.Predict`.
 
         Raises:
@@ -108,8 +112,13 @@ class Stack:
         return jnp.moveaxis(self.combine(each, networks, latents, timesteps, text), 0, 1)
 
     def combine(
-        self, weights: jax.Array, networks: tuple[str, ...], latents: jax.Array, timesteps: jax.Array, text: Any
-    ) -> jax.Array:
+        self,
+        weights: Float[jax.Array, "sums rows images"],
+        networks: tuple[str, ...],
+        latents: GivenRowLatents,
+        timesteps: Timesteps,
+        text: Tree,
+    ) -> Float[jax.Array, "sums images height width channels"]:
         """Weighted sums of predictions; what devices send each other is one reduction of the sums.
 
         Devices predict equally many rows: one that is asked for fewer takes any, which no sum contains, while others

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from flax_pref.models import config as config_io
 from flax_pref.models.attention import attention
 from flax_pref.models.layers import Embedding, LayerNorm, Linear
+from flax_pref.shapes import TokenIds
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -92,15 +93,34 @@ class CLIPEmbeddings(nnx.Module):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, **kinds)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, **kinds)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
+    def __call__(self, input_ids: TokenIds) -> jax.Array:
         """`[B, T] -> [B, T, D]`."""
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+
+
+class EncoderConfig(Protocol):  # properties, for the fields of frozen dataclasses cannot be written
+    """What the layers of both encoders of CLIP, of text and of images, are made by; see `CLIPTextConfig`."""
+
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def intermediate_size(self) -> int: ...  # noqa: D102
+    @property
+    def num_hidden_layers(self) -> int: ...  # noqa: D102
+    @property
+    def num_attention_heads(self) -> int: ...  # noqa: D102
+    @property
+    def hidden_act(self) -> str: ...  # noqa: D102
+    @property
+    def layer_norm_eps(self) -> float: ...  # noqa: D102
+    @property
+    def is_causal(self) -> bool: ...  # noqa: D102
 
 
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention, causal where `config.is_causal`."""
 
-    def __init__(self, config: CLIPTextConfig, **kinds):
+    def __init__(self, config: EncoderConfig, **kinds):
         self.q_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
         self.k_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
         self.v_proj = Linear(config.hidden_size, config.hidden_size, **kinds)
@@ -119,7 +139,7 @@ class CLIPAttention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, config: CLIPTextConfig, **kinds):
+    def __init__(self, config: EncoderConfig, **kinds):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, **kinds)
         self.hidden_act = config.hidden_act
@@ -132,7 +152,7 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Attention and MLP, each behind a normalisation and around a skip connection."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.layer_norm1 = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
         self.self_attn = CLIPAttention(config, **kinds, rngs=rngs)
@@ -148,7 +168,7 @@ class EncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: CLIPTextConfig, **kinds):
+    def __init__(self, config: EncoderConfig, **kinds):
         self.layers = nnx.List([EncoderLayer(config, **kinds) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +188,7 @@ class TextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, **kinds, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
 
-    def __call__(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, input_ids: TokenIds) -> tuple[jax.Array, jax.Array]:
         """`[B, T]` to the penultimate state and the normalised last state, each `[B, T, D]`."""
         penultimate, last = self.encoder(self.embeddings(input_ids))
         return penultimate, self.final_layer_norm(last)
@@ -187,11 +207,11 @@ class CLIPTextModel(nnx.Module):
             else None
         )
 
-    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
+    def __call__(self, input_ids: TokenIds) -> CLIPTextOutput:
         """Encodes texts.
 
         Args:
-            input_ids: `[B, T]` token ids, `T <= config.max_position_embeddings`; each text contains its end token.
+            input_ids: `[B, T]`, with `T <= config.max_position_embeddings`; each text contains its end token.
         """
         penultimate, last = self.text_model(input_ids)
         pooled = last[jnp.arange(input_ids.shape[0]), end_positions(input_ids, self.config.eos_token_id)]
@@ -199,7 +219,7 @@ class CLIPTextModel(nnx.Module):
         return CLIPTextOutput(last, penultimate, pooled, projected)
 
 
-def end_positions(input_ids: jax.Array, eos_token_id: int) -> jax.Array:
+def end_positions(input_ids: TokenIds, eos_token_id: int) -> jax.Array:
     """Position `[B]` of the first end token in each text `[B, T]`."""
     # The published configs say eos_token_id=2 although the token is 49407, the largest id of the vocabulary.
     if eos_token_id == 2:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from flax_pref.models.platform import CACHED, per_device, platform
+from flax_pref.shapes import Array
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype) -> jax.Array:
@@ -161,17 +162,19 @@ def _sum_of_rows(x: jax.Array, kernel: jax.Array, padding: tuple[int, int]) -> j
     takes longer than the convolution; here the rows of all images are the batch.
     """
     x = jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0)))
-    height, total = x.shape[1] - 2, 0.0
-    for i in range(3):
-        rows = x[:, i : i + height].reshape(-1, *x.shape[2:])
-        total += jax.lax.conv_general_dilated(
-            rows,
+    height = x.shape[1] - 2
+
+    def along_rows(i: int) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x[:, i : i + height].reshape(-1, *x.shape[2:]),
             kernel[i],
             (1,),
             (padding,),
             dimension_numbers=("NWC", "WIO", "NWC"),
             preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         )
+
+    total = along_rows(0) + along_rows(1) + along_rows(2)
     return total.reshape(x.shape[0], height, *total.shape[1:]).astype(x.dtype)
 
 
@@ -260,13 +263,15 @@ def _gated_gelu_backward(known, gradient):
 gated_gelu.defvjp(lambda *known: (gated_gelu(*known), known), _gated_gelu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise(means: Callable, epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _normalised(means: Callable, epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """`(x - mean) / sqrt(variance + epsilon) * scale + bias` in float32, or float64 if x is.
 
     `means` are those over what is normalised.
     """
     return _normalise_forward(means, epsilon, x, scale, bias)[0]
+
+
+_normalise = jax.custom_vjp(_normalised, nondiff_argnums=(0, 1))
 
 
 def _normalise_forward(means, epsilon, x, scale, bias):
@@ -356,7 +361,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (num, features), param_dtype))
         self.dtype = dtype
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Array) -> jax.Array:
         """`[...] integers -> [..., features]`."""
         return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
 
@@ -413,6 +418,7 @@ class ResnetBlock2D(nnx.Module):
         """`[B, H, W, in], [B, temb_channels] -> [B, H, W, out]`."""
         h = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
+            assert temb is not None, "a resnet with a projection of the time embedding needs one"
             h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
         h = self.conv2(silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))

@@ -12,16 +12,17 @@ adapters, and where a mesh splits the batch, all rows of an image stay on one de
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from flax_pref.models.layers import Conv, Linear, normal
+from flax_pref.models.layers import Conv, Keys, Linear, normal
 from flax_pref.models.platform import CACHED, platform
 from flax_pref.models.quantized import at_use
+from flax_pref.models.tree import flatten_dict
 
 BASE = "base"  # the network without adapters
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every attention
@@ -36,10 +37,10 @@ Rows = tuple[str, ...]  # the network of each row of an image
 
 
 class AdaptedRows(NamedTuple):
-    """Neighbouring adapted rows in groups of one size: rows `start ... start + len(indices) * count` of an image."""
+    """Neighbouring adapted rows in groups of one size: rows `start ... start + len(indices) * size` of an image."""
 
     start: int
-    count: int
+    size: int
     indices: tuple[int, ...]
 
 
@@ -51,7 +52,7 @@ def adapted_rows(rows: Rows, modules: Sequence[str]) -> list[AdaptedRows]:
         if network != BASE:
             index = modules.index(network)
             previous = runs[-1] if runs else None
-            if previous and previous.count == count and previous.start + len(previous.indices) * count == start:
+            if previous and previous.size == count and previous.start + len(previous.indices) * count == start:
                 runs[-1] = previous._replace(indices=(*previous.indices, index))
             else:
                 runs.append(AdaptedRows(start, count, (index,)))
@@ -78,14 +79,14 @@ class LoRALayer(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((len(modules), rank, features), param_dtype))
         self.modules = tuple(modules)
         self.scale = alpha / rank
-        self.rows = None
+        self.rows: Rows | None = None
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
         """Applies one A to each group of rows: `[n, m, c, ..., in] -> [n, m, c, ..., r]`."""
         raise NotImplementedError
 
-    def images(self, x: jax.Array) -> int:
-        """How many images a batch holds.
+    def layout(self, x: jax.Array) -> tuple[int, Rows]:
+        """How many images a batch holds, and the rows of each.
 
         Raises:
             ValueError: it cannot be divided into rows, or they are not set.
@@ -94,14 +95,14 @@ class LoRALayer(nnx.Module):
             raise ValueError(f"LoRA: no rows are set for modules {self.modules}; call set_rows(module, rows) first")
         if x.shape[0] % len(self.rows):
             raise ValueError(f"LoRA: a batch of {x.shape[0]} is no multiple of the {len(self.rows)} rows {self.rows}")
-        return x.shape[0] // len(self.rows)
+        return x.shape[0] // len(self.rows), self.rows
 
     def adapt(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Adds the modules' deltas to the base output `y [B, ..., out]` of `x [B, ..., in]`."""
-        shape, images = y.shape, self.images(x)
-        x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
-        y = y.reshape(images, len(self.rows), *shape[1:])
-        for start, count, indices in adapted_rows(self.rows, self.modules):
+        shape, (images, rows) = y.shape, self.layout(x)
+        x = x.astype(self.dtype).reshape(images, len(rows), *x.shape[1:])
+        y = y.reshape(images, len(rows), *shape[1:])
+        for start, count, indices in adapted_rows(rows, self.modules):
             stop = start + count * len(indices)
             # Slices of static bounds, no gather: XLA joins them again where they are neighbours.
             a, b = (
@@ -111,7 +112,7 @@ class LoRALayer(nnx.Module):
             low_rank = self.down(x[:, start:stop].reshape(images, len(indices), count, *x.shape[2:]), a)
             delta = self.scale * jnp.einsum("nmc...r,mro->nmc...o", low_rank, b)
             # Padding fuses with the addition, and its gradient is a slice; an update in place would be a scatter.
-            padding = ((0, 0), (start, len(self.rows) - stop), *((0, 0),) * (y.ndim - 2))
+            padding = ((0, 0), (start, len(rows) - stop), *((0, 0),) * (y.ndim - 2))
             y = y + jnp.pad(delta.reshape(images, stop - start, *y.shape[2:]), padding)
         return y.reshape(shape)
 
@@ -138,11 +139,11 @@ class LoRALinear(LoRALayer, Linear):
         For CPUs and many positions: to add a low-rank product to rows that have left the cache takes as long as the
         layer itself, and the weights that this makes are small beside the rows.
         """
-        images = self.images(x)
-        x = x.astype(self.dtype).reshape(images, len(self.rows), *x.shape[1:])
+        images, rows = self.layout(x)
+        x = x.astype(self.dtype).reshape(images, len(rows), *x.shape[1:])
         kernel, products, start = self.kernel[...].astype(self.dtype), [], 0
         bias = 0 if self.bias is None else self.bias[...].astype(self.dtype)
-        for network, group in itertools.groupby(self.rows):
+        for network, group in itertools.groupby(rows):
             stop = start + len(list(group))
             own = x[:, start:stop]
             if network == BASE:
@@ -220,7 +221,7 @@ def add_lora(
     alpha: float,
     targets: Sequence[str] = DEFAULT_TARGETS,
     param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | Keys,
 ) -> None:
     """Replaces the targeted layers of `module` by adapted ones, in place; works on abstract modules too.
 
@@ -256,8 +257,11 @@ def add_lora(
                 f"add_lora: layer {'.'.join(map(str, path))!r} has adapters {layer.modules} already; "
                 "name all modules in one call"
             )
-        kind = LoRALinear if isinstance(layer, Linear) else LoRAConv
-        _replace(module, path, kind(layer, modules, rank=rank, alpha=float(alpha), param_dtype=param_dtype, rngs=rngs))
+        kinds: dict[str, Any] = {"rank": rank, "alpha": float(alpha), "param_dtype": param_dtype, "rngs": rngs}
+        adapted = (
+            LoRALinear(layer, modules, **kinds) if isinstance(layer, Linear) else LoRAConv(layer, modules, **kinds)
+        )
+        _replace(module, path, adapted)
 
 
 def _ending(path: tuple) -> tuple:
@@ -266,7 +270,7 @@ def _ending(path: tuple) -> tuple:
     return path[last:]
 
 
-def _replace(module: nnx.Module, path: tuple, layer: nnx.Module) -> None:
+def _replace(module: Any, path: tuple, layer: nnx.Module) -> None:
     for key in path[:-1]:
         module = module[key] if isinstance(key, int) else getattr(module, key)
     if isinstance(path[-1], int):

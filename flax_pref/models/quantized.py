@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from flax_pref.models.choices import QuantizedType
+from flax_pref.models.tree import flatten_dict
 
 # float8 with four bits of exponent and three of mantissa (arXiv:2209.05433): that with more exponent is for gradients.
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}

@@ -1,7 +1,7 @@
 """What the backward pass computes again instead of keeping it."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 from flax import nnx
@@ -55,4 +55,4 @@ def set_remat(module: nnx.Module, remat: Remat) -> None:
         raise ValueError(f"set_remat: remat must be one of {', '.join(get_args(Remat))}, got {remat!r}")
     for _, block in nnx.iter_modules(module):
         if hasattr(block, "remat"):
-            block.remat = remat
+            cast(Any, block).remat = remat

@@ -343,7 +343,7 @@ def resnet_and_transformer(
 
 
 # `attend(channels)` builds the transformer that follows a resnet; blocks without attention to the text get None.
-Attend = Callable[[int], Transformer2DModel] | None
+Attend = Callable[[int], Transformer2DModel]
 
 
 class DownBlock2D(nnx.Module):
@@ -355,7 +355,7 @@ class DownBlock2D(nnx.Module):
         out_channels: int,
         *,
         num_layers: int,
-        attend: Attend,
+        attend: Attend | None,
         add_downsample: bool,
         resnet: Callable[[int, int], ResnetBlock2D],
         **kinds,
@@ -405,7 +405,7 @@ class UpBlock2D(nnx.Module):
         out_channels: int,
         skip_channels: list[int],
         *,
-        attend: Attend,
+        attend: Attend | None,
         add_upsample: bool,
         resnet: Callable[[int, int], ResnetBlock2D],
         **kinds,
@@ -476,7 +476,7 @@ class UNet2DCondition(nnx.Module):
             TimestepEmbedding(
                 config.projection_class_embeddings_input_dim, config.time_channels, param_dtype=param_dtype, rngs=rngs
             )
-            if config.addition_embed_type == "text_time"
+            if config.addition_embed_type == "text_time" and config.projection_class_embeddings_input_dim is not None
             else None
         )
 
@@ -576,8 +576,9 @@ class UNet2DCondition(nnx.Module):
             timestep_embedding, flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift
         )
         temb = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]))
-        if not needed:
+        if self.add_embedding is None or text_embeds is None or time_ids is None:
             return temb
+        assert self.config.addition_time_embed_dim is not None, "UNetConfig asks for it"
         size_embeds = sinusoids(time_ids.reshape(-1), self.config.addition_time_embed_dim)
         added = [text_embeds.astype(jnp.float32), size_embeds.reshape(len(time_ids), -1)]
         return temb + self.add_embedding(jnp.concatenate(added, axis=-1))

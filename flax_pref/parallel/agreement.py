@@ -111,6 +111,7 @@ def _compare(own: Mapping[str, Fact]) -> None:
     with other versions or options of JAX a computation may abort or hang.
     """
     client, host, hosts = distributed.global_state.client, jax.process_index(), range(jax.process_count())
+    assert client is not None, "several processes are connected"
     place = f"flax_pref/agreement/{next(_NUMBER)}"
     values = json.dumps({name: fact.value for name, fact in own.items()}, sort_keys=True)
     digest = hashlib.sha256(values.encode()).hexdigest()

@@ -3,19 +3,24 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from flax_pref.models.bank import AXIS
 
+if TYPE_CHECKING:
+    from jaxlib._jax import Device  # `jax.Device` is a variable, which no annotation may be
+else:
+    from jax import Device
+
 AXES = ("data", AXIS)
 TRAINING_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(text: str, devices: Sequence[jax.Device], axes: Sequence[str] = AXES) -> Mesh:
+def make_mesh(text: str, devices: Sequence[Device], axes: Sequence[str] = AXES) -> Mesh:
     """A mesh from text such as `data=-1` or `network=3,data=-1`, where -1 takes the devices that are left.
 
     Args:
@@ -45,7 +50,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device], axes: Sequence[str] = AX
     return Mesh(arranged(tuple(sizes.values()), devices), tuple(sizes))
 
 
-def arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+def arranged(sizes: tuple[int, ...], devices: Sequence[Device]) -> np.ndarray:
     """Devices as an array of these sizes; those near each other on the last axes are so in the machine.
 
     Raises:

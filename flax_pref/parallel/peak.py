@@ -2,13 +2,14 @@
 
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from flax_pref.parallel.mesh import Device
 
 # Dense FLOP/s in bfloat16 of one device of JAX, after its maker; the first pattern that is found in its kind counts.
 PEAKS = {
@@ -24,7 +25,7 @@ PEAKS = {
 }
 
 
-def step_flops(program: Callable, *arguments: Any) -> float:
+def step_flops(program: Any, *arguments: Any) -> float:
     """Floating-point operations of one call on all devices, as XLA counts them before it optimises.
 
     XLA counts the body of a loop once, which is too little of the loops over blocks that CPUs get, and kernels not at
@@ -46,7 +47,7 @@ def step_flops(program: Callable, *arguments: Any) -> float:
         return program.lower(*shapes).cost_analysis()["flops"]
 
 
-def compile_and_count(lowered: Any, program: Callable, *arguments: Any) -> tuple[Any, float]:
+def compile_and_count(lowered: Any, program: Any, *arguments: Any) -> tuple[Any, float]:
     """A program for this machine, and its `step_flops`.
 
     They are counted while it is compiled: the one is work of Python, for a second trace, and the other of XLA.
@@ -61,7 +62,7 @@ def compile_and_count(lowered: Any, program: Callable, *arguments: Any) -> tuple
         return compiling.result(), flops
 
 
-def peak_of(device: jax.Device, dtype: str) -> tuple[float | None, str]:
+def peak_of(device: Device, dtype: str) -> tuple[float | None, str]:
     """The peak of a device in FLOP/s and what it is, or None and why there is none.
 
     Args:

@@ -114,15 +114,13 @@ def compared(rows: Sequence[tuple[Sequence[str], dict[str, Any] | None, str]]) -
     fast = sorted((one for one in planned if one[1]["fits"]), key=lambda one: -one[1].get("per_second_per_chip", 0))
     large = sorted((one for one in planned if not one[1]["fits"]), key=lambda one: one[1]["excess_bytes"])
     unit = planned[0][1]["unit"] if planned else "pair"
-    cells = [("", f"{unit}s/s per chip", "seconds", "share of peak", "left of a chip's memory")]
+    cells: list[Sequence[str]] = [("", f"{unit}s/s per chip", "seconds", "share of peak", "left of a chip's memory")]
     for flags, told in fast:
-        figures = (
-            f"{told[n]:{kind}}"
-            for n, kind in (("per_second_per_chip", ".4g"), ("seconds", ".4g"), ("share_of_peak", ".1%"))
-        )
-        cells.append((" ".join(flags), *figures, size_text(-told["excess_bytes"])))
+        kinds = (("per_second_per_chip", ".4g"), ("seconds", ".4g"), ("share_of_peak", ".1%"))
+        figures = [f"{told[n]:{kind}}" for n, kind in kinds]
+        cells.append([" ".join(flags), *figures, size_text(-told["excess_bytes"])])
     for flags, told in large:
-        cells.append((" ".join(flags), "", "", "", f"does not fit by {size_text(told['excess_bytes'])}"))
+        cells.append([" ".join(flags), "", "", "", f"does not fit by {size_text(told['excess_bytes'])}"])
     errors = [f"{' '.join(flags)}: {error}" for flags, told, error in rows if told is None]
     estimate = f"not measured: {ESTIMATE[planned[0][1]['effort']]}" if planned else ""
     return "\n".join([aligned(cells), *errors, estimate])

@@ -302,9 +302,13 @@ def product_flops(one: Instruction, around: Computation, tile: int = 1) -> int:
         return 2 * math.prod(one.outputs[0].shape) * math.prod(lhs.shape[int(d)] for d in contracted if d)
     if one.opcode != "convolution":
         return 0
-    names = re.fullmatch(r"(\w+)_(\w+)->(\w+)", one.attribute(r"dim_labels=([^,\s]+)") or "").groups()
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", one.attribute(r"dim_labels=([^,\s]+)") or "")
+    if labels is None:
+        raise ValueError("a convolution without dim_labels")
     arrays = (*(around[operand].outputs[0] for operand in one.operands), one.outputs[0])
-    lhs, rhs, out = (dict(zip(own, array.shape, strict=True)) for own, array in zip(names, arrays, strict=True))
+    lhs, rhs, out = (
+        dict(zip(own, array.shape, strict=True)) for own, array in zip(labels.groups(), arrays, strict=True)
+    )
     window = dict(re.findall(r"(\w+)=([\w-]+)", one.attribute(r"window=\{([^}]*)\}") or ""))
     positions = 1
     for place, axis in enumerate(sorted(label for label in out if label.isdigit())):
@@ -335,9 +339,12 @@ def _slowness(branch: list[Executed]) -> tuple[float, float]:
     return sum(done.cost.cycles for done in branch), sum(done.cost.flops + done.cost.touched for done in branch)
 
 
-def _called(one: Instruction, role: str) -> str | None:
-    """The computation that an instruction calls as its body, condition, ..."""
-    return one.attribute(rf"\b{role}=%?([\w.-]+)")
+def _called(one: Instruction, role: str) -> str:
+    """The computation that an instruction calls as its body, condition, ...; a ValueError if it calls none so."""
+    name = one.attribute(rf"\b{role}=%?([\w.-]+)")
+    if name is None:
+        raise ValueError(f"{one.opcode}: calls no {role}")
+    return name
 
 
 def _branches(one: Instruction) -> list[str]:

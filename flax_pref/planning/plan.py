@@ -90,9 +90,15 @@ class Plan:
         return self.excess <= 0
 
     @property
+    def _cost(self) -> Cost:
+        if self.cost is None:
+            raise ValueError(f"{self.job.name}: the compiler refuses the program, so nothing is known of its time")
+        return self.cost
+
+    @property
     def seconds(self) -> float:
         """Of a call, what chips send each other not included."""
-        return self.cost.cycles / self.topology.chip.clock
+        return self._cost.cycles / self.topology.chip.clock
 
     @property
     def link_seconds(self) -> float:
@@ -109,7 +115,7 @@ class Plan:
     @property
     def share_of_peak(self) -> float:
         """Of what the maker says that a chip can do."""
-        return self.cost.flops / self.seconds / self.topology.peak
+        return self._cost.flops / self.seconds / self.topology.peak
 
 
 def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
@@ -275,7 +281,8 @@ def parts_of(executed: Sequence[Executed], unnamed: str) -> dict[str, tuple[floa
     named = sorted(
         (part for part in parts if part != unnamed), key=lambda part: (ORDER.index(part.split(".")[0]), part)
     )
-    return {part: tuple(parts[part]) for part in (*named, unnamed) if part in parts and sum(parts[part])}
+    present = [(part, *parts[part]) for part in (*named, unnamed) if part in parts]
+    return {part: (forward, backward) for part, forward, backward in present if forward + backward}
 
 
 def sent_by(executed: Sequence[Executed]) -> dict[str, tuple[int, float]]:
@@ -290,14 +297,14 @@ def sent_by(executed: Sequence[Executed]) -> dict[str, tuple[int, float]]:
 
 def bounds_of(executed: Sequence[Executed], topology: Topology) -> dict[str, float]:
     """Shares of the cycles of instructions that products, or main memory, take most of; the rest is all else."""
-    cycles = collections.Counter()
+    cycles: dict[str, float] = collections.defaultdict(float)
     for one in executed:
         products = one.cost.flops / topology.peak * topology.chip.clock
         memory = one.cost.bytes / topology.chip.bandwidth * topology.chip.clock
         most = "matrix products" if products >= memory else "main memory"
         cycles[most if 2 * max(products, memory) >= one.cost.cycles else "vector units and copies"] += one.cost.cycles
-    total = cycles.total()
-    return {name: count / total for name, count in cycles.most_common() if total}
+    total = sum(cycles.values())
+    return {name: count / total for name, count in sorted(cycles.items(), key=lambda item: -item[1]) if total}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +354,7 @@ def verdict(one: Plan) -> str:
 def table_of_parts(parts: Mapping[str, tuple[float, float]], clock: float) -> str:
     """Cycles and time of parts of the network."""
     total = sum(map(sum, parts.values()))
-    rows = [("part", "forward", "backward", "time", "share")]
+    rows: list[Sequence[str]] = [("part", "forward", "backward", "time", "share")]
     for part, cycles in parts.items():
         both = sum(cycles)
         seconds = f"{both / clock * 1e3:.4g} ms"

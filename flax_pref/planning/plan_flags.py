@@ -4,12 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from flax_pref.config import UserError, parse_flags
 from flax_pref.diffusion.drawing_flags import DrawingFlags
 
-F = TypeVar("F")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+F = TypeVar("F", bound="DataclassInstance")
 Effort = Literal["quick", "full"]
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flax_pref.compilation import share_code
 from flax_pref.config import UserError
+from flax_pref.parallel.mesh import Device
 from flax_pref.parallel.peak import peak_flops
 
 
@@ -68,7 +70,7 @@ class Topology(NamedTuple):
     """
 
     name: str
-    devices: list[jax.Device]
+    devices: Sequence[Device]
     chip: Chip
     peak: float
 
@@ -113,5 +115,7 @@ def topology(name: str) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise UserError(f"--topology {name}: there is no such slice ({reason}); expected e.g. {EXAMPLES}") from error
-    peak, _ = peak_flops(devices[0].device_kind, "bfloat16")
+    peak, reason = peak_flops(devices[0].device_kind, "bfloat16")
+    if peak is None:
+        raise UserError(f"--topology {name}: {reason}")
     return Topology(name, devices, CHIPS[kind], peak)

@@ -16,6 +16,7 @@ from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
 from flax_pref.diffusion.conditioning import encode_ids
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.methods.online import OnlineMethod
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import Family
 from flax_pref.models.remat import Remat
@@ -66,8 +67,9 @@ def divisible(config: TrainConfig, mesh: Mesh) -> TrainConfig:
         f"planned with {name}={size} and accumulation={parts}: {asked[0]} in {asked[1]} parts cannot be divided over "
         f"{chips} chips"
     )
-    if config.online is None:
+    if config.input is not None:
         return dataclasses.replace(config, input=dataclasses.replace(config.input, batch_size=size), accumulation=parts)
+    assert config.online is not None  # a config has one of the two
     rollouts = dataclasses.replace(config.online.rollouts, batch_size=size)
     return dataclasses.replace(config, online=dataclasses.replace(config.online, rollouts=rollouts), accumulation=parts)
 
@@ -108,7 +110,8 @@ class Blank(Records):
         """See `Records`."""
         moments = np.zeros(self.shapes.moments, jnp.bfloat16)
         sizes = np.zeros((len(moments), 2, 4), np.int32)
-        return {"row": np.int64(0), "caption": np.int64(EMPTY), "winner": moments, "loser": moments, "sizes": sizes}
+        numbers = {"row": np.asarray(0, np.int64), "caption": np.asarray(EMPTY, np.int64)}
+        return {**numbers, "winner": moments, "loser": moments, "sizes": sizes}
 
     def conditioning(self, caption: int) -> dict[str, np.ndarray]:
         """See `Records`."""
@@ -117,18 +120,21 @@ class Blank(Records):
 
 def records_of(config: TrainConfig, family: Family) -> Records:
     """The prepared set of a config where it is there, else one of the resolution that the networks were trained on."""
-    if config.data.exists():
+    if config.data is not None and config.data.exists():
         return PreparedSet(config.data)
+    assert config.input is not None
     vae = family.vae
     side = family.resolution // vae.downscale_factor
     moments = (1 + config.input.flip, side, side, 2 * vae.latent_channels)
     return Blank(
-        Shapes(moments, conditioning_shapes(family.unet, family.text_encoders, sizes=False)), (family.resolution,) * 2
+        Shapes(moments, conditioning_shapes(family.unet, family.text_encoders, sizes=False)),
+        (family.resolution, family.resolution),
     )
 
 
 def batch_of(config: TrainConfig, records: Records, mesh: Mesh) -> Any:
     """Shapes of what `data.pipeline.PairBatches` yields."""
+    assert config.input is not None
     one_row = dataclasses.replace(config.input, batch_size=1)
     example = host_batches(records, one_row, seed=0, rows=np.arange(1))[0]
     sharding = batch_sharding(mesh)
@@ -139,9 +145,10 @@ def batch_of(config: TrainConfig, records: Records, mesh: Mesh) -> Any:
 
 def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
     """Shapes of the minibatches that `training.rollouts.Rollouts` gives."""
-    method, vae = config.method, family.vae
-    side = [size // vae.downscale_factor for size in config.online.size]
-    shapes = {name: (1, *shape) for name, shape in method.shapes((*side, vae.latent_channels)).items()}
+    method, online, vae = config.method, config.online, family.vae
+    assert isinstance(method, OnlineMethod) and online is not None
+    height, width = (size // vae.downscale_factor for size in online.size)
+    shapes = {name: (1, *shape) for name, shape in method.shapes((height, width, vae.latent_channels)).items()}
     text = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
     solver = solver_from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
 

@@ -17,6 +17,7 @@ from flax_pref.checkpoints.torch_files import read_torch_file
 from flax_pref.checkpoints.weights import TorchTensors
 from flax_pref.rewards.clip import normalised
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, square_view
+from flax_pref.shapes import Float, PerImage, Pixels, Squares
 
 CLIP = "openai/clip-vit-large-patch14"
 LAYERS = tuple(f"layers.{number}" for number in (0, 2, 4, 6, 7))  # dropouts lie between
@@ -48,15 +49,15 @@ class AestheticScore:
         """Nothing: captions do not matter."""
         return ()
 
-    def view(self, images: jax.Array) -> jax.Array:
-        """`[B, image_size, image_size, 3]`, see `rewards.reward.Reward`."""
+    def view(self, images: Pixels) -> Squares:
+        """See `rewards.reward.Reward`; the size is `image_size`."""
         return square_view(images, self.image_size, OPENAI_MEAN, OPENAI_STD)
 
-    def image_features(self, view: jax.Array) -> jax.Array:
-        """Embeddings of images, float32 `[B, D]` of length 1."""
+    def image_features(self, view: Squares) -> Float[jax.Array, "images features"]:
+        """Embeddings of images, in float32 and of length 1."""
         return normalised(nnx.merge(self.graphdef, self.params).encode_images(view))
 
-    def score(self, view: jax.Array, prepared: tuple[()]) -> jax.Array:
+    def score(self, view: Squares, prepared: tuple[()]) -> PerImage:
         """See `rewards.reward.Reward`."""
         features = self.image_features(view)
         return jnp.matmul(features, self.kernel, precision=jax.lax.Precision.HIGHEST) + self.bias
@@ -92,8 +93,8 @@ def load_aesthetic_reward(
     return AestheticScore(network.params, kernel, bias, network.graphdef, size)
 
 
-def read_head(path: str | Path) -> tuple[jax.Array, jax.Array]:
-    """The layers of a head as one: kernel `[D]` and bias `[]`, multiplied in float64.
+def read_head(path: str | Path) -> tuple[Float[jax.Array, " features"], Float[jax.Array, ""]]:
+    """The layers of a head as one, kernel and bias, multiplied in float64.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,10 +105,10 @@ def read_head(path: str | Path) -> tuple[jax.Array, jax.Array]:
     if stored.keys() != names:
         found = ", ".join(map(str, list(stored.keys())[:3])) or "nothing"
         raise ValueError(f"{path}: holds {found}, expected weight and bias of {', '.join(LAYERS)}")
-    kernel = bias = None
+    kernel, bias = np.eye(1), np.zeros(1)
     for layer in reversed(LAYERS):
         weight, shift = (stored.get_tensor(f"{layer}.{part}").astype(np.float64) for part in ("weight", "bias"))
-        outputs = 1 if kernel is None else kernel.shape[1]
+        outputs = kernel.shape[1]
         if weight.ndim != 2 or weight.shape[0] != outputs or shift.shape != weight.shape[:1]:
             raise ValueError(
                 f"{path}: {layer} has a weight of shape {list(weight.shape)} and a bias of {list(shift.shape)}, "
@@ -115,6 +116,6 @@ def read_head(path: str | Path) -> tuple[jax.Array, jax.Array]:
             )
         if not (np.isfinite(weight).all() and np.isfinite(shift).all()):
             raise ValueError(f"{path}: {layer} holds numbers that are not finite; download it again")
-        bias = shift if kernel is None else bias + kernel @ shift
-        kernel = weight if kernel is None else kernel @ weight
+        bias = bias + kernel @ shift
+        kernel = kernel @ weight
     return jnp.asarray(kernel[0], jnp.float32), jnp.asarray(bias[0], jnp.float32)

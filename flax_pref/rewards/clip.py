@@ -17,6 +17,7 @@ from flax_pref.checkpoints.clip_files import TOKENIZER_FILES, find_clip, load_cl
 from flax_pref.checkpoints.hub import find_file, find_files
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, clip_view, padded_view
+from flax_pref.shapes import Float, Int, PerImage, Pixels, Squares, TokenIds
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of all of them
 RESIZED = {"hpsv2": "unrounded", "hpsv2.1": "unrounded"}  # scores of versions that rounded are others
@@ -75,27 +76,27 @@ class ClipScore:
 
     differentiable = True
 
-    def prepare(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids `[B, T]`; a caption that is too long is cut, with its end token kept, as the authors cut it."""
+    def prepare(self, captions: Sequence[str]) -> Int[np.ndarray, "images tokens"]:
+        """Token ids; a caption that is too long is cut, with its end token kept, as the authors cut it."""
         return self.tokenize([CLIP_SCORES[self.name].clean(caption) for caption in captions])
 
-    def view(self, images: jax.Array) -> jax.Array:
-        """`[B, image_size, image_size, 3]`, see `rewards.reward.Reward`."""
+    def view(self, images: Pixels) -> Squares:
+        """See `rewards.reward.Reward`; the size is `image_size`."""
         return CLIP_SCORES[self.name].view(images, self.image_size, OPENAI_MEAN, OPENAI_STD)
 
-    def image_features(self, view: jax.Array) -> jax.Array:
-        """Embeddings of images, float32 `[B, D]` of length 1."""
+    def image_features(self, view: Squares) -> Float[jax.Array, "images features"]:
+        """Embeddings of images, in float32 and of length 1."""
         return normalised(nnx.merge(self.graphdef, self.params).encode_images(view))
 
-    def score(self, view: jax.Array, prepared: jax.Array) -> jax.Array:
+    def score(self, view: Squares, prepared: TokenIds) -> PerImage:
         """See `rewards.reward.Reward`."""
         clip = nnx.merge(self.graphdef, self.params)
         cosine = (normalised(clip.encode_images(view)) * normalised(clip.encode_texts(prepared))).sum(axis=-1)
         return jnp.exp(clip.logit_scale[...]) * cosine if CLIP_SCORES[self.name].scaled else cosine
 
 
-def normalised(features: jax.Array) -> jax.Array:
-    """Vectors `[B, D]` of length 1, in float32 or more."""
+def normalised(features: Float[jax.Array, "images features"]) -> Float[jax.Array, "images features"]:
+    """Vectors of length 1, in float32 or more."""
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 

@@ -1,7 +1,6 @@
 """Rewards of latents: through the autoencoder, a few images at a time."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +10,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.models.network import Network, with_remat
 from flax_pref.rewards.reward import Reward
+from flax_pref.shapes import Latents, PerImage, Tree
 
 
 def score_latents(
-    reward: Reward, vae: Network, latents: jax.Array, prepared: Any, *, sharding: NamedSharding | None = None
-) -> jax.Array:
+    reward: Reward, vae: Network, latents: Latents, prepared: Tree, *, sharding: NamedSharding | None = None
+) -> PerImage:
     """Scores of decoded latents; to be called while JAX traces.
 
     Args:
         reward: scores images.
         vae: the autoencoder.
-        latents: `[B, h, w, Z]`, scaled and clean.
+        latents: scaled and clean.
         prepared: what the reward has made of the B captions.
         sharding: of the leading axis over the devices of a mesh, each of which decodes its own images and has the
             autoencoder and the reward's weights to itself; None for one device.
 
     Returns:
-        float32 `[B]`.
+        float32 scores.
     """
     return _on_each_device(_score, PIXELS, reward, vae, latents, prepared, sharding)
 
 
 def score_gradients(
-    reward: Reward, vae: Network, latents: jax.Array, prepared: Any, *, sharding: NamedSharding | None = None
-) -> jax.Array:
-    """Gradients of scores with respect to latents, `[B, h, w, Z]`; arguments as in `score_latents`.
+    reward: Reward, vae: Network, latents: Latents, prepared: Tree, *, sharding: NamedSharding | None = None
+) -> Latents:
+    """Gradients of scores with respect to latents; arguments as in `score_latents`.
 
     A quarter as many images at a time as when they are only scored, and the activations of one block of the autoencoder
     at a time: memory is bounded, whatever the batch.
@@ -48,13 +48,13 @@ def score_gradients(
     return _on_each_device(gradients, PIXELS // 4, reward, vae, latents, prepared, sharding)
 
 
-def _score(reward: Reward, vae: Network, latents: jax.Array, prepared: Any) -> jax.Array:
+def _score(reward: Reward, vae: Network, latents: Latents, prepared: Tree) -> PerImage:
     images = nnx.merge(vae.graphdef, vae.params).decode(latents / vae.config.scaling_factor)
     return reward.score(reward.view(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)), prepared)
 
 
 def _on_each_device(
-    score: Callable, pixels: int, reward: Reward, vae: Network, latents: jax.Array, prepared: Any, sharding
+    score: Callable, pixels: int, reward: Reward, vae: Network, latents: Latents, prepared: Tree, sharding
 ) -> jax.Array:
     """`score(reward, vae, latents, prepared)` of so many pixels at a time on each device."""
     images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
@@ -77,7 +77,7 @@ def _on_each_device(
     return local(reward, vae.params, latents, prepared)
 
 
-def in_turns(function: Callable, arrays: Any, most: int) -> jax.Array:
+def in_turns(function: Callable, arrays: Tree, most: int) -> jax.Array:
     """`function` of a pytree of arrays `[B, ...]`, for as many rows at a time as divide B, up to `most`, or one."""
     count = len(jax.tree.leaves(arrays)[0])
     at_once = max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)

@@ -12,6 +12,7 @@ from flax_pref.checkpoints.bert_tokenizer import FILE as VOCABULARY
 from flax_pref.checkpoints.bert_tokenizer import BertTokenizer, load_bert_tokenizer
 from flax_pref.checkpoints.blip_files import find_image_reward, load_image_reward_model
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, square_view
+from flax_pref.shapes import Array, Bool, Int, PerImage, Pixels, Squares, TokenIds
 
 TOKENS = 35  # of a prompt, start and end included; what is beyond is not seen
 # Of the scores that the network gives, over its authors' images: ImageReward.mean and .std of their code.
@@ -32,15 +33,15 @@ class ImageReward:
     name = "imagereward"
     differentiable = True
 
-    def prepare(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int32 `[B, 35]`, and where these are not padding, bool `[B, 35]`."""
+    def prepare(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "images 35"], Bool[np.ndarray, "images 35"]]:
+        """Token ids, and where these are not padding."""
         return self.tokenizer(captions)
 
-    def view(self, images: jax.Array) -> jax.Array:
-        """See `rewards.reward.Reward`; `[B, image_size, image_size, 3]`."""
+    def view(self, images: Pixels) -> Squares:
+        """See `rewards.reward.Reward`; the size is `image_size`."""
         return square_view(images, self.image_size, OPENAI_MEAN, OPENAI_STD)
 
-    def score(self, view: jax.Array, prepared: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def score(self, view: Squares, prepared: tuple[TokenIds, Bool[Array, "images tokens"]]) -> PerImage:
         """See `rewards.reward.Reward`."""
         scores = nnx.merge(self.graphdef, self.params)(view, *prepared)
         return (scores - MEAN) / STD

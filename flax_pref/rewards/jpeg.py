@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from flax_pref.shapes import PerImage, Pixels
+
 QUALITY = 95
 
 
@@ -29,11 +31,11 @@ class JpegSize:
         """Nothing: captions do not matter."""
         return ()
 
-    def view(self, images: jax.Array) -> jax.Array:
+    def view(self, images: Pixels) -> Pixels:
         """The images as they are."""
         return images
 
-    def score(self, view: jax.Array, prepared: tuple[()]) -> jax.Array:
+    def score(self, view: Pixels, prepared: tuple[()]) -> PerImage:
         """See `rewards.reward.Reward`."""
         sizes = jax.ShapeDtypeStruct(view.shape[:1], jnp.float32)
         return self.sign * jax.pure_callback(kilobytes, sizes, view)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
+from flax_pref.shapes import PerImage, Pixels
 from flax_pref.world import judge
 from flax_pref.world import scenes as world
 
@@ -21,7 +22,7 @@ class Judge:
         """What the captions ask for; a ValueError names one that is not of the demo world."""
         return judge.question(captions)
 
-    def view(self, images: jax.Array) -> jax.Array:
+    def view(self, images: Pixels) -> Pixels:
         """The images as they are; a ValueError if they have another size."""
         if images.shape[1:3] != (world.RESOLUTION, world.RESOLUTION):
             raise ValueError(
@@ -30,6 +31,6 @@ class Judge:
             )
         return images
 
-    def score(self, view: jax.Array, prepared: judge.Question) -> jax.Array:
+    def score(self, view: Pixels, prepared: judge.Question) -> PerImage:
         """See `rewards.reward.Reward`."""
         return judge.score(view, prepared)

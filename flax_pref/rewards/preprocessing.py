@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_pref.shapes import Array
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -22,7 +24,7 @@ LEVELS = 255
 WEIGHT_UNIT = 2.0**-22
 
 
-def resize(images: jax.Array, size: tuple[int, int], *, in_levels: bool = True) -> jax.Array:
+def resize(images: Array, size: tuple[int, int], *, in_levels: bool = True) -> Array:
     """Bicubic resampling with antialiasing, as `Image.resize(..., Image.Resampling.BICUBIC)` of Pillow has it.
 
     With `in_levels=False`, as `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` of a floating-point
@@ -46,7 +48,7 @@ def resize(images: jax.Array, size: tuple[int, int], *, in_levels: bool = True) 
     return _cropped(images, size, (0, 0), (height, width), in_levels)
 
 
-def clip_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def clip_view(images: Array, size: int, mean: Sequence[float], std: Sequence[float]) -> Array:
     """The shortest side to `size`, centre crop, normalised: `CLIPImageProcessor` of transformers.
 
     An odd number of pixels too many is split with the smaller half at the top or left.
@@ -66,7 +68,7 @@ def clip_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence
     )
 
 
-def square_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def square_view(images: Array, size: int, mean: Sequence[float], std: Sequence[float]) -> Array:
     """The shortest side to `size`, centre crop, normalised: `Resize` and `CenterCrop` of torchvision.
 
     ImageReward, OpenAI's CLIP and OpenCLIP have it so. Arguments and result as in `clip_view`, from which it differs
@@ -77,7 +79,7 @@ def square_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequen
     return normalise(_cropped(images, (height, width), start, (size, size)), mean, std)
 
 
-def padded_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def padded_view(images: Array, size: int, mean: Sequence[float], std: Sequence[float]) -> Array:
     """The longest side to `size`, black bars to the square, normalised: `ResizeMaxSize` of HPSv2's OpenCLIP.
 
     That resizes the tensor of `ToTensor` with the defaults of torchvision's `resize`: here those since version 0.17,
@@ -95,12 +97,12 @@ def padded_view(images: jax.Array, size: int, mean: Sequence[float], std: Sequen
     return normalise(jnp.pad(resized, ((0, 0), *bars, (0, 0))), mean, std)
 
 
-def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """`(images - mean) / std` per channel, `[B, H, W, 3]`."""
     return (images - np.asarray(mean, images.dtype)) / np.asarray(std, images.dtype)
 
 
-def _shortest_to(size: int, images: jax.Array) -> tuple[int, int]:
+def _shortest_to(size: int, images: Array) -> tuple[int, int]:
     """Height and width with the shortest side at `size`; the other one is rounded down."""
     shortest = min(images.shape[1:3])
     height, width = (size * length // shortest for length in images.shape[1:3])
@@ -108,8 +110,8 @@ def _shortest_to(size: int, images: jax.Array) -> tuple[int, int]:
 
 
 def _cropped(
-    images: jax.Array, size: tuple[int, int], start: tuple[int, int], count: tuple[int, int], in_levels: bool = True
-) -> jax.Array:
+    images: Array, size: tuple[int, int], start: tuple[int, int], count: tuple[int, int], in_levels: bool = True
+) -> Array:
     """`count` rows and columns from `start` on of images resized to `size`; what is cropped is never computed."""
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     rows, columns = (length - wanted for length, wanted in zip(images.shape[1:3], size, strict=True))
@@ -119,7 +121,7 @@ def _cropped(
     return images
 
 
-def _pass(images: jax.Array, axis: int, size: int, start: int, count: int, in_levels: bool) -> jax.Array:
+def _pass(images: Array, axis: int, size: int, start: int, count: int, in_levels: bool) -> Array:
     """Resizes one axis to `size`, of which `count` pixels from `start` on are wanted."""
     if images.shape[axis] == size:
         return jax.lax.slice_in_dim(images, start, start + count, axis=axis)

@@ -18,17 +18,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from flax_pref.config import UserError
+from flax_pref.shapes import PerImage, Pixels
 
 # `(images [B, H, W, 3] float32 in [0, 1], captions) -> B scores`
-Function = Callable[[np.ndarray, list[str]], Sequence[float]]
+Function = Callable[[np.ndarray, list[str]], ArrayLike]
 PYTHON, HTTP = "python:", ("http://", "https://")
 LARGEST_ANSWER = 2**20  # bytes of a service's answer
 TEXT_BLOCK = 512  # bytes; captions are padded to a multiple of it, so that few lengths are compiled
@@ -82,11 +84,11 @@ class Remote:
         rows = [np.frombuffer(text.ljust(length, b"\0"), np.uint8) for text in encoded]
         return Texts(np.array(rows, np.uint8).reshape(-1, length), np.array([len(text) for text in encoded], np.int32))
 
-    def view(self, images: jax.Array) -> jax.Array:
+    def view(self, images: Pixels) -> Pixels:
         """The images as they are."""
         return images
 
-    def score(self, view: jax.Array, prepared: Texts) -> jax.Array:
+    def score(self, view: Pixels, prepared: Texts) -> PerImage:
         """See `rewards.reward.Reward`."""
         scores = jax.ShapeDtypeStruct(view.shape[:1], jnp.float32)
         return jax.pure_callback(self._call, scores, view, prepared.utf8, prepared.lengths)
@@ -150,6 +152,7 @@ class Service:
 
     def _ask(self, body: bytes) -> bytes:
         """The answer, of which no more than `LARGEST_ANSWER` bytes and one are read."""
+        attempt, reason = 0, ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(2 ** (attempt - 1))
@@ -196,7 +199,7 @@ class Service:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows none, so that images go to the address that the user has given and nowhere else."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
@@ -237,4 +240,4 @@ def load_remote(name: str, path: str, *, timeout: float = 60.0, retries: int = 3
         ) from error
     if not callable(function):
         raise ValueError(f"{path}: is not a function; expected python:MODULE:FUNCTION")
-    return Remote(name, function)
+    return Remote(name, cast(Function, function))

@@ -1,10 +1,12 @@
 """What a reward is, weighted sums of several, and rewards by their names in configs."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +18,41 @@ from flax_pref.rewards.image_reward import load_image_reward
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.judge import Judge
 from flax_pref.rewards.remote import is_service, load_remote
+from flax_pref.shapes import PerImage, Pixels, Tree
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores images for their captions; more is better.
 
     A reward is a pytree of its weights, if it has any: an argument of jitted functions, as networks are. Scores of an
     image must not depend on the others of its batch. `reward.score(reward.view(images), reward.prepare(captions))`.
-
-    Attributes:
-        name: for logs and messages.
-        differentiable: whether scores have gradients with respect to images.
     """
 
-    name: str
-    differentiable: bool
+    @property
+    def name(self) -> str:
+        """For logs and messages."""
+        ...
 
-    def prepare(self, captions: Sequence[str]) -> Any:
+    @property
+    def differentiable(self) -> bool:
+        """Whether scores have gradients with respect to images."""
+        ...
+
+    def prepare(self, captions: Sequence[str]) -> Tree:
         """What `score` needs to know of B captions, on the host: a pytree of numpy arrays `[B, ...]`."""
+        ...
 
-    def view(self, images: jax.Array) -> Any:
-        """Images `[B, H, W, 3]` in [0, 1] as `score` takes them: scaled, cut, normalised; can be jitted.
+    def view(self, images: Pixels) -> Tree:
+        """Images as `score` takes them: scaled, cut, normalised; can be jitted.
 
         Apart from `score`, so that images of another size compile only this again.
         """
+        ...
 
-    def score(self, view: Any, prepared: Any) -> jax.Array:
-        """Float32 `[B]` of what `view` and `prepare` made of images and captions; can be jitted."""
+    def score(self, view: Tree, prepared: Tree) -> PerImage:
+        """Float32 scores of what `view` and `prepare` made of images and captions; can be jitted."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +93,19 @@ class WeightedSum:
         """Whether all parts are."""
         return all(part.differentiable for part in self.parts)
 
-    def prepare(self, captions: Sequence[str]) -> tuple[Any, ...]:
+    def prepare(self, captions: Sequence[str]) -> tuple[Tree, ...]:
         """See `Reward`."""
         return tuple(part.prepare(captions) for part in self.parts)
 
-    def view(self, images: jax.Array) -> tuple[Any, ...]:
+    def view(self, images: Pixels) -> tuple[Tree, ...]:
         """See `Reward`."""
         return tuple(part.view(images) for part in self.parts)
 
-    def score(self, view: tuple[Any, ...], prepared: tuple[Any, ...]) -> jax.Array:
+    def score(self, view: tuple[Tree, ...], prepared: tuple[Tree, ...]) -> PerImage:
         """See `Reward`."""
         parts = zip(self.weights, self.parts, view, prepared, strict=True)
-        return sum(weight * part.score(seen, known) for weight, part, seen, known in parts)
+        scores = (weight * part.score(seen, known) for weight, part, seen, known in parts)
+        return functools.reduce(operator.add, scores)
 
 
 class Files(NamedTuple):
@@ -144,7 +155,7 @@ def load_reward(
         FileNotFoundError: a file is missing.
         ValueError: there is no reward of this name, or a file is not what it should be.
     """
-    if is_service(path):
+    if path is not None and is_service(path):
         return load_remote(name, path)
     if name not in REWARDS:
         raise ValueError(f"rewards: no reward {name!r}; expected one of {', '.join(REWARDS)}")

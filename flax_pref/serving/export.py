@@ -75,10 +75,12 @@ def export_sampler(
     leaves = jax.tree.leaves_with_path(state)
     weights = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     tokenizers = {f"tokenizer_{i}": tokenizer for i, tokenizer in enumerate(draw.pipeline.tokenizers, 1)}
+    version = None
     with new_folder(folder) as unfinished:
         for platform in platforms:
             exported = _export(draw, table, state, list(weights), platform)
             (unfinished / program_file(platform)).write_bytes(exported.serialize())
+            version = exported.calling_convention_version
         # safetensors writes the bytes of a transposed array in the wrong order, and cannot read float8 into numpy.
         stored = {name: np.asarray(leaf, order="C") for name, leaf in weights.items()}
         save_file(
@@ -98,7 +100,7 @@ def export_sampler(
             "tokenizers": list(tokenizers),
             "platforms": list(platforms),
             "jax_version": jax.__version__,
-            "calling_convention_version": exported.calling_convention_version,
+            "calling_convention_version": version,
             **about,
             "sha256": {path.relative_to(unfinished).as_posix(): sha256(path) for path in files},
         }

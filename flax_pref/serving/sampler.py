@@ -83,9 +83,10 @@ class ExportedSampler:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         negative_prompts = [None] * len(prompts) if negative_prompts is None else negative_prompts
-        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts}
-        for name, given in (lists | {"seeds": seed} if np.ndim(seed) else lists).items():
-            if len(given) != len(prompts):
+        seeds = np.asarray(seed)
+        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts, "seeds": seeds if seeds.ndim else None}
+        for name, given in lists.items():
+            if given is not None and len(given) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
         strengths = {"w": w, "guidance_scale": guidance_scale}
         terms = self.description["rule"] | {name: given for name, given in strengths.items() if given is not None}

@@ -70,12 +70,15 @@ def export_modules(
     Returns:
         the files or folders of each layout; networks with weights of their own are in that called "merged".
     """
-    layouts = ("merged",) if trained.weights == "full" else config.layouts
-    written = {layout: [folder / NAMES[layout].format(name) for name in trained.modules] for layout in layouts}
+    layouts: tuple[Layout, ...] = ("merged",) if trained.weights == "full" else config.layouts
+    written: dict[Layout, list[Path]] = {
+        layout: [folder / NAMES[layout].format(name) for name in trained.modules] for layout in layouts
+    }
     whole = on_host(params) if trained.weights == "lora" else {}
     for layout in layouts:
         merged = on_host(frozen) if trained.weights == "lora" and layout == "merged" else None
         for i, (name, path) in enumerate(zip(trained.modules, written[layout], strict=True)):
+            network = None
             if trained.weights == "full":
                 network = base._replace(params=on_host(params[name]))
             elif merged is not None:
@@ -84,7 +87,7 @@ def export_modules(
                 network = merge_lora_network(plain, bank, {name: 1.0})
             if jax.process_index() != 0:
                 continue
-            if layout == "merged":
+            if network is not None:
                 with replacing(path) as unfinished:
                     save_network(network, unfinished, dtype=jnp.dtype(config.dtype))
                     if path.exists():  # of an earlier export; a folder takes the place of none only

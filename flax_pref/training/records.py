@@ -231,7 +231,7 @@ class _Log:
     def images(self, step: int, images: np.ndarray, names: Sequence[str]) -> None:
         sheet = self._samples / f"{step:06}.png"
         with _writing(sheet):
-            image_grid({f"step {step}": np.float32(images) / 255}, names, sheet)
+            image_grid({f"step {step}": images.astype(np.float32) / 255}, names, sheet)
         with Image.open(sheet) as opened:
             width, height = opened.size
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=sheet.read_bytes())

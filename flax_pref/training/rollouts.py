@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.data.pipeline import saved_step
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
+from flax_pref.methods.tailorpo import TailorPO
 from flax_pref.models.network import Network, replicated
 from flax_pref.rewards.decoded import score_gradients, score_latents
 from flax_pref.rewards.reward import Reward
@@ -124,13 +125,17 @@ class Rollouts:
             ValueError: the method needs gradients that the reward has not, or something cannot be divided so.
         """
         if method.needs_gradients and not reward.differentiable:
+            asked = f" with rate={method.rate:g} (TailorPO-G)" if isinstance(method, TailorPO) else ""
             raise ValueError(
-                f"online: {type(method).__name__} with rate={method.rate:g} (TailorPO-G) follows the gradient of the "
-                f"reward, and {reward.name!r} has none; set rate to 0, or take rewards with gradients"
+                f"online: {type(method).__name__}{asked} follows the gradient of the reward, and {reward.name!r} has "
+                "none; set rate to 0, or take rewards with gradients"
             )
         self._method, self._predict_of, self._frozen = method, predict_of, frozen
         self._prompts, self._config, self._seed, self._sharding = prompts, config, seed, sharding
+        self._mesh = None
         if sharding is not None:
+            assert isinstance(sharding.mesh, Mesh)  # of devices, for arrays are put there
+            self._mesh = sharding.mesh
             vae = replicated(vae, sharding.mesh)
             reward = jax.device_put(reward, NamedSharding(sharding.mesh, PartitionSpec()))
         self._vae, self._reward = vae, reward
@@ -235,10 +240,10 @@ class Rollouts:
         parts = []
         for begin in range(0, len(numbers), at_once):
             own = slice(begin, begin + at_once)
-            prepared = self._reward.prepare([self._prompts.captions[n] for n in numbers[own]])
+            prepared = self._reward.prepare([self._prompts.captions[int(n)] for n in numbers[own]])
             of_prompts = self._put((self._keys[numbers[own]], places[own], prepared))
             # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
-            with contextlib.nullcontext() if self._sharding is None else jax.set_mesh(self._sharding.mesh):
+            with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 weights = params, self._frozen, self._vae.params, self._reward
                 parts.append(self._draw(*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts))
         return self._join(*parts)
@@ -272,11 +277,10 @@ class Rollouts:
 
     def _put(self, arrays: Any) -> Any:
         """Arrays of numpy, the same on every host, divided over the devices."""
-        if self._sharding is None:
+        sharding = self._sharding
+        if sharding is None:
             return jax.tree.map(jnp.asarray, arrays)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index]), arrays
-        )
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), arrays)
 
 
 def take_batch(method: OnlineMethod, experience: Any, text: Any, empty: Any, solver: Any, index: Any) -> dict[str, Any]:

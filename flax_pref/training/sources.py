@@ -18,15 +18,19 @@ class BatchSource(Protocol):
 
     def next(self, params: Any) -> Any:
         """The next batch, global arrays on the mesh; it may be drawn with the modules as they are now."""
+        ...
 
     def position(self) -> dict[str, Any]:
         """Where the next batch lies, as JSON can hold it."""
+        ...
 
     def arrays(self) -> Any:
         """What else the next batches depend on: arrays whose shapes never change."""
+        ...
 
     def restore(self, position: dict[str, Any], arrays: Any) -> None:
         """Goes to where `position` and `arrays` were asked for."""
+        ...
 
 
 class Pairs:

@@ -150,11 +150,13 @@ def make_step(
 
         with jax.named_scope("optimizer"):
             parts = state.params, state.optimizer, state.average, state.skipped, state.skipped_in_a_row
-            *parts, skipped, in_a_row, told = for_each_module(independent, update)(gradients, *parts)
+            made = for_each_module(independent, update)(gradients, *parts)
+        params, optimizer_state, average, skipped, in_a_row, told = made
         if independent == "named":
             told = jax.tree.map(lambda *each: jnp.stack(each), *(told[module] for module in modules))
         metrics |= told if independent is None else metrics_of_modules(told, modules)
-        return TrainState(*parts, state.key, state.step + 1, skipped, in_a_row), metrics
+        new = TrainState(params, optimizer_state, average, state.key, state.step + 1, skipped, in_a_row)
+        return new, metrics
 
     return step
 

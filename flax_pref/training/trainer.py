@@ -34,7 +34,7 @@ from flax_pref.diffusion.latents import draw_latents, latent_modes
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.files import one_writer, replacing, writing
-from flax_pref.methods import Method, OnlineMethod
+from flax_pref.methods import Method, OnlineMethod, PairMethod
 from flax_pref.models.attention import Kernel
 from flax_pref.models.network import Network, with_attention, with_remat
 from flax_pref.models.platform import default_dtype
@@ -56,7 +56,7 @@ from flax_pref.training.records import Profile, Recorder
 from flax_pref.training.rollouts import Rollouts
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import BatchSource, OnlineConfig, Pairs, encode_online_prompts
-from flax_pref.training.step import TrainState, make_step, new_state
+from flax_pref.training.step import Independent, TrainState, make_step, new_state
 
 PATIENCE = 10  # steps in a row that are not finite, which end a run
 
@@ -179,7 +179,10 @@ class TrainConfig:
     @property
     def batch_size(self) -> int:
         """Pairs, or steps of trajectories, in a batch of all devices together."""
-        return self.input.batch_size if self.online is None else self.online.rollouts.batch_size
+        if self.online is not None:
+            return self.online.rollouts.batch_size
+        assert self.input is not None  # see above: a config has one of the two
+        return self.input.batch_size
 
 
 # What may change when a run resumes: it makes the same steps, up to rounding.
@@ -222,7 +225,7 @@ def contents_of(
         names += ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
     parts = {f"model.{name}": folder / name for name in names if (folder / name).is_dir()}
     contents = {name: Content(part, fingerprint(part)) for name, part in parts.items()}
-    if records is not None:
+    if records is not None and config.data is not None:
         contents["data"] = Content(config.data, records.fingerprint)
     if config.init_from is not None:
         contents["init_from"] = Content(config.init_from, fingerprint(config.init_from))
@@ -333,7 +336,8 @@ class Program:
         modules = config.method.modules
         self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
         several = len(modules) > 1
-        self.independent = self.trained.independent if several and config.method.independent else None
+        apart = isinstance(config.method, PairMethod) and config.method.independent
+        self.independent: Independent | None = self.trained.independent if several and apart else None
         state = jax.eval_shape(self.new_state, self.base.params, jax.random.key(0))
         # Networks are divided alike, wherever their names stand in the path of a leaf.
         params = state.params if config.weights == "lora" else state.params[modules[0]]
@@ -377,20 +381,23 @@ class Program:
             empty: conditioning on no caption.
             scaling_factor: of the autoencoder.
         """
-        config = self.config
+        config, method = self.config, self.config.method
+        assert isinstance(method, PairMethod)  # one without `TrainConfig.online`
         empty = {name: jnp.asarray(array) for name, array in empty.items()}
         drawn = config.latents == "sample"
 
         def objective(params, frozen, batch, key):
             key, latents_key = jax.random.split(key)
             batch = draw_latents(batch, latents_key, scaling_factor) if drawn else latent_modes(batch, scaling_factor)
-            return config.method.loss(self.trained.predict(params, frozen), batch, key, schedule=schedule, empty=empty)
+            return method.loss(self.trained.predict(params, frozen), batch, key, schedule=schedule, empty=empty)
 
         return objective
 
     def online_objective(self) -> Callable:
         """The same of examples that the run draws itself."""
-        return lambda params, frozen, *rest: self.config.method.loss(self.trained.predict(params, frozen), *rest)
+        method = self.config.method
+        assert isinstance(method, OnlineMethod)  # one with `TrainConfig.online`
+        return lambda params, frozen, *rest: method.loss(self.trained.predict(params, frozen), *rest)
 
     def step(self, objective: Callable) -> Any:
         """`(state, frozen, batch) -> (state, metrics)`, jitted; to be called while the mesh is set."""
@@ -494,20 +501,23 @@ class Run:
     def open_source(self) -> Iterator[BatchSource]:
         """The batches of the run."""
         config, sharding = self.config, batch_sharding(self.mesh)
-        if self.records is not None:
+        online = config.online
+        if online is None:
+            assert self.records is not None and config.input is not None
             with PairBatches(self.records, config.input, seed=config.seed, sharding=sharding) as batches:
                 yield Pairs(batches)
         else:
+            assert isinstance(config.method, OnlineMethod)
             yield Rollouts(
                 config.method,
                 self.program.trained.predict,
                 self.frozen,
                 self.encoders.vae,
-                encode_online_prompts(self.prompts, config.online, self.encoders, self.base.config),
-                make_reward(config.online.rewards),
+                encode_online_prompts(self.prompts, online, self.encoders, self.base.config),
+                make_reward(online.rewards),
                 self.encoders.scheduler_config,
-                config.online.rollouts,
-                size=config.online.size,
+                online.rollouts,
+                size=online.size,
                 seed=config.seed,
                 sharding=sharding,
             )
@@ -566,7 +576,7 @@ class Run:
                 batch = None
                 newest = recorder.add(number, metrics)
                 skipped = newest["skipped_in_a_row"] if newest else 0
-                if skipped >= PATIENCE:
+                if newest and skipped >= PATIENCE:
                     raise FloatingPointError(
                         f"{skipped} steps in a row, up to step {newest['step']}, had a loss or gradients that are not "
                         f"finite; {self.checkpoints.folder} has what was good: lower optimizer.learning-rate, or "
@@ -601,7 +611,11 @@ class Run:
         if config.samples.every is None:
             return None
         rule = config.method.rule(config.samples.w, config.samples.guidance_scale)
-        size = config.online.size if self.records is None else self.records.image_size
+        if config.online is not None:
+            size = config.online.size
+        else:
+            assert self.records is not None
+            size = self.records.image_size
         return Samples(self.encoders, config.samples, rule, size, self.mesh)
 
     def export(self, state: TrainState, folder: Path) -> None:

@@ -20,20 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_pref.shapes import Array
 from flax_pref.world import scenes as world
 
 _COLOURS, _BACKGROUNDS = np.array(list(world.COLOURS.values())), np.array(list(world.BACKGROUNDS.values()))
-_SHAPES, _SIZES, _PLACES = list(world.SHAPES), list(world.SIZES), list(world.PLACES)
+_SHAPES: list[str] = list(world.SHAPES)
+_SIZES, _PLACES = list(world.SIZES), list(world.PLACES)
 
 
 class Question(NamedTuple):
     """What the captions of a batch say, as arrays; a scene with one object has `present[:, 1] == 0`."""
 
-    present: jax.Array  # [B, 2]
-    colour: jax.Array  # [B, 2, 3]
-    template: jax.Array  # [B, 2] index of the right one among all (size, shape) templates
-    centre: jax.Array  # [B, 2, 2] nominal (x, y), pixels
-    background: jax.Array  # [B, 3]
+    present: Array  # [B, 2]
+    colour: Array  # [B, 2, 3]
+    template: Array  # [B, 2] index of the right one among all (size, shape) templates
+    centre: Array  # [B, 2, 2] nominal (x, y), pixels
+    background: Array  # [B, 3]
 
 
 def question(captions: Sequence[str]) -> Question:
@@ -43,7 +45,7 @@ def question(captions: Sequence[str]) -> Question:
         # The absent second object repeats the first, so that no array depends on the number of objects.
         objects, centres = ((scene.objects * 2)[:2], (world.PLACES[scene.place] * 2)[:2])
         rows.append(
-            Question(
+            (
                 np.array([1.0, len(scene.objects) - 1.0]),
                 np.array([world.COLOURS[o.colour] for o in objects]),
                 np.array([_SIZES.index(o.size) * len(_SHAPES) + _SHAPES.index(o.shape) for o in objects]),
@@ -152,7 +154,7 @@ def _judge(image, ask: Question):
     }
 
 
-def judge(images: jax.Array, asked: Question) -> dict[str, jax.Array]:
+def judge(images: Array, asked: Question) -> dict[str, jax.Array]:
     """Every term of the score.
 
     Args:
@@ -165,6 +167,6 @@ def judge(images: jax.Array, asked: Question) -> dict[str, jax.Array]:
     return jax.vmap(_judge)(images.astype(jnp.float32), asked)
 
 
-def score(images: jax.Array, asked: Question) -> jax.Array:
+def score(images: Array, asked: Question) -> jax.Array:
     """The score alone, `[B]`, differentiable in the images; see `judge`."""
     return judge(images, asked)["score"]

@@ -8,6 +8,8 @@ Prompts come in three splits. `train` and `validation` are disjoint captions ove
 every caption of `held_out` contains at least one combination (`HELD_OUT`) that no training image shows.
 """
 
+import functools
+import operator
 import zlib
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -203,7 +205,8 @@ def _blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kernel /= kernel.sum()
     for axis in (0, 1):
         padded = np.pad(image, [(6, 6) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        image = sum(w * np.take(padded, np.arange(RESOLUTION) + i, axis) for i, w in enumerate(kernel))
+        shifted = (w * np.take(padded, np.arange(RESOLUTION) + i, axis) for i, w in enumerate(kernel))
+        image = functools.reduce(operator.add, shifted)
     return image
 
 
