@@ -1,4 +1,4 @@
-"""Programs are compiled quickly rather than well, and those of several tests once."""
+"""Programs are compiled quickly rather than well, and those of several tests once; shapes of signatures are checked."""
 
 import importlib.util
 import os
@@ -8,10 +8,30 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # What the tests compare with. Of the Pythons that are tested, only 3.11 has all of them (see pyproject.toml).
 REFERENCES = ("torch", "diffusers", "peft")
 MISSING = [name for name in REFERENCES if importlib.util.find_spec(name) is None]
+
+# Where parts of the library meet: the shapes of what these modules take and return are checked at every call.
+SEAMS = (
+    "flax_pref.diffusion.conditioning",
+    "flax_pref.diffusion.latents",
+    "flax_pref.diffusion.sampler",
+    "flax_pref.methods",
+    "flax_pref.models.bank",
+    "flax_pref.models.clip",
+    "flax_pref.rewards.aesthetic",
+    "flax_pref.rewards.clip",
+    "flax_pref.rewards.decoded",
+    "flax_pref.rewards.image_reward",
+    "flax_pref.rewards.jpeg",
+    "flax_pref.rewards.judge",
+    "flax_pref.rewards.remote",
+    "flax_pref.rewards.reward",
+)
+install_import_hook(SEAMS, "shape_checks.checked")
 
 
 def pytest_configure(config):

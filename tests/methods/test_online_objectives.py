@@ -312,7 +312,7 @@ def test_a_step_is_one_prediction_of_the_policy_and_one_of_the_reference(objecti
 
     def predict(networks, latents, timesteps, text):
         calls.append(networks)
-        return latents
+        return jnp.asarray(latents)
 
     method = objective.modules[0]
     options = {} if method == "ddpo" else {"beta": 1.0}
