@@ -222,7 +222,7 @@ def _condense(message: str) -> str:
     tyro draws the box with the title first, and rules of dashes (or, where the terminal has them, lines) between parts.
     """
     title, *parts = re.split(r"[─-]{8,}", re.sub("[╭╮╰╯│]", " ", message))
-    parts = [" ".join(part.split()) for part in parts]
+    parts = [re.sub(r"^Error parsing \w+: ", "", " ".join(part.split())) for part in parts]
     suggestion = re.search(r"Perhaps you meant:? *(--\S+)", " ".join(parts[1:]))
     return (parts[0] if parts else title) + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
 

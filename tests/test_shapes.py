@@ -171,7 +171,7 @@ class Constant:
 
 def test_a_score_is_one_number_for_each_image():
     reward = WeightedSum((Constant(),), (1.0,))
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(ValueError, match=r"constant: score returned shape \[3, 1\] for a batch of 3 images"):
         reward.score((VIEW,), ((),))
 
 

@@ -12,7 +12,7 @@ Strengths, w and s, are numbers, one number for each image, or a `Schedule` alon
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import jax
 import numpy as np
@@ -118,7 +118,10 @@ def parse_strengths(text: str) -> Schedule | dict[str, Schedule]:
         ValueError: it is neither.
     """
     if "=" not in text:
-        return Schedule.parse(text)
+        try:
+            return Schedule.parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or one for each module by name: pos=3,neg=1") from error
     parsed: dict[str, Schedule] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -159,7 +162,17 @@ NOTHING = Combination({})
 
 
 def eps(network: str, prompt: Prompt) -> Combination:
-    """One prediction."""
+    """One prediction.
+
+    Args:
+        network: "base", or the name of a module.
+        prompt: "text", "empty" (the empty or negative prompt) or "proxy" (that of CHATS, see `Rule`).
+
+    Raises:
+        ValueError: there is no such prompt.
+    """
+    if prompt not in get_args(Prompt):
+        raise ValueError(f"eps({network!r}, {prompt!r}): no such prompt; expected {', '.join(get_args(Prompt))}")
     return Combination({(network, prompt): 1.0})
 
 
@@ -209,9 +222,11 @@ class Rule:
             raise ValueError(f"between={self.between!r}, expected 'hold' or 'extrapolate'")
         strengths = {"guidance_scale": self.guidance_scale, **self.strengths, "proxy": self.proxy}
         if (names := self.terms(1.0)[1].keys()) != self.strengths.keys():
-            raise ValueError(
-                f"w has strengths for {', '.join(self.strengths)}; expected one for each of {', '.join(names)}"
-            )
+            given = f"strengths for {', '.join(self.w)}" if isinstance(self.w, Mapping) else "one strength"
+            expected = "a single one, such as 3"
+            if names != {"w"}:
+                expected = f"one for each of {', '.join(names)}, such as {','.join(f'{name}=3' for name in names)}"
+            raise ValueError(f"w has {given}; this rule expects {expected}")
         for name, value in (strengths | ({} if self.rescale is None else {"rescale": self.rescale})).items():
             values = value.values if isinstance(value, Schedule) else (value,)
             for number in np.concatenate([np.ravel(value) for value in values]):
@@ -226,9 +241,21 @@ class Rule:
         return self.w if isinstance(self.w, Mapping) else {"w": self.w}
 
     def terms(self, guidance_scale: np.ndarray | float) -> tuple[Combination, Mapping[str, Combination]]:
-        """Steady, and the contrast of each of `strengths`."""
-        steady, contrast = self.formula(guidance_scale)
-        return steady, contrast if isinstance(contrast, Mapping) else {"w": contrast}
+        """Steady, and the contrast of each of `strengths`.
+
+        Raises:
+            ValueError: the formula is no pair of linear combinations.
+        """
+        try:
+            steady, contrast = self.formula(guidance_scale)
+            contrasts = contrast if isinstance(contrast, Mapping) else {"w": contrast}
+            if not all(isinstance(part, Combination) for part in (steady, *contrasts.values())):
+                raise TypeError("it returned something else")
+        except (TypeError, AttributeError) as error:  # a product of predictions, say, or one part alone
+            raise ValueError(
+                f"a rule's formula: {error}; expected steady and contrast, sums of eps(network, prompt) times numbers"
+            ) from error
+        return steady, contrasts
 
     def networks(self) -> tuple[str, ...]:
         """The networks that the rule asks for predictions of."""

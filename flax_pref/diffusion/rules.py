@@ -84,13 +84,20 @@ def find_rule(name: str) -> NamedRule:
         raise ValueError(
             f"rule {name}: cannot import {match[1]} ({error}); run from its folder, or set PYTHONPATH"
         ) from error
+    except SyntaxError as error:
+        raise ValueError(f"rule {name}: {error}") from error
     except AttributeError as error:
         raise ValueError(f"rule {name}: module {match[1]} has no {match[2]}") from error
     contrasts = "w" in inspect.signature(function).parameters
 
     def make(terms: Terms, **options) -> Rule:
         strengths = {"w": terms.w} if contrasts else {}
-        rule = function(**strengths, guidance_scale=terms.guidance_scale, **options)
+        try:
+            rule = function(**strengths, guidance_scale=terms.guidance_scale, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"rule {name}: {error}; expected FUNCTION(w, guidance_scale, **options), with options passed on to Rule"
+            ) from error
         if not isinstance(rule, Rule):
             raise ValueError(f"rule {name}: returned a {type(rule).__name__}; expected a flax_pref Rule")
         return rule

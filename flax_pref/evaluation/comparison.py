@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
@@ -33,7 +32,7 @@ from flax_pref.evaluation.statistics import (
     won,
 )
 from flax_pref.files import read_json
-from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows
+from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows, read_table
 from flax_pref.programs import command, title
 
 CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag")
@@ -177,7 +176,7 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         there = "has not been scored" if epath.Path(folder).is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {there}; run {command('score')} {folder} --rewards ... first")
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
+        table = read_table(file.read_bytes())
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
         weights = described.get("embedding_of") or {}
         embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None

@@ -28,10 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.config import UserError
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, ImageRun, read_image
 from flax_pref.files import one_writer, remedy, replacing
-from flax_pref.images.image_set import MANIFEST_SCHEMA
+from flax_pref.images.image_set import MANIFEST_SCHEMA, read_table
 from flax_pref.programs import title
 from flax_pref.rewards.remote import remote_errors
-from flax_pref.rewards.reward import Reward
+from flax_pref.rewards.reward import Reward, scores_of
 
 SAVE_EVERY = 30.0  # seconds
 SAVE_SHARE = 0.05  # most of the time that goes into saving
@@ -169,7 +169,7 @@ class Scores:
     def _recall(self) -> None:
         """Takes over from the file what is known of images that are the same."""
         try:
-            table = pq.read_table(pa.BufferReader(self._stored), page_checksum_verification=True)
+            table = read_table(self._stored)
             described = json.loads((table.schema.metadata or {})[b"flax_pref"])
             stored = {key: i for i, key in enumerate(_keys(table))}
             where = np.array([stored.get(key, -1) for key in _keys(self._rows)], np.int64)
@@ -258,7 +258,9 @@ class Scorer:
         def score(reward, view, prepared):
             # On TPUs and GPUs what is called float32 would be multiplied in fewer bits.
             with jax.default_matmul_precision("highest"):
-                return reward.image_features(view).astype(jnp.float16) if embedding else reward.score(view, prepared)
+                return (
+                    reward.image_features(view).astype(jnp.float16) if embedding else scores_of(reward, view, prepared)
+                )
 
         def on_each_device(function, arguments):
             # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do.

@@ -64,6 +64,18 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
+def read_table(content: bytes) -> pa.Table:
+    """The table in the bytes of a parquet file, whose checksums are verified.
+
+    Not by `parquet.read_table`: its threads may release the bytes after it has returned, and where the interpreter ends
+    meanwhile, the process aborts.
+
+    Raises:
+        pa.ArrowException, OSError: it is damaged.
+    """
+    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+
+
 def read_manifest(content: bytes) -> pa.Table:
     """The table in the bytes of a manifest, with the columns and types of `MANIFEST_SCHEMA`.
 
@@ -71,7 +83,7 @@ def read_manifest(content: bytes) -> pa.Table:
         ValueError: it is damaged; see also `check_rows`.
     """
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        table = read_table(content)
         if "record" not in table.column_names:  # of versions that did not have it
             table = table.append_column("record", pa.array(["{}"] * len(table)))
         table = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)

@@ -239,7 +239,7 @@ def add_lora(
         ValueError: a module's name is taken, a target names no layer, or a layer has adapters already.
     """
     if BASE in modules or len(set(modules)) != len(modules) or not modules or isinstance(modules, str):
-        raise ValueError(f"add_lora: modules={modules!r} must be different names, none of them {BASE!r}")
+        raise ValueError(f"add_lora: modules={modules!r} must be a tuple of different names, none of them {BASE!r}")
     if rank < 1:
         raise ValueError(f"add_lora: rank={rank!r} must be at least 1")
     layers = {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Linear | Conv)}

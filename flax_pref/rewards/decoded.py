@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.models.network import Network, with_remat
-from flax_pref.rewards.reward import Reward
+from flax_pref.rewards.reward import Reward, scores_of
 from flax_pref.shapes import Latents, PerImage, Tree
 
 
@@ -50,7 +50,7 @@ def score_gradients(
 
 def _score(reward: Reward, vae: Network, latents: Latents, prepared: Tree) -> PerImage:
     images = nnx.merge(vae.graphdef, vae.params).decode(latents / vae.config.scaling_factor)
-    return reward.score(reward.view(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)), prepared)
+    return scores_of(reward, reward.view(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)), prepared)
 
 
 def _on_each_device(

@@ -104,8 +104,23 @@ class WeightedSum:
     def score(self, view: tuple[Tree, ...], prepared: tuple[Tree, ...]) -> PerImage:
         """See `Reward`."""
         parts = zip(self.weights, self.parts, view, prepared, strict=True)
-        scores = (weight * part.score(seen, known) for weight, part, seen, known in parts)
+        scores = (weight * scores_of(part, seen, known) for weight, part, seen, known in parts)
         return functools.reduce(operator.add, scores)
+
+
+def scores_of(reward: Reward, view: Tree, prepared: Tree) -> PerImage:
+    """`reward.score(view, prepared)`, of a reward that may be a user's own.
+
+    Raises:
+        ValueError: it is not one number for each image.
+    """
+    scores, count = reward.score(view, prepared), len(jax.tree.leaves(view)[0])
+    if jnp.shape(scores) != (count,):
+        raise ValueError(
+            f"{reward.name}: score returned shape {list(jnp.shape(scores))} for a batch of {count} images; expected "
+            f"one number for each, [{count}]"
+        )
+    return scores
 
 
 class Files(NamedTuple):

@@ -147,7 +147,7 @@ def test_several_strengths_can_be_typed_by_name():
     for text in ("pos=3,1", "=3", "pos=1,pos=2", "pos=four"):
         with pytest.raises(ValueError, match=re.escape(text) if text != "pos=four" else "'four' is no strength"):
             parse_strengths(text)
-    with pytest.raises(ValueError, match="w has strengths for pos; expected one for each of pos, neg"):
+    with pytest.raises(ValueError, match="w has strengths for pos; this rule expects one for each of pos, neg"):
         cpgd({"pos": 3.0}, S)
     assert merge_weights(cpgd({"pos": 3.0, "neg": 1.0}, S)) == {"pos": 3.0, "base": -2.0, "neg": -1.0}
 

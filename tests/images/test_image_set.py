@@ -479,7 +479,7 @@ def test_images_that_a_user_has_deleted_are_drawn_again_and_no_others(tmp_path, 
     if finished:
         images.finish()
     file = folder / images._rows[1].file
-    lost = [row.index for row in images._rows.values() if folder / row.file == file]
+    lost = [row.place for row in images._rows.values() if folder / row.file == file]
     if truncated:
         os.truncate(file, file.stat().st_size - 1)
     else:
