@@ -6,7 +6,7 @@ VENV := .venv$(patsubst python%,-%,$(filter-out python python3,$(notdir $(PYTHON
 BIN := $(VENV)/bin
 TPU := $(VENV)/tpu
 
-.PHONY: demo test test-python test-recipes test-long parity plan plan-check docs lint format
+.PHONY: demo test test-python test-programs test-recipes test-long parity plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -24,6 +24,10 @@ CORE_TESTS := tests/models tests/diffusion
 # Every command of the README and every config, with less work.
 test-recipes: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipe
+
+# Whole programs that are killed, or run on other meshes and hosts: they come to what one undisturbed run does.
+test-programs: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m program
 
 # What takes too long for every change: a run that is killed twenty times.
 test-long: $(VENV)/installed-test

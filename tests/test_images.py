@@ -160,6 +160,7 @@ def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
     assert apart("merged", "base") > 3
 
 
+@pytest.mark.program
 def test_a_killed_run_goes_on_to_the_same_files(modules, prompts, tmp_path):
     kill_and_compare(modules, prompts, tmp_path, kills=2)
 
@@ -213,6 +214,7 @@ def hosts(*flags):
     return [program(*flags, "--hosts", f"{address},2,{i}") for i in range(2)]
 
 
+@pytest.mark.program
 def test_two_hosts_write_what_one_writes(prompts, tmp_path):
     # Three shards: the first host has three batches, the second two.
     flags = ("--prompts", prompts, "--seeds", "0-1", *QUICK, "--batch-size", "4", "--shard-size", "6")

@@ -127,6 +127,7 @@ def kill_at_random(command, output, times, rng):
     return killed
 
 
+@pytest.mark.program
 def test_killed_and_told_to_end_a_run_comes_to_the_weights_of_an_undisturbed_one(tmp_path, world):
     steps = 150
     finish(start(*program(tmp_path / "undisturbed", world, steps)))
@@ -185,6 +186,7 @@ def legs(world, tmp_path_factory):
     return folder
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("name", ["meshes", "hosts", "hosts-modules", "one-two", "two-one"])
 def test_on_other_meshes_and_hosts_a_run_sees_the_same_pairs_and_has_the_same_losses(legs, name):
     whole = legs / ("whole-modules" if "modules" in name else "whole")
@@ -199,6 +201,7 @@ def test_on_other_meshes_and_hosts_a_run_sees_the_same_pairs_and_has_the_same_lo
     print(f"{name}: largest difference of losses {np.abs(np.subtract(losses, expected)).max():.1e}")
 
 
+@pytest.mark.program
 def test_on_other_meshes_and_hosts_a_run_comes_to_the_same_weights(legs):
     whole = saved_arrays(legs / "whole", 6)
     for name in ("meshes", "hosts", "one-two", "two-one"):
@@ -207,6 +210,7 @@ def test_on_other_meshes_and_hosts_a_run_comes_to_the_same_weights(legs):
             np.testing.assert_allclose(found[path], array, rtol=1e-3, atol=1e-4, err_msg=f"{name} {path}")
 
 
+@pytest.mark.program
 def test_parameters_are_divided_as_the_mesh_says(legs):
     _, told = (legs / "told.txt").read_text().split("mesh fsdp=2, tensor=2: 4 cpu on 1 host")
     told, *_ = told.split("mesh data=4")

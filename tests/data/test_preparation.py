@@ -666,6 +666,7 @@ def flags_for(file):
     return ("--source.path", file, "--encoding.batch-size", "4", "--max-drop-share", "0.1")
 
 
+@pytest.mark.program
 def test_two_hosts_write_what_one_writes(tmp_path):
     flags = (*flags_for(write_set(tmp_path / "a.parquet", damaged=(5,))), "--shard-size", "8")
     with socket.socket() as free:
@@ -711,6 +712,7 @@ def kill_and_compare(tmp_path, kills):
     assert contents(out) == contents(tmp_path / "calm")
 
 
+@pytest.mark.program
 def test_a_killed_run_goes_on_to_the_same_files(tmp_path):
     kill_and_compare(tmp_path, kills=2)
 
