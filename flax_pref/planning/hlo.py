@@ -225,12 +225,12 @@ class Module:
 
     def _code(self, one: Instruction, around: Computation) -> int:
         operands = tuple(around[name].outputs for name in one.operands if name in around)
-        fused = self.computations.get(_called(one, "calls") or "", {})
+        fused = self.computations.get(_called_if_any(one, "calls") or "", {})
         return hash((one.opcode, one.outputs, operands, *(self._code(each, fused) for each in fused.values())))
 
     def _inside(self, one: Instruction, around: Computation) -> Iterator[tuple[Instruction, Computation]]:
         """The instruction, or those that it fuses, each with the computation that it is in."""
-        fused = _called(one, "calls")
+        fused = _called_if_any(one, "calls")
         if fused is None:
             yield one, around
         else:
@@ -242,7 +242,7 @@ class Module:
         if one.opcode in ("copy-start", "slice-start"):  # (destination, source, context)
             destination, source, *_ = one.outputs
             return [destination, destination._replace(on_chip=source.on_chip)]
-        fused = self.computations.get(_called(one, "calls") or "", {})
+        fused = self.computations.get(_called_if_any(one, "calls") or "", {})
         last = list(fused.values())[-1] if fused else one
         if last.target == "AsyncCollectiveStart":
             return []
@@ -341,10 +341,14 @@ def _slowness(branch: list[Executed]) -> tuple[float, float]:
 
 def _called(one: Instruction, role: str) -> str:
     """The computation that an instruction calls as its body, condition, ...; a ValueError if it calls none so."""
-    name = one.attribute(rf"\b{role}=%?([\w.-]+)")
+    name = _called_if_any(one, role)
     if name is None:
         raise ValueError(f"{one.opcode}: calls no {role}")
     return name
+
+
+def _called_if_any(one: Instruction, role: str) -> str | None:
+    return one.attribute(rf"\b{role}=%?([\w.-]+)")
 
 
 def _branches(one: Instruction) -> list[str]:
