@@ -67,13 +67,13 @@ MANIFEST_SCHEMA = pa.schema(
 def read_table(content: bytes) -> pa.Table:
     """The table in the bytes of a parquet file, whose checksums are verified.
 
-    Not by `parquet.read_table`: its threads may release the bytes after it has returned, and where the interpreter ends
+    In this thread only: pyarrow's threads may release the bytes after it has returned, and where the interpreter ends
     meanwhile, the process aborts.
 
     Raises:
         pa.ArrowException, OSError: it is damaged.
     """
-    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
 
 
 def read_manifest(content: bytes) -> pa.Table:
