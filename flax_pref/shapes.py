@@ -22,11 +22,11 @@ Timesteps = Num[Array, " images"]
 Latents = Float[jax.Array, "images height width channels"]
 """Scaled latents of one image each."""
 GivenLatents = Float[Array, "images height width channels"]
-"""Latents that may also lie on the host."""
+"""`Latents` on a device or on the host."""
 RowLatents = Float[jax.Array, "images rows height width channels"]
 """Latents, or predictions from them, of several rows for each image: one row for each network and prompt."""
 GivenRowLatents = Float[Array, "images rows height width channels"]
-"""The same that may also lie on the host."""
+"""`RowLatents` on a device or on the host."""
 Pixels = Float[Array, "images image_height image_width 3"]
 """Images in [0, 1]."""
 Decoded = Float[jax.Array, "images image_height image_width 3"]

@@ -296,8 +296,6 @@ def save_lora(
     file, dtype = Path(file), jnp.dtype(dtype)
     if layout not in LAYOUTS:
         raise ValueError(f"{file}: layout={layout!r}, expected {' or '.join(map(repr, LAYOUTS))}")
-    if layout == "kohya" and config is None:
-        raise ValueError(f"{file}: layout='kohya' without config, expected the UNetConfig, for names depend on it")
     if dtype.name not in DTYPES.values():
         raise ValueError(f"{file}: dtype={dtype.name}, expected {' or '.join(DTYPES.values())}")
     if not _is_scale(alpha):
@@ -305,12 +303,13 @@ def save_lora(
     adapters = _one_module(file, lora)
     rank = next(len(b) for _, b in adapters.values())
     try:
-        prefix = PEFT_PREFIX if layout == "peft" else "unet."
-        names = (
-            _kohya_names(adapters, config)
-            if layout == "kohya" and config
-            else {layer: prefix + layer for layer in adapters}
-        )
+        if layout != "kohya":
+            prefix = PEFT_PREFIX if layout == "peft" else "unet."
+            names = {layer: prefix + layer for layer in adapters}
+        elif config is not None:
+            names = _kohya_names(adapters, config)
+        else:
+            raise ValueError("layout='kohya' without config, expected the UNetConfig, for names depend on it")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -573,7 +572,7 @@ class PeftSettings(NamedTuple):
 
 
 def _of_layer(layer: str, patterns: Mapping[str, T], default: T) -> T:
-    """What the first pattern that names a layer says; by PEFT's rule it matches the end of the name after a dot."""
+    """Value of the first pattern that names a layer; PEFT matches it with the end of the name, after a dot."""
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 

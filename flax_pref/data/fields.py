@@ -74,9 +74,14 @@ def identifier(value: Any, name: str) -> str:
 
 def number(value: Any, name: str) -> float | None:
     """A finite number; None if there is none."""
-    if value is not None and not _is_finite(value):
+    return None if value is None else finite(value, name)
+
+
+def finite(value: Any, name: str) -> float:
+    """A finite number, which must be there."""
+    if not _is_finite(value):
         raise Rejected(f"{name} is no number", quote(value))
-    return None if value is None else float(value)
+    return float(value)
 
 
 def confidence(value: Any) -> float | None:

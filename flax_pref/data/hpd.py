@@ -165,7 +165,7 @@ def _two_of_ranked(record: dict[str, Any], number: int) -> _Compared:
     names = fields.two_paths(paths[i], paths[j], (f"image_path[{i}]", f"image_path[{j}]"))
     if None in (ranks[i], ranks[j]):
         raise fields.Rejected("ranks mean nothing", fields.quote(ranks))
-    first, second = (fields.number(ranks[place], "rank") or 0.0 for place in (i, j))
+    first, second = (fields.finite(ranks[place], "rank") for place in (i, j))
     margin = abs(first - second)
     return _Compared(prompt, names, Tie() if not margin else int(ranks[j] < ranks[i]), margin)
 
@@ -209,7 +209,7 @@ def _paths(record: dict[str, Any]) -> tuple[str, str]:
 def _margin(votes: Any) -> float | None:
     if not isinstance(votes, list) or len(votes) != 2 or None in votes:
         return None
-    first, second = (fields.number(vote, "choice_dist") or 0.0 for vote in votes)
+    first, second = (fields.finite(vote, "choice_dist") for vote in votes)
     return (first - second) / (first + second) if first + second > 0 else None
 
 

@@ -77,7 +77,7 @@ def encode_batch(
 
 
 def encode_ids(pipeline: Pipeline, ids: Sequence[TokenIds]) -> Conditioning:
-    """What `encode_batch` gives, of token ids from each of the tokenizers."""
+    """Encodes prompts as `encode_batch` does, from the token ids of each tokenizer."""
     last = len(pipeline.text_encoders) == 1
     encoded = [
         _encode(encoder.graphdef, last, encoder.params, own)

@@ -164,7 +164,7 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
         "every": flags.every,
         "between": flags.between,
         "rescale": flags.rescale,
-        "proxy": 0.5 if flags.proxy is None else flags.proxy,
+        **({} if flags.proxy is None else {"proxy": flags.proxy}),
     }
 
 

@@ -77,7 +77,10 @@ class DrawingFlags:
     """Attention kernel of the UNet; auto: the fastest for the device."""
 
     def __post_init__(self):
-        from flax_pref.diffusion.guidance import parse_strengths  # both import JAX, which --help does not need
+        from flax_pref.diffusion.guidance import (
+            Schedule,
+            parse_strengths,
+        )  # both import JAX, which --help does not need
         from flax_pref.diffusion.rules import find_rule
 
         find_rule(self.rule)
@@ -88,16 +91,20 @@ class DrawingFlags:
         for name, value in (("eta", self.eta), ("rescale", self.rescale)):
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"--{name} {value}: expected 0 to 1")
-        for flag, text in (("w", self.w), ("guidance-scale", self.guidance_scale)):
+        if "=" in self.guidance_scale:
+            raise UserError(
+                f"--guidance-scale {self.guidance_scale}: expected one strength, it is the same for all modules"
+            )
+        for flag, text, parse in (
+            ("w", self.w, parse_strengths),
+            ("guidance-scale", self.guidance_scale, Schedule.parse),
+        ):
             try:
-                strength = None if text is None else parse_strengths(text)
+                strength = None if text is None else parse(text)
             except ValueError as error:
                 raise UserError(f"--{flag} {text}: {error}") from error
-            if flag == "guidance-scale" and strength is not None:
-                if isinstance(strength, dict):
-                    raise UserError(f"--guidance-scale {text}: expected one strength, it is the same for all modules")
-                if any(value < 0 for value in strength.values):
-                    raise UserError(f"--guidance-scale {text}: expected 0 or more")
+            if flag == "guidance-scale" and isinstance(strength, Schedule) and min(strength.values) < 0:
+                raise UserError(f"--guidance-scale {text}: expected 0 or more")
         if self.quantize is not None and importlib.util.find_spec("qwix") is None:
             raise UserError(f"--quantize {self.quantize}: needs qwix; pip install 'flax-pref[quantize]'")
 

@@ -52,7 +52,7 @@ class _Column:
 class Scores:
     """The table of scores of a run.
 
-    A score belongs to the bytes of an image and to its prompt: rows whose image was drawn again are not known again.
+    A score belongs to the bytes of an image and to its prompt: an image that was drawn again is scored again.
 
     Attributes:
         folder: of the run.

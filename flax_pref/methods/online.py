@@ -32,7 +32,7 @@ from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Int, Key, La
 Candidates = Float[jax.Array, "images candidates height width channels"]
 """K latents, or predictions from them, of each image."""
 GivenCandidates = Float[Array, "images candidates height width channels"]
-"""The same that may also lie on the host."""
+"""`Candidates` on a device or on the host."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Methods

@@ -99,7 +99,7 @@ class CLIPEmbeddings(nnx.Module):
 
 
 class EncoderConfig(Protocol):  # properties, for the fields of frozen dataclasses cannot be written
-    """What the layers of both encoders of CLIP, of text and of images, are made by; see `CLIPTextConfig`."""
+    """Settings of the layers that CLIP's text and image encoders share; see `CLIPTextConfig`."""
 
     @property
     def hidden_size(self) -> int: ...  # noqa: D102

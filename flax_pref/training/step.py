@@ -13,7 +13,7 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """What a step replaces, and what a run resumes from.
+    """State of training: a step replaces it, and checkpoints hold it.
 
     Attributes:
         params: pytree that is trained, float32.
