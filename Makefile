@@ -6,6 +6,9 @@ VENV := .venv$(patsubst python%,-%,$(filter-out python python3,$(notdir $(PYTHON
 BIN := $(VENV)/bin
 TPU := $(VENV)/tpu
 
+# Tests start hundreds of programs, each of which would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-python test-programs test-recipes test-long parity plan plan-check docs lint format
 
 demo: $(VENV)/installed

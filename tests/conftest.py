@@ -1,5 +1,6 @@
 """Programs are compiled quickly rather than well, and those of several tests once; shapes of signatures are checked."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -67,6 +68,14 @@ class ComparingModule(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path, parent):
     return ComparingModule.from_parent(parent, path=module_path)
+
+
+def pytest_collection_finish():
+    # Looking for garbage takes a twentieth of the time at Python's settings: libraries and tests, which stay, are
+    # left out, and traces, of which each makes hundreds of thousands of objects, are looked through less often.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_report_header():

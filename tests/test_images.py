@@ -190,6 +190,7 @@ def kill_and_compare(modules, prompts, tmp_path, kills):
     assert contents(out) == contents(tmp_path / "calm")
 
 
+@pytest.mark.program
 def test_sigterm_ends_the_run_after_the_batch_in_hand(prompts, tmp_path):
     flags = ("--prompts", prompts, "--seeds", "0-30", *QUICK, "--batch-size", "8", "--out", tmp_path / "out")
     process = program(*flags)
@@ -228,6 +229,7 @@ def test_two_hosts_write_what_one_writes(prompts, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.program
 def test_sigterm_to_one_of_two_hosts_ends_both_in_order(prompts, tmp_path):
     flags = ("--prompts", prompts, "--seeds", "0-99", *QUICK, "--batch-size", "8", "--shard-size", "8")
     processes = hosts(*flags, "--out", tmp_path / "out")

@@ -266,6 +266,7 @@ def check(found, first, last, rows=ALL):
                 assert step[name][str(row)] == array[row].astype(float).ravel().tolist(), (name, row)
 
 
+@pytest.mark.program
 def test_a_run_on_two_hosts_goes_on_on_one_and_on_two_with_the_very_pairs_that_remain(tmp_path):
     halves = range(4), range(4, 8)
     for name in ("begun", "two"):
@@ -310,6 +311,7 @@ def test_a_program_that_ends_without_closing_its_input_ends_in_silence():
     assert process.returncode == 3
 
 
+@pytest.mark.program
 def test_a_killed_run_goes_on_with_the_very_pairs_that_remain(tmp_path):
     state, rng = tmp_path / "state.json", random.Random(0)
     for kill in range(2):

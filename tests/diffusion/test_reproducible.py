@@ -82,10 +82,12 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.program
 def test_noise_is_bitwise_equal_on_any_number_of_devices_in_any_batch_and_order(found):
     assert all(found["noise"].values()), found["noise"]
 
 
+@pytest.mark.program
 def test_images_agree_on_any_number_of_devices_in_any_batch_and_order(found):
     print(found["images"])
     assert found["contrast"] > 0.05

@@ -375,6 +375,7 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.program
 def test_networks_side_by_side_draw_what_separate_networks_draw(report):
     found = {name: part for name, part in report.items() if " on " in name}
     print(json.dumps(found, indent=1))
@@ -382,6 +383,7 @@ def test_networks_side_by_side_draw_what_separate_networks_draw(report):
     assert {name: part["error"] for name, part in found.items() if part["error"] >= 1e-5} == {}
 
 
+@pytest.mark.program
 def test_networks_side_by_side_send_each_other_one_reduction_of_latents_in_a_step(report):
     for name, part in report.items():
         if " on " in name:
@@ -389,16 +391,19 @@ def test_networks_side_by_side_send_each_other_one_reduction_of_latents_in_a_ste
             assert part["latents"] == 1.0, name
 
 
+@pytest.mark.program
 def test_weighted_sums_of_predictions_are_reduced_as_sums(report):
     assert report["combine"]["error"] < 1e-5
     assert report["combine"]["sent"] == [["all-reduce", 2.0]]
 
 
+@pytest.mark.program
 def test_side_by_side_each_device_holds_one_network(report):
     one, *held = report["bytes"]
     assert held == [one] * 6
 
 
+@pytest.mark.program
 def test_devices_that_share_a_batch_send_each_other_nothing(report):
     assert report["data"]["error"] < 1e-5
     assert report["data"]["sent"] == []
@@ -447,6 +452,7 @@ def test_networks_that_cannot_lie_side_by_side_are_refused_by_name():
         ask(stack(pairs(base=base, pos=full(1)), mesh), "base", "dpo")
 
 
+@pytest.mark.program
 def test_an_axis_of_which_half_would_be_idle_is_refused(report):
     assert report["refused"] == (
         "stack: 2 network(s), base, pos, for an axis 'network' of 4 in the mesh, most of which would be idle; choose a "

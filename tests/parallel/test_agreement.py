@@ -227,6 +227,7 @@ def draw_run(folder):
     return folder
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("case", "differs"),
     [

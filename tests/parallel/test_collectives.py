@@ -56,6 +56,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("what", ["lora", "full"])
 def test_devices_that_share_a_batch_send_each_other_gradients_and_metrics_and_nothing_else(found, what):
     gradients = found[what]["bytes"]
@@ -65,6 +66,7 @@ def test_devices_that_share_a_batch_send_each_other_gradients_and_metrics_and_no
         assert gradients <= sent["all-reduce"][1] <= gradients + 4 * 4, "loss and metrics are four scalars"
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("what", "mesh"), [(what, mesh) for what, meshes in CASES.items() for mesh in meshes])
 def test_what_a_device_sends_does_not_grow_with_the_replicas(found, what, mesh):
     first, *others = found[what][mesh]

@@ -259,6 +259,7 @@ def check_told_of_the_other(ended, number):
     return errors
 
 
+@pytest.mark.program
 def test_where_one_dies_or_hangs_the_other_ends_in_time_and_says_why(pairs):
     timeout = 10
     cases = [(sent, victim) for sent in (signal.SIGKILL, signal.SIGSTOP) for victim in (0, 1)]
@@ -272,6 +273,7 @@ def test_where_one_dies_or_hangs_the_other_ends_in_time_and_says_why(pairs):
     assert time.monotonic() - begun < timeout + 5
 
 
+@pytest.mark.program
 def test_where_one_fails_it_says_so_once_and_the_other_ends(pairs):
     timeout = 20
     made = pairs("mistake of 0", "mistake of 1", "defect of 1", timeout=timeout)
@@ -287,6 +289,7 @@ def test_where_one_fails_it_says_so_once_and_the_other_ends(pairs):
     assert time.monotonic() - begun < timeout
 
 
+@pytest.mark.program
 def test_processes_that_end_in_order_are_not_told_dead(pairs):
     made = pairs("nothing", "one is longer", "preempted", timeout=5)
     for pair, (status, last) in zip(made, ((0, "ended\n"), (0, "ended\n"), (PREEMPTED, "")), strict=True):
@@ -296,6 +299,7 @@ def test_processes_that_end_in_order_are_not_told_dead(pairs):
             assert "error" not in ended[2] and "Terminating" not in ended[2]
 
 
+@pytest.mark.program
 def test_where_the_others_do_not_come_a_line_says_so():
     texts = [f"localhost:{free_port()},2,{number}" for number in range(2)]
     late = [start(text, 1, "nothing") for text in texts]

@@ -185,6 +185,7 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.program
 def test_a_step_on_any_mesh_is_that_of_one_device(report):
     print(report["steps"], report["moved"])
     assert min(report["moved"].values()) > 1e-3, "or else the same parameters say nothing"
@@ -194,6 +195,7 @@ def test_a_step_on_any_mesh_is_that_of_one_device(report):
             assert max(loss, params) < 1e-5, (what, text)
 
 
+@pytest.mark.program
 def test_no_device_has_all_of_a_large_leaf_of_parameters_gradients_or_optimizer(report):
     assert len(report["whole"]) == 8
     assert {name: leaves for name, leaves in report["whole"].items() if leaves} == {}

@@ -375,6 +375,7 @@ def test_a_run_goes_on_on_other_meshes(tmp_path):
     check_went_on(tmp_path, 2, 4, 5, 6)
 
 
+@pytest.mark.program
 def test_a_run_preempted_on_one_of_two_hosts_stops_on_both_and_goes_on_on_one_and_on_two(tmp_path):
     processes = start_two(tmp_path, f"4x2:{checkpointed_run.MANY}")
     wait_for(processes[1], "safe")
@@ -400,6 +401,7 @@ def test_a_preempted_run_saves_where_it_is_and_ends_with_a_status_of_its_own(tmp
     assert equal(results(tmp_path, f"{step}-restored"), ended)
 
 
+@pytest.mark.program
 def test_killed_at_20_random_moments_a_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     told = finish(start(tmp_path, "--kills", 20, devices=1, **compiled))

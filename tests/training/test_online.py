@@ -269,6 +269,7 @@ def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
         np.testing.assert_allclose(source.arrays()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.program
 def test_experience_does_not_depend_on_the_number_of_devices():
     done = subprocess.run(
         [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo"],
