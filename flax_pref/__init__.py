@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from flax_pref.diffusion.guidance import cpgd as cpgd
     from flax_pref.diffusion.guidance import cpgd_conditional as cpgd_conditional
     from flax_pref.diffusion.guidance import merge_weights as merge_weights
+    from flax_pref.diffusion.guidance import multi as multi
     from flax_pref.diffusion.guidance import npo as npo
     from flax_pref.diffusion.guidance import pgd as pgd
     from flax_pref.diffusion.solvers import solver_from_config as solver_from_config
@@ -71,7 +72,7 @@ _NAMES_OF = {
     "data.encode_set": "encode",
     "data.pipeline": "InputConfig PairBatches",
     "data.prepared": "PreparedSet",
-    "diffusion.guidance": "Rule Schedule autoguidance cfg chats cpgd cpgd_conditional merge_weights npo pgd",
+    "diffusion.guidance": "Rule Schedule autoguidance cfg chats cpgd cpgd_conditional merge_weights multi npo pgd",
     "diffusion.solvers": "solver_from_config",
     "diffusion.text_to_image": "TextToImage",
     "evaluation.run_report": "compare",

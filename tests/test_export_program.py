@@ -85,6 +85,17 @@ def test_strengths_are_inputs_of_the_program(sampler, rule, tmp_path):
     assert (for_each[1] != other[1]).any() and (for_each[2] != other[2]).any()
 
 
+def test_a_shaped_rule_is_exported_with_its_numbers_as_inputs(rule, tmp_path):
+    shaped = ("--shaping", "apg:0.5:3:-0.5", "--w", "norm:0.5")
+    export.main([*QUICK, *rule, *shaped, "--out", str(tmp_path / "shaped")])
+    sampler = load_sampler(tmp_path / "shaped")
+    for w in ("norm:0.5", "norm:1"):
+        wanted = drawn(tmp_path / w, *rule, *shaped[:3], w)
+        np.testing.assert_array_equal(sampler(PROMPTS, range(3), seed=7, w=w), wanted)
+    with pytest.raises(ValueError, match="exported for w=norm:0.5"):
+        sampler(PROMPTS, range(3), seed=7, w=2)
+
+
 def test_a_negative_prompt_changes_its_own_image_and_is_that_of_sample_images(sampler, rule, tmp_path):
     plain = sampler(PROMPTS, range(3), seed=7)
     served = sampler(PROMPTS, range(3), seed=7, negative_prompts=["red", None, None])

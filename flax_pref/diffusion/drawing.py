@@ -145,7 +145,8 @@ def _module_files(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, 
 def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
     """The rule that the flags describe, as arguments of `named_rule` that JSON can hold."""
     if not find_rule(flags.rule).contrasts:
-        for name, given in (("--w", flags.w is not None), ("--merge", flags.merge), ("--every", flags.every != 1)):
+        needless = {"--w": flags.w is not None, "--merge": flags.merge, "--every": flags.every != 1}
+        for name, given in {**needless, "--shaping": flags.shaping is not None}.items():
             if given:
                 expected = ", ".join(CONTRASTING)
                 raise UserError(f"--rule {flags.rule} has no use for {name}; expected one of {expected}")
@@ -153,6 +154,8 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(f"--rule {flags.rule} needs --w, the strength of the modules, e.g. --w 4")
     if flags.between != "hold" and flags.every == 1:
         raise UserError(f"--between {flags.between} needs --every, the steps between contrasts, e.g. --every 4")
+    if flags.merge and flags.shaping is not None:
+        raise UserError("--merge has no use for --shaping: weights hold a contrast as it is; leave one of them out")
     if flags.proxy is not None and flags.rule != "chats":
         raise UserError(f"--rule {flags.rule} has no use for --proxy; expected --rule chats")
     return {
@@ -165,6 +168,7 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
         "between": flags.between,
         "rescale": flags.rescale,
         **({} if flags.proxy is None else {"proxy": flags.proxy}),
+        **({} if flags.shaping is None else {"shaping": flags.shaping}),
     }
 
 
@@ -216,8 +220,13 @@ def _check_modules(rule: Rule, sources: Mapping[str, str], flags: DrawingFlags) 
 
 
 def _rules_with(modules: Sequence[str]) -> list[str]:
-    """The rules that need these modules and no others; fine_tuned and pgd take any single one."""
-    rules = {name: named_rule(name, guidance_scale=7.5, w=1.0, module=modules[0]) for name in RULES}
+    """The rules that need these modules and no others; fine_tuned and pgd take any single one, multi takes all."""
+    rules = {
+        name: named_rule(
+            name, guidance_scale=7.5, w=dict.fromkeys(modules, 1.0) if name == "multi" else 1.0, module=modules[0]
+        )
+        for name in RULES
+    }
     return [name for name, rule in rules.items() if set(rule.networks()) - {"base"} == set(modules)]
 
 

@@ -17,7 +17,11 @@ PRESETS = {
     "full": {"rule": "cpgd"},  # 3.1, 100 %
     "fast": {"rule": "cpgd", "merge": True},  # 1.0, 107 %
     "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.1, 105 %
+    "late": {"rule": "cpgd_conditional"},
 }
+# Parts of the trajectory that a preset confines its strengths to: early by the prompt, late by the modules (SGG,
+# arXiv:2603.20584).
+INTERVALS = {"late": {"guidance_scale": "@0:0.5", "w": "@0.5:1"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +32,25 @@ class DrawingFlags:
     """Checkpoint: a folder in the diffusers layout, a Hub id, or "demo" for the small model of this package."""
     module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Preference module as NAME=PATH; repeat the flag for each. PATH is a LoRA file, or a folder with LoRA or full
-    weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned."""
+    weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned,
+    any names for multi."""
     module_base: str | None = None
     """Checkpoint that the modules were trained on, if it is not the model: their difference is predicted on it
     (default: LoRA modules are moved onto the model)."""
-    preset: Literal["full", "fast", "light"] | None = None
+    preset: Literal["full", "fast", "light", "late"] | None = None
     """Shorthand for rule, every, between and merge. full: cPGD; fast: cPGD merged into the weights; light: cPGD on the
-    prompt only, in every fifth step. docs/guidance.md lists the cost and the gain of each."""
+    prompt only, in every fifth step; late: classifier-free guidance in the first half of the steps, the modules'
+    contrast on the prompt in the second. docs/guidance.md lists the cost and the gain of each."""
     rule: str = "cfg"
     """Guidance rule: cfg, fine_tuned, pgd, cpgd, cpgd_conditional, positive_only, negative_only, npo, chats,
-    autoguidance, or your own function as python:MODULE:FUNCTION."""
+    autoguidance, multi, or your own function as python:MODULE:FUNCTION."""
     w: str | None = None
     """Strength of the modules: a number, or a schedule over the steps (linear:8:0, cosine:0:8, list:8:4:0), with
-    @0.2:0.8 behind it to restrict it to that part of the trajectory. One strength per module: pos=3,neg=1."""
+    @0.2:0.8 behind it to restrict it to that part of the trajectory. One strength per module: pos=3,neg=1. norm:0.3 is
+    a share of what classifier-free guidance adds in the same step, so that one number fits modules of any strength."""
+    shaping: str | None = None
+    """What is done to the contrast before it is added: cap:SHARE (at most so long as this share of what classifier-free
+    guidance adds), orthogonal (to what it adds), apg:PARALLEL:RADIUS:MOMENTUM (APG) or decay:ALPHA (MAMBO-G)."""
     guidance_scale: str = "7.5"
     """Classifier-free guidance scale; 1 turns it off. A number or a schedule, as for w."""
     every: int = 1
@@ -82,8 +92,14 @@ class DrawingFlags:
             parse_strengths,
         )  # both import JAX, which --help does not need
         from flax_pref.diffusion.rules import find_rule
+        from flax_pref.diffusion.shaping import parse_shaping
 
         find_rule(self.rule)
+        if self.shaping is not None:
+            try:
+                parse_shaping(self.shaping)
+            except ValueError as error:
+                raise UserError(f"--shaping {self.shaping}: {error}") from error
         for name in ("batch_size", "steps", "every", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -121,4 +137,11 @@ def with_preset(flags: F) -> F:
         expected, given = PRESETS[flags.preset].get(field.name), getattr(flags, field.name)
         if expected is not None and given not in (expected, field.default):
             raise UserError(f"--preset {flags.preset} is --{field.name} {expected}, but --{field.name} is {given}")
-    return dataclasses.replace(flags, **PRESETS[flags.preset], preset=None)
+    confined = {}
+    for name, interval in INTERVALS.get(flags.preset, {}).items():
+        strength = getattr(flags, name)
+        if strength is not None and "@" in strength:
+            flag = name.replace("_", "-")
+            raise UserError(f"--preset {flags.preset} has intervals of its own, but --{flag} is {strength}; leave its @")
+        confined[name] = strength and strength + interval
+    return dataclasses.replace(flags, **PRESETS[flags.preset], **confined, preset=None)

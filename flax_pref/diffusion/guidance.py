@@ -6,7 +6,8 @@ A rule is a function of a few lines that says which. Below, `CFG_s(N) = (1 - s) 
 all rules have the form `steady(s) + w contrast(s)`: the contrast is what a guidance interval switches off, and what
 changes slowly enough to be predicted in some steps only. A rule may have several contrasts, each with its own strength.
 
-Strengths, w and s, are numbers, one number for each image, or a `Schedule` along the trajectory.
+Strengths, w and s, are numbers, one number for each image, or a `Schedule` along the trajectory. What is added to the
+steady part may be shaped, see `diffusion.shaping`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import jax
 import numpy as np
 
+from flax_pref.diffusion.shaping import parse_shaping
 from flax_pref.shapes import Array
 
 Prompt = Literal["text", "empty", "proxy"]
@@ -40,6 +42,8 @@ class Schedule:
         shape: "linear" goes from the first value to the last by equal steps, "cosine" by half a wave, slow at its ends.
         start: where the strength begins, from 0 up.
         stop: before which it ends, up to 1.
+        norm: whether the strength is a share of what classifier-free guidance adds: `|w contrast| = value |CFG_s -
+            eps(x, empty)|` in each step of each image. One value fits modules that were trained for any length.
 
     Example:
         >>> fp.Schedule((8.0, 2.0), "linear", stop=0.75).at(4, off=0.0)[:, 0].tolist()
@@ -51,6 +55,7 @@ class Schedule:
     shape: Shape = "constant"
     start: float = 0.0
     stop: float = 1.0
+    norm: bool = False
 
     def __post_init__(self):
         expected = {"constant": 1, "linear": 2, "cosine": 2}
@@ -65,18 +70,22 @@ class Schedule:
     def parse(cls, text: str) -> "Schedule":
         """Reads `4`, `linear:8:0`, `cosine:0:8` or `list:1:2:3`, each perhaps with an interval: `4@0.2:0.8`.
 
+        A `norm:` in front makes it a share of what classifier-free guidance adds: `norm:0.3`, `norm:linear:0.5:0`.
+
         Raises:
             ValueError: it is none of these.
         """
-        course, at, interval = text.partition("@")
+        norm = text.startswith("norm:")
+        course, at, interval = text.removeprefix("norm:").partition("@")
         shape, *values = course.split(":") if ":" in course else ("constant", course)
         try:
             ends = dict(zip(("start", "stop"), map(float, interval.split(":")), strict=True)) if at else {}
-            return cls(tuple(map(float, values)), cast(Shape, shape), **ends)
+            return cls(tuple(map(float, values)), cast(Shape, shape), norm=norm, **ends)
         except ValueError as error:
             raise ValueError(
                 f"{text!r} is no strength ({error}); expected a number, linear:FIRST:LAST, cosine:FIRST:LAST or "
-                "list:A:B:..., with @START:STOP behind it for a part of the trajectory"
+                "list:A:B:..., with norm: before it for a share of what guidance adds, with @START:STOP behind it for "
+                "a part of the trajectory"
             ) from error
 
     def active(self, num_steps: int) -> np.ndarray:
@@ -196,6 +205,8 @@ class Rule:
             of, which is the rule itself at s = 1, its contrast included.
         proxy: a, of the prompt "proxy" (arXiv:2502.12579): `(1 + a) blank - a text` in embeddings, where blank is the
             encoded empty text "", whatever the rows "empty" see.
+        shaping: what is done to `w contrast` before it is added, such as "cap:0.5"; see `shaping.SHAPINGS`. None:
+            nothing.
 
     Example:
         PGD, as a rule of one's own:
@@ -214,6 +225,7 @@ class Rule:
     between: Literal["hold", "extrapolate"] = "hold"
     rescale: float | np.ndarray | None = None
     proxy: float = 0.5
+    shaping: str | None = None
 
     def __post_init__(self):
         if not (isinstance(self.every, int) and self.every >= 1):
@@ -234,6 +246,22 @@ class Rule:
                     raise ValueError(f"{name} must be finite, got {number}")
                 if name == "rescale" and not 0 <= number <= 1:
                     raise ValueError(f"rescale must lie in 0 .. 1, got {number}")
+        if _is_norm(self.guidance_scale):
+            raise ValueError("guidance_scale cannot be norm-matched: a norm is a share of what it adds")
+        if self.shaping is not None:
+            parse_shaping(self.shaping)
+        if self.measures:
+            name = "norm" if self.shaping is None else f"shaping {self.shaping!r}"
+            if not any(contrast.coefficients for contrast in self.terms(1.0)[1].values()):
+                raise ValueError(f"{name}: the rule has no contrast to shape")
+            empty, text = (self.terms(s)[0].coefficients for s in (0.0, 1.0))
+            if empty == text:
+                raise ValueError(f"{name}: is measured by what guidance adds, and the rule has no classifier-free guidance")
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is added depends on the lengths of predictions, that is, is not linear in them."""
+        return self.shaping is not None or any(map(_is_norm, self.strengths.values()))
 
     @property
     def strengths(self) -> Mapping[str, Strength]:
@@ -296,7 +324,7 @@ def pgd(w: Strength, guidance_scale: Strength, fine_tuned: str = "dpo", *, refer
         fine_tuned: name of the module.
         reference: network that the module is compared with. Where it is the base that the module was trained on, not
             the one it guides, the rule is `CFG_s(base) + w (CFG_s(fine_tuned) - CFG_s(reference))`.
-        options: `every`, `between` and `rescale` of `Rule`.
+        options: `every`, `between`, `rescale` and `shaping` of `Rule`.
 
     Raises:
         ValueError: a strength is not finite, or an option is out of its range.
@@ -324,7 +352,7 @@ def cpgd(w: Strengths, guidance_scale: Strength, positive: str = "pos", negative
         guidance_scale: s of classifier-free guidance, likewise.
         positive: name of the positive module; "base" for the one-sided rule of the negative one.
         negative: name of the negative module; "base" for the one-sided rule of the positive one.
-        options: `every`, `between` and `rescale` of `Rule`.
+        options: `every`, `between`, `rescale` and `shaping` of `Rule`.
 
     Raises:
         ValueError: a strength is not finite, or an option is out of its range.
@@ -340,6 +368,33 @@ def cpgd(w: Strengths, guidance_scale: Strength, positive: str = "pos", negative
         return base, {positive: pos - base, negative: base - neg} if isinstance(w, Mapping) else pos - neg
 
     return Rule(formula=formula, guidance_scale=guidance_scale, w=w, **options)
+
+
+def multi(w: Mapping[str, Strength], guidance_scale: Strength, *, reference: str = "base", **options) -> Rule:
+    """Several modules with a strength each, `CFG_s(base) + sum_i w_i (CFG_s(i) - CFG_s(base))` (DB-MPA,
+    arXiv:2505.18547).
+
+    Args:
+        w: strength of each module by its name; a number, one number per image, or a `Schedule`.
+        guidance_scale: s of classifier-free guidance, likewise.
+        reference: network that the modules are compared with, see `pgd`.
+        options: `every`, `between`, `rescale` and `shaping` of `Rule`.
+
+    Raises:
+        ValueError: there is no module, a strength is not finite, or an option is out of its range.
+
+    Example:
+        >>> fp.multi({"faithful": 1.0, "aesthetic": 0.5}, 7.5).networks()
+        ('base', 'faithful', 'aesthetic')
+    """
+    if not isinstance(w, Mapping) or not w:
+        raise ValueError("multi: no modules; expected a strength for each by its name, such as faithful=1,aesthetic=0.5")
+    return Rule(
+        formula=lambda s: (cfg_of("base", s), {name: cfg_of(name, s) - cfg_of(reference, s) for name in w}),
+        guidance_scale=guidance_scale,
+        w=w,
+        **options,
+    )
 
 
 def cpgd_conditional(
@@ -443,12 +498,14 @@ def merge_weights(rule: Rule) -> dict[str, float]:
     For cPGD `{"pos": w, "neg": -w}`, for PGD `{"dpo": w, "base": -w}`; see `checkpoints.modules.merge_modules`.
 
     Raises:
-        ValueError: w is not one number, or the rule has no contrast.
+        ValueError: w is not one number, or the rule has no contrast or shapes it.
 
     Example:
         >>> fp.merge_weights(fp.cpgd(2.0, 7.5))
         {'pos': 2.0, 'neg': -2.0}
     """
+    if rule.shaping is not None:
+        raise ValueError(f"shaping {rule.shaping!r}: weights hold a contrast as it is; merge a rule without shaping")
     shares: dict[str, float] = {}
     _, contrasts = rule.terms(0.0)  # at s = 0 the whole of CFG_s(N) is one prediction of N
     for name, w in rule.strengths.items():
@@ -489,11 +546,16 @@ class Table:
         plans: one for each step.
         steady: coefficients, float32 `[S, R, N]`.
         contrast: coefficients, float32 `[S, J, R, N]`.
-        text: steady and contrast of the text prediction that rescaling goes by, likewise; None where it is not done.
+        text: steady and contrast of the text prediction that rescaling and shaping go by, likewise; None where neither
+            is done.
+        empty: steady of the prediction for the empty prompt that shaping goes by, likewise.
         w: float32 `[S, J, N]`.
         extrapolation: float32 `[S]`, 0 where the contrast is held.
         rescale: float32 `[N]`, or None.
         proxy: float32 scalar.
+        shaping: name of what is done to the contrasts, see `shaping.SHAPINGS`.
+        norms: of each contrast, whether w is a share of what classifier-free guidance adds.
+        shaping_numbers: float32 `[P]`.
     """
 
     rows: tuple[tuple[str, Prompt], ...] = dataclasses.field(metadata={"static": True})
@@ -501,10 +563,14 @@ class Table:
     steady: Array
     contrast: Array
     text: tuple[Array, Array] | None
+    empty: Array | None
     w: Array
     extrapolation: Array
     rescale: Array | None
     proxy: Array
+    shaping: str | None = dataclasses.field(metadata={"static": True})
+    norms: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    shaping_numbers: Array
 
     def images(self, chosen: np.ndarray) -> "Table":
         """The table of some of its images."""
@@ -513,6 +579,7 @@ class Table:
             steady=self.steady[..., chosen],
             contrast=self.contrast[..., chosen],
             text=jax.tree.map(lambda part: part[..., chosen], self.text),
+            empty=None if self.empty is None else self.empty[..., chosen],
             w=self.w[..., chosen],
             rescale=None if self.rescale is None else self.rescale[chosen],
         )
@@ -552,6 +619,9 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     needs = {name: np.array([_needs(part, row, num_steps) for row in rows]) for name, part in contrasts_typical.items()}
     counts = {name: ws[name].active(num_steps) & needs[name].any(axis=0) for name in ws}
     contrasted = np.any(list(counts.values()), axis=0)
+    if rule.measures:  # by predictions that guidance alone may not need in this step
+        for part in (rule.terms(0.0)[0], rule.terms(1.0)[0]):
+            steady_needs |= contrasted & np.array([_needs(part, row, num_steps) for row in rows])
     order = np.cumsum(contrasted) - 1
     new = contrasted & (order % rule.every == 0)
     # A step predicts what counts in it or in a step that uses its contrasts again.
@@ -569,19 +639,26 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
         np.where((order >= rule.every) & (rule.between == "extrapolate"), order % rule.every, 0) / rule.every
     )
     text = rule.terms(1.0)
+    name, numbers = (None, ()) if rule.shaping is None else parse_shaping(rule.shaping)
     table = Table(
         rows=rows,
         plans=plans,
         steady=_coefficients(steady, rows, images),
         contrast=_stacked(contrasts, rows, images),
         # At s = 1 a guided prediction is the text prediction that it is made of.
-        text=None if rule.rescale is None else (_coefficients(text[0], rows, images), _stacked(text[1], rows, images)),
+        text=(_coefficients(text[0], rows, images), _stacked(text[1], rows, images))
+        if rule.rescale is not None or rule.measures
+        else None,
+        empty=_coefficients(rule.terms(0.0)[0], rows, images) if rule.measures else None,
         w=strength.astype(np.float32),
         extrapolation=extrapolation.astype(np.float32),
         rescale=None
         if rule.rescale is None
         else _broadcast(np.asarray(rule.rescale, np.float32), (num_images,), "rescale").astype(np.float32),
         proxy=np.asarray(rule.proxy, np.float32),
+        shaping=name,
+        norms=tuple(map(_is_norm, rule.strengths.values())),
+        shaping_numbers=np.asarray(numbers, np.float32),
     )
     for r, (network, prompt) in enumerate(rows):
         with np.errstate(over="ignore"):
@@ -589,6 +666,10 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
         if not np.isfinite(total).all():
             raise ValueError(f"coefficient of ({network}, {prompt}) must be finite, got {total.max()}")
     return table
+
+
+def _is_norm(strength: Strength) -> bool:
+    return isinstance(strength, Schedule) and strength.norm
 
 
 def _schedule(strength: Strength) -> Schedule:

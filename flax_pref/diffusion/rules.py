@@ -20,6 +20,7 @@ from flax_pref.diffusion.guidance import (
     chats,
     cpgd,
     cpgd_conditional,
+    multi,
     npo,
     parse_strengths,
     pgd,
@@ -59,6 +60,7 @@ RULES: dict[str, NamedRule] = {
     "npo": NamedRule(lambda t, **o: npo(t.guidance_scale, **o), contrasts=False),
     "chats": NamedRule(lambda t, **o: chats(t.guidance_scale, proxy=t.proxy, **o), contrasts=False),
     "autoguidance": NamedRule(lambda t, **o: autoguidance(t.w, **o), contrasts=True),
+    "multi": NamedRule(lambda t, **o: multi(t.w, t.guidance_scale, reference=t.reference, **o), contrasts=True),
 }
 STEADY = tuple(name for name, rule in RULES.items() if not rule.contrasts)  # rules without a strength w
 CONTRASTING = tuple(name for name, rule in RULES.items() if rule.contrasts)
@@ -69,7 +71,7 @@ def find_rule(name: str) -> NamedRule:
     """The entry of a name, or of a function of the user, `python:MODULE:FUNCTION`.
 
     The function is called as `FUNCTION(w, guidance_scale, **options)`, or without w if it has no parameter of that
-    name, and returns a `Rule`; options are every, between and rescale. The module is imported, that is, executed.
+    name, and returns a `Rule`; options are every, between, rescale and shaping. The module is imported, that is, executed.
 
     Raises:
         ValueError: there is no such rule, module or function.
@@ -116,6 +118,7 @@ def named_rule(
     between: Literal["hold", "extrapolate"] = "hold",
     rescale: float | None = None,
     proxy: float = 0.5,
+    shaping: str | None = None,
 ) -> Rule:
     """A rule by its name.
 
@@ -126,7 +129,7 @@ def named_rule(
             a contrast do not use it.
         module: the network that pgd and fine_tuned go by.
         reference: the network that one-sided rules compare with.
-        every: see `Rule`, as for between, rescale and proxy.
+        every: see `Rule`, as for between, rescale, proxy and shaping.
 
     Raises:
         ValueError: there is no such rule, a strength is not understood or not finite, or the rule has no guidance scale
@@ -139,4 +142,6 @@ def named_rule(
     options: Mapping[str, Any] = {"rescale": rescale}
     if rule.contrasts:
         options = {**options, "every": every, "between": between}
+    if shaping is not None:
+        options = {**options, "shaping": shaping}
     return rule.make(Terms(parse_strengths(w) if isinstance(w, str) else w, s, module, reference, proxy), **options)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.diffusion.guidance import GuidanceStep, Table
+from flax_pref.diffusion.shaping import SHAPINGS, Steady, norm_matched
 from flax_pref.diffusion.solvers import Solver, log_prob, no_history, step
 from flax_pref.shapes import (
     Array,
@@ -128,11 +129,13 @@ class State(NamedTuple):
         history: of the solver.
         contrast: the last prediction of the rule's contrasts `[J, K, B, H, W, C]`, and the one before it; empty where
             none is used again.
+        memory: of the shaping, `[K, B, H, W, C]`; None where it has none.
     """
 
     latents: jax.Array
     history: tuple[jax.Array, ...]
     contrast: tuple[jax.Array, ...]
+    memory: jax.Array | None
 
 
 def _walk(
@@ -165,43 +168,92 @@ def _walk(
         for plan in set(table.plans)
     }
     reuses = any(plan.contrast == "reused" for plan in table.plans)
+    measures = table.empty is not None
 
     def denoise(plan: GuidanceStep, state: State, inputs) -> tuple[State, Any]:
-        i, row, (steady, contrast, w, extrapolation) = inputs
+        i, row, (steady, contrast, w, extrapolation, unconditional) = inputs
         chosen = np.array(plan.rows)
         networks = tuple(table.rows[r][0] for r in chosen)
         model_input = jnp.stack([row.input_scale * state.latents] * len(chosen), axis=1)
         timesteps = jnp.full(num_images, row.timesteps)
         arguments = networks, model_input, timesteps, conditioning[plan.rows]
 
-        # Contrasts that later steps use again are sums of their own.
-        kept = plan.contrast == "new" and reuses
-        if kept:
+        # Contrasts that later steps use again, or whose length counts, are sums of their own.
+        apart = plan.contrast == "new" and (reuses or measures)
+        if apart:
             sums = jnp.concatenate([steady[None], contrast])
         else:
             sums = (steady + (w[:, None, None] * contrast).sum(axis=0) if plan.contrast == "new" else steady)[None]
-        flat = sums.reshape(-1, *sums.shape[2:])[:, chosen]
-        predictions, *newest = combine(predict, flat, *arguments).reshape(*sums.shape[:2], *first.shape)
+        flat = sums.reshape(-1, *sums.shape[2:])
+        if unconditional is not None:
+            flat = jnp.concatenate([flat, unconditional[None]])
+        combined = combine(predict, flat[:, chosen], *arguments)
+        predictions, *newest = combined[: sums.shape[0] * sums.shape[1]].reshape(*sums.shape[:2], *first.shape)
 
-        held = (jnp.stack(newest), state.contrast[0]) if kept else state.contrast
-        if reuses and plan.contrast != "none":
-            last, before = held
-            predictions += (w[:, None, :, None, None, None] * (last + extrapolation * (last - before))).sum(axis=0)
+        held, memory = state.contrast, state.memory
+        if plan.contrast != "none" and (reuses or measures):
+            now = jnp.stack(newest) if apart else None
+            if reuses:
+                held = state.contrast if now is None else (now, state.contrast[0])
+                now = held[0] + extrapolation * (held[0] - held[1])
+            if measures:
+                added, memory = _shaped(table, row, now, w, predictions, combined[-1], state)
+            else:
+                added = (w[:, None, :, None, None, None] * now).sum(axis=0)
+            predictions += added
         noise_pred = (
             predictions[0] if table.rescale is None else _rescale(predictions[0], predictions[1], table.rescale)
         )
         noise = draw_normal(keys, i, shape) if solver.stochastic else None
         latents, history = step(state.latents, noise_pred, row, noise, state.history)
-        return State(latents, history, held), observe(state.latents, noise_pred, row, latents)
+        return State(latents, history, held, memory), observe(state.latents, noise_pred, row, latents)
 
     # K sums of predictions: the guided one and, where it is rescaled, the text prediction that it is made of.
     sums = [(table.steady, table.contrast)] + ([] if table.text is None else [table.text])
     steady, contrast = (jnp.stack(parts, axis=-3) for parts in zip(*sums, strict=True))
     unknown = jnp.zeros((*contrast.shape[1:3], *first.shape), first.dtype)
-    state = State(first, no_history(solver, first), (unknown,) * (2 if reuses else 0))
-    strengths = (steady, contrast, table.w, table.extrapolation)
+    remembers = table.shaping is not None and SHAPINGS[table.shaping].remembers
+    memory = jnp.zeros_like(unknown[0]) if remembers else None
+    state = State(first, no_history(solver, first), (unknown,) * (2 if reuses else 0), memory)
+    strengths = (steady, contrast, table.w, table.extrapolation, table.empty)
     state, observed = _scan(denoise, state, (jnp.arange(1, num_steps + 1), solver, strengths), table.plans)
     return first, state.latents, observed
+
+
+def _shaped(
+    table: Table,
+    row: Solver,
+    contrasts: jax.Array,
+    w: jax.Array,
+    predictions: jax.Array,
+    empty: Latents,
+    state: State,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What a rule with norm-matched strengths or a shaping adds to its K predictions, and the next memory.
+
+    Args:
+        table: the rule.
+        row: of the solver.
+        contrasts: `[J, K, B, H, W, C]`.
+        w: `[J, B]`.
+        predictions: of the steady part, `[K, B, H, W, C]`: guided and for the text.
+        empty: of the steady part, for the empty prompt.
+        state: before the step.
+    """
+    text = predictions[1]
+    clean = row.clean_from_latents * state.latents + row.clean_from_pred * text
+    added, memories = [], []
+    for k, guided in enumerate(predictions):
+        steady = Steady(empty, text, guided, clean, row.clean_from_pred)
+        total = jnp.zeros_like(guided)
+        for contrast, strength, norm in zip(contrasts[:, k], w, table.norms, strict=True):
+            total += strength[:, None, None, None] * (norm_matched(contrast, steady) if norm else contrast)
+        if table.shaping is not None:
+            memory = None if state.memory is None else state.memory[k]
+            total, memory = SHAPINGS[table.shaping].apply(total, steady, memory, table.shaping_numbers)
+            memories.append(memory)
+        added.append(total)
+    return jnp.stack(added), None if state.memory is None else jnp.stack(memories)
 
 
 def _scan(body: Callable, state: Any, inputs: Any, plans: Sequence[GuidanceStep]) -> tuple[Any, Any]:

@@ -38,6 +38,8 @@ class Solver:
         latents_coef: a, of the latents.
         estimate_coefs: b, `[S, K]`: of the step's own estimate and of the K - 1 before it, latest first.
         fresh_noise_coef: c, of newly drawn noise.
+        clean_from_latents: of the latents in what a prediction says of the clean ones, whatever m is.
+        clean_from_pred: of the network's prediction in that.
         init_noise_sigma: standard deviation of the latents at the start.
         stochastic: whether any step draws noise; static, so that deterministic solvers draw none.
     """
@@ -49,6 +51,8 @@ class Solver:
     latents_coef: jax.Array
     estimate_coefs: jax.Array
     fresh_noise_coef: jax.Array
+    clean_from_latents: jax.Array
+    clean_from_pred: jax.Array
     init_noise_sigma: float = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
@@ -177,6 +181,7 @@ def ddim(
     return _solver(
         timesteps=timesteps,
         estimate=_eps(schedule, abar),
+        clean=_x_0(schedule, abar),
         latents_coef=latents_coef,
         estimate_coefs=eps_coef[:, None],
         fresh_noise_coef=sigma,
@@ -217,10 +222,12 @@ def euler(
     sigma_step = np.append(sigma[1:], 0.0) - sigma
     input_scale = 1 / np.sqrt(sigma**2 + 1)
     eps_from_input, eps_from_pred = _eps(schedule, input_scale**2)
+    clean_from_input, clean_from_pred = _x_0(schedule, input_scale**2)
     return _solver(
         timesteps=timesteps,
         input_scale=input_scale,
         estimate=(eps_from_input * input_scale, eps_from_pred),
+        clean=(clean_from_input * input_scale, clean_from_pred),
         latents_coef=np.ones(steps),
         estimate_coefs=sigma_step[:, None],
         # As in diffusers: pure noise where sampling starts at the last timestep, noise and unit signal elsewhere.
@@ -287,6 +294,7 @@ def pndm(
     return _solver(
         timesteps=timesteps,
         estimate=(np.zeros(len(start)), np.ones(len(start))),
+        clean=_x_0(schedule, schedule.alphas_cumprod[timesteps]),
         latents_coef=latents_coef,
         estimate_coefs=pred_coefs,
     )
@@ -350,6 +358,7 @@ def dpmpp(
     return _solver(
         timesteps=timesteps,
         estimate=_x_0(schedule, alpha**2),
+        clean=_x_0(schedule, alpha**2),
         latents_coef=next_alpha * next_sigma / (alpha * sigma),
         estimate_coefs=np.stack([first_order + second_order, -second_order], axis=1),
     )
@@ -479,6 +488,7 @@ def _solver(
     *,
     timesteps: np.ndarray,
     estimate: tuple[np.ndarray, np.ndarray],
+    clean: tuple[np.ndarray, np.ndarray],
     latents_coef: np.ndarray,
     estimate_coefs: np.ndarray,
     input_scale: np.ndarray | None = None,
@@ -495,6 +505,8 @@ def _solver(
         "latents_coef": latents_coef,
         "estimate_coefs": estimate_coefs,
         "fresh_noise_coef": np.zeros(len(timesteps)) if fresh_noise_coef is None else fresh_noise_coef,
+        "clean_from_latents": clean[0],
+        "clean_from_pred": clean[1],
     }
     columns = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
     return Solver(**columns, init_noise_sigma=init_noise_sigma, stochastic=stochastic)

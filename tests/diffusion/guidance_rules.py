@@ -1,6 +1,6 @@
 """The guidance rules, each beside a transcription of its formula in which nothing of ours takes part."""
 
-from flax_pref.diffusion.guidance import autoguidance, cfg, chats, cpgd, cpgd_conditional, npo, pgd
+from flax_pref.diffusion.guidance import autoguidance, cfg, chats, cpgd, cpgd_conditional, multi, npo, pgd
 
 W, S, A = 2.0, 3.0, 0.4
 
@@ -44,6 +44,14 @@ RULES = {
         lambda w, s, **o: chats(s, proxy=A, **o),
         # With the paper's scale s' = s - 1.
         lambda eps, w, s: (1 + (s - 1)) * eps("pos", "text") - (s - 1) * eps("neg", "proxy"),
+    ),
+    "multi": (
+        lambda w, s, **o: multi({"dpo": w, "pos": 0.7}, s, **o),
+        lambda eps, w, s: (
+            cfg_of(eps, "base", s)
+            + w * (cfg_of(eps, "dpo", s) - cfg_of(eps, "base", s))
+            + 0.7 * (cfg_of(eps, "pos", s) - cfg_of(eps, "base", s))
+        ),
     ),
     "autoguidance": (
         lambda w, s, **o: autoguidance(w, "base", "neg", **o),

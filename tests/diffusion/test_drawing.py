@@ -8,7 +8,7 @@ from flax_pref.config import UserError
 from flax_pref.diffusion import drawing
 from flax_pref.diffusion.drawing import resolve_drawing
 from flax_pref.diffusion.drawing_flags import DrawingFlags, with_preset
-from flax_pref.diffusion.guidance import Schedule, cpgd, merge_weights
+from flax_pref.diffusion.guidance import Schedule, cpgd, merge_weights, tabulate
 from flax_pref.images import set_drawing
 from flax_pref.images.image_flags import ImageFlags
 
@@ -28,6 +28,32 @@ def test_strengths_of_modules_are_merged_into_the_weights():
     assert resolved.terms["name"] == "cfg" and set(resolved.sampled.networks()) == {"base"}
     preset = with_preset(DrawingFlags(preset="fast", w="pos=3,neg=1", **BOTH))
     assert merge_weights(resolve_drawing(preset).rule) == merge_weights(resolved.rule)
+
+
+def test_any_number_of_modules_has_a_rule():
+    modules = ("faithful", "pretty", "plain")
+    flags = {**BOTH, "module": tuple(f"{name}={BASE}" for name in modules)}
+    resolved = resolve_drawing(DrawingFlags(rule="multi", w="faithful=1,pretty=norm:0.5,plain=-1", **flags))
+    assert resolved.sampled.networks() == ("base", *modules)
+    merged = resolve_drawing(DrawingFlags(rule="multi", w="faithful=1,pretty=0.5,plain=-1", merge=True, **flags))
+    assert merge_weights(merged.rule) == {"faithful": 1.0, "base": -0.5, "pretty": 0.5, "plain": -1.0}
+    with pytest.raises(UserError, match="has no use for module 'faithful'.*; expected --rule multi"):
+        resolve_drawing(DrawingFlags(rule="cfg", **flags))
+
+
+def test_a_shaping_and_a_norm_are_flags():
+    resolved = resolve_drawing(DrawingFlags(rule="cpgd", w="norm:0.3", shaping="cap:0.5", **BOTH))
+    assert resolved.sampled.shaping == "cap:0.5" and resolved.sampled.w == Schedule((0.3,), norm=True)
+    assert resolved.terms["shaping"] == "cap:0.5", "a JSON file can hold it"
+
+
+def test_the_late_preset_guides_by_the_prompt_first_and_by_the_modules_then():
+    resolved = resolve_drawing(with_preset(DrawingFlags(preset="late", w="4", **BOTH)))
+    table = tabulate(resolved.sampled, 4, 1)
+    rows = [{table.rows[r] for r in plan.rows} for plan in table.plans]
+    early = {("base", "empty"), ("base", "text")}
+    late = {("base", "text"), ("pos", "text"), ("neg", "text")}
+    assert rows == [early, early, late, late]
 
 
 def test_a_rule_of_the_user_is_a_flag_too(tmp_path, monkeypatch):
@@ -51,6 +77,12 @@ def test_a_rule_of_the_user_is_a_flag_too(tmp_path, monkeypatch):
         ({"rule": "cpgd", "w": "3@0.2:0.8", "merge": True}, "--w 3@0.2:0.8 --merge: only one number"),
         ({"rule": "cpgd", "w": "pos=3,pos=1"}, "--w pos=3,pos=1: .*a strength for each name, once"),
         ({"guidance_scale": "pos=3"}, "--guidance-scale pos=3: expected one strength"),
+        ({"rule": "cpgd", "w": "2", "shaping": "cup:1"}, "--shaping cup:1: no shaping 'cup'; expected cap, orthogonal"),
+        ({"rule": "cpgd", "w": "2", "shaping": "cap:1", "merge": True}, "--merge has no use for --shaping"),
+        ({"rule": "cpgd", "w": "norm:2", "merge": True}, "--w norm:2 --merge: only one number"),
+        ({"rule": "cfg", "shaping": "cap:1", "module": ()}, "--rule cfg has no use for --shaping"),
+        ({"rule": "multi", "w": "2"}, "multi: .* a strength for each by its name"),
+        ({"guidance_scale": "norm:2"}, "guidance_scale cannot be norm-matched"),
     ],
     ids=str,
 )

@@ -157,6 +157,11 @@ TEXT_OF = {
     "cpgd conditional": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("neg", "text")),
     "positive only": lambda eps, w: eps("base", "text") + w * (eps("pos", "text") - eps("base", "text")),
     "negative only": lambda eps, w: eps("base", "text") + w * (eps("base", "text") - eps("neg", "text")),
+    "multi": lambda eps, w: (
+        eps("base", "text")
+        + w * (eps("dpo", "text") - eps("base", "text"))
+        + 0.7 * (eps("pos", "text") - eps("base", "text"))
+    ),
     "npo": lambda eps, w: eps("pos", "text"),
     "chats": lambda eps, w: eps("pos", "text"),
     "autoguidance": lambda eps, w: eps("neg", "text") + w * (eps("base", "text") - eps("neg", "text")),

@@ -116,6 +116,16 @@ def guided(eps, network):
     return (1 - S) * eps(network, "empty") + S * eps(network, "text")
 
 
+CAP = 0.2
+
+
+def capped(eps):
+    added = W * (guided(eps, "pos") - guided(eps, "neg"))
+    lengths, most = (np.sqrt(np.square(x).sum((1, 2, 3))) for x in (added, guided(eps, "base") - eps("base", "empty")))
+    assert (lengths > CAP * most).all()
+    return (CAP * most / lengths)[:, None, None, None] * added
+
+
 RULES = {
     "cfg": (cfg(S), lambda eps: guided(eps, "base")),
     "pgd": (
@@ -127,6 +137,7 @@ RULES = {
         cpgd_conditional(W, S),
         lambda eps: guided(eps, "base") + W * (eps("pos", "text") - eps("neg", "text")),
     ),
+    "cpgd, shaped": (cpgd(W, S, shaping=f"cap:{CAP}"), lambda eps: guided(eps, "base") + capped(eps)),
 }
 
 
@@ -299,7 +310,7 @@ def compiled(function, *args) -> tuple[np.ndarray, list[tuple[str, int]]]:
 def on_devices() -> dict:
     """What is to be measured with eight devices, as JSON knows it."""
     networks = {"base": full(0), "pos": full(1), "neg": full(2), "own": full(3)}
-    separate = {name: expected(networks, name) for name in ("cfg", "cpgd", "cpgd_conditional")}
+    separate = {name: expected(networks, name) for name in ("cfg", "cpgd", "cpgd_conditional", "cpgd, shaped")}
     devices, report = np.array(jax.devices()), {}
 
     def mesh_of(**axes):
@@ -321,6 +332,7 @@ def on_devices() -> dict:
         ({AXIS: 4, "data": 2}, three, "cpgd"),  # one of four idle, for slices whose chips cannot be divided by three
         ({"data": 4, AXIS: 2}, ("own", "neg", "base", "pos"), "cpgd_conditional"),  # two networks each, in turn
         ({AXIS: 1}, three, "cfg"),
+        ({AXIS: 3, "data": 2}, three, "cpgd, shaped"),
     ):
         mesh, rule = mesh_of(**axes), RULES[name][0]
         images, sent = compiled(draw_together, *split(mesh, stacked(mesh, *names), rule))
@@ -379,7 +391,7 @@ def report():
 def test_networks_side_by_side_draw_what_separate_networks_draw(report):
     found = {name: part for name, part in report.items() if " on " in name}
     print(json.dumps(found, indent=1))
-    assert len(found) == 5
+    assert len(found) == 6
     assert {name: part["error"] for name, part in found.items() if part["error"] >= 1e-5} == {}
 
 
@@ -388,7 +400,8 @@ def test_networks_side_by_side_send_each_other_one_reduction_of_latents_in_a_ste
     for name, part in report.items():
         if " on " in name:
             assert part["kinds"] == ["all-reduce"], name
-            assert part["latents"] == 1.0, name
+            # A contrast is shaped by lengths of sums: guided and for the text, both steady and contrast, and empty.
+            assert part["latents"] == (5.0 if "shaped" in name else 1.0), name
 
 
 @pytest.mark.program
