@@ -124,7 +124,7 @@ def test_help_without_a_config_shows_how_to_call_the_program_and_its_configs(fil
     assert f"no configs of this program in {tmp_path / 'none'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", ["modules", "encode", "base", "demo", "plan"])
+@pytest.mark.parametrize("program", ["modules", "encode", "base", "demo", "study", "plan"])
 def test_help_of_every_program_with_configs_lists_them(program, capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     module = importlib.import_module(f"train.{program}")
@@ -139,6 +139,7 @@ def test_help_of_every_program_with_configs_lists_them(program, capsys, monkeypa
         "encode": {"configs/demo/encode.py", *(f"configs/{name}/encode_pick_a_pic.py" for name in ("sd15", "sdxl"))},
         "base": {"configs/demo/base.py"},
         "demo": {"configs/demo/demo.py"},
+        "study": {"configs/demo/study.py"},
         "plan": {"configs/sdxl/dpo.py", "configs/demo/encode.py"},
     }[program]
     assert expected <= listed if program in ("modules", "plan") else expected == listed
@@ -216,7 +217,13 @@ WRONG = {
         ["--dpo.batch-size", "0"],
         ["--sampling-steps", "0"],
         ["--rank", "0"],
+        ["--training-seed", "-1"],
+        ["--generators", "cleen"],
+        ["--images", "5"],
+        ["--tuned-scales", "nan"],
+        ["--choice", "max"],
     ],
+    "study": [["--only", "mian"], ["--demo.rank", "0"]],
 }
 
 

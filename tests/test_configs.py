@@ -52,8 +52,8 @@ PUBLISHED = {
     "sd15/mapo": ("MaPO", {"beta": 0.1, "snr": 0.5}, "adamw", 1e-5, 0, 128, 2000, 0.0),
     "sdxl/mapo": ("MaPO", {"beta": 0.1, "snr": 0.5}, "adamw", 1e-5, 0, 128, 2000, 0.0),
     # of configs/demo/demo.py, which is ours
-    "demo/dpo": ("DiffusionDPO", {"beta": 1000}, "adamw", 5e-4, 8, 32, 80, 0.2),
-    "demo/modules": ("PositiveNegative", {"train": "both"}, "adamw", 5e-4, 20, 32, 200, 0.2),
+    "demo/dpo": ("DiffusionDPO", {"beta": 1000}, "adamw", 5e-4, 6, 16, 60, 0.2),
+    "demo/modules": ("PositiveNegative", {"train": "both"}, "adamw", 5e-4, 10, 16, 100, 0.2),
 }
 # The same of online methods: method, numbers that its authors' code has, learning rate, rank.
 PUBLISHED_ONLINE = {

@@ -92,7 +92,7 @@ def test_a_shaped_rule_is_exported_with_its_numbers_as_inputs(rule, tmp_path):
     for w in ("norm:0.5", "norm:1"):
         wanted = drawn(tmp_path / w, *rule, *shaped[:3], w)
         np.testing.assert_array_equal(sampler(PROMPTS, range(3), seed=7, w=w), wanted)
-    with pytest.raises(ValueError, match="exported for w=norm:0.5"):
+    with pytest.raises(ValueError, match=r"exported for w=norm:0\.5"):
         sampler(PROMPTS, range(3), seed=7, w=2)
 
 

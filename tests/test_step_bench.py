@@ -29,6 +29,7 @@ def figures(tmp_path, capsys, *arguments):
 
 
 def test_a_step_of_dpo_is_that_of_torch_and_stands_beside_both_modules_at_once(tmp_path, capsys):
+    pytest.importorskip("torch")
     told = figures(tmp_path, capsys, "--rank", 4)
     assert told["steps"].keys() == {"dpo", "torch", "positive_negative"}
     assert told["torch"]["loss_difference"] < 1e-5

@@ -36,6 +36,7 @@ def test_reading_is_measured_whole_and_in_parts_that_make_it_up(tmp_path, capsys
 
 
 def test_decoding_is_measured_beside_torch(tmp_path, capsys):
+    pytest.importorskip("torch")
     flags = ("--photos", 2, "--photo-size", 64, "--size", 48)
     told = figures(tmp_path, capsys, "--parts", "decoding", *SMALL, *flags)["decoding"]
     rates = told["ours_pairs_per_second_and_core"], told["torch_pairs_per_second_and_core"]

@@ -2,7 +2,8 @@
 
     python -m train.modules configs/demo/dpo.py
 
-Reads runs/demo/prepared, which `python -m train.encode configs/demo/encode.py` writes.
+Reads runs/demo/prepared, which `python -m train.encode configs/demo/encode.py` writes. The settings are those of dpo in
+configs/demo/demo.py.
 """
 
 from pathlib import Path
@@ -20,8 +21,8 @@ config = TrainConfig(
     data=Path("runs/demo/prepared"),
     method=DiffusionDPO(beta=1000.0),
     lora=LoRA(rank=16),
-    input=InputConfig(batch_size=32, caption_dropout=0.2),
-    optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.99, schedule="cosine", warmup_steps=8),
-    steps=80,
-    samples=SampleConfig(guidance_scale=3.0, steps=10),
+    input=InputConfig(batch_size=16, caption_dropout=0.2),
+    optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.99, schedule="cosine", warmup_steps=6),
+    steps=60,
+    samples=SampleConfig(guidance_scale=3.0, steps=8),
 )

@@ -21,8 +21,8 @@ config = TrainConfig(
     data=Path("runs/demo/prepared"),
     method=PositiveNegative(),
     lora=LoRA(rank=16),
-    input=InputConfig(batch_size=32, caption_dropout=0.2),
-    optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.99, schedule="cosine", warmup_steps=20),
-    steps=200,
-    samples=SampleConfig(guidance_scale=3.0, steps=10),
+    input=InputConfig(batch_size=16, caption_dropout=0.2),
+    optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.99, schedule="cosine", warmup_steps=10),
+    steps=100,
+    samples=SampleConfig(guidance_scale=3.0, steps=8),
 )

@@ -1,4 +1,4 @@
-"""The whole path on the demo world: sample pairs, label them, train modules, compare methods."""
+"""The whole path on the demo world: draw pairs, label them, train modules, compare methods."""
 
 from flax_pref.config import check_output_folder, dump_config, load_config
 from flax_pref.files import one_writer, writing

@@ -1,4 +1,4 @@
-"""The main job of this project, from end to end on the demo world: sample, label, train, choose w, compare."""
+"""The main job of this project, from end to end on the demo world: draw pairs, label, train, choose w, compare."""
 
 import dataclasses
 import itertools
@@ -21,24 +21,24 @@ from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import Records
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
-from flax_pref.demo.report import MethodResult, Sweep, build_report, write_report
+from flax_pref.demo.report import LABELS, MethodResult, Sweep, WChoice, build_report, write_report
 from flax_pref.diffusion.conditioning import chunks
-from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd
+from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd, tabulate
 from flax_pref.diffusion.solvers import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
-from flax_pref.methods import DiffusionDPO, PositiveNegative
+from flax_pref.methods import DiffusionDPO, Method, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS
 from flax_pref.training.export import ExportConfig
-from flax_pref.training.networks import LoRA
+from flax_pref.training.networks import LoRA, Weights
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.trainer import TrainConfig, train
 from flax_pref.world import judge
 from flax_pref.world import scenes as world
 
-_score = jax.jit(judge.score)
+_judge = jax.jit(judge.judge)
 
-# Noise of different purposes never meets: each has a number of its own, which `Demo.draw` adds to the run's seed.
-PAIR_SEEDS, EVALUATION_SEED, VALIDATION_SEED = (1, 2), 3, 4
+# Noise of different purposes never meets: each has a number of its own, which is added to ten times the run's seed.
+PAIR_SEEDS, EVALUATION_SEED, VALIDATION_SEED, LABEL_SEED, GENERATOR_SEED = (1, 2, 7, 8), 3, 4, 5, 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class ModuleTraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Runs the whole path on the demo world: samples pairs, labels them, trains modules, compares methods."""
+    """Runs the whole path on the demo world: draws pairs, labels them, trains modules, compares methods."""
 
     output: Path = Path("runs/demo")
     base: Path | None = None
@@ -73,8 +73,18 @@ class DemoConfig:
     quick: bool = False
     """Run every part, but too little of it for the figures to mean anything."""
     seed: int = 0
+    """Of everything that methods are compared on: validation and held-out prompts, and the noise of images."""
+    training_seed: int = 0
+    """Of pairs, labels and training."""
 
     pairs: int
+    generators: tuple[str, ...]
+    """What draws the images of pairs, chosen at random: clean, faulty, worn and wrong drawings, or base, the base model
+    itself."""
+    images: int = 2
+    """Of each training prompt, 2 to 4; any two of them make a pair."""
+    unique_roles: bool = False
+    """Whether an image that has won a pair is left out as the loser of another, and the reverse."""
     sampling_steps: int
     guidance_scale: float
     label_temperature: float
@@ -91,6 +101,11 @@ class DemoConfig:
     w_pgd: tuple[float, ...]
     w_cpgd: tuple[float, ...]
     """Candidates for w, compared on the validation prompts."""
+    tuned_scales: tuple[float, ...]
+    """Candidates for the guidance scale of the base, the control: what can be had without any module."""
+    choice: WChoice = "mean_of_winners"
+    """How candidates are chosen on the validation prompts. mean_of_winners: the largest mean score among those whose
+    win rate over the base lies in the 95 % interval of the largest win rate; mean: the largest mean score."""
     validation_prompts: int
     held_out_prompts: int
     train_prompts: int
@@ -101,14 +116,19 @@ class DemoConfig:
     def __post_init__(self):
         if self.held_out_prompts < 2 or self.train_prompts < 2 or self.validation_prompts < 2:
             raise ValueError("held_out_prompts, train_prompts and validation_prompts must be at least 2")
-        check_least(self, 1, "sampling_steps", "rank", "batch_size")
+        check_least(self, 1, "pairs", "sampling_steps", "rank", "batch_size")
         check_positive(self, "label_temperature", "alpha", "beta")
         check_seed(self.seed)
-        if self.pairs < 1 or not self.w_pgd or not self.w_cpgd:
-            raise ValueError("pairs, and the numbers of candidates in w_pgd and w_cpgd, must be at least 1")
-        for w in (*self.w_pgd, *self.w_cpgd):
-            if not np.isfinite(w):
-                raise ValueError(f"w must be finite, got {w} in w_pgd={self.w_pgd}, w_cpgd={self.w_cpgd}")
+        check_seed(self.training_seed, "training_seed")
+        for name in ("w_pgd", "w_cpgd", "tuned_scales"):
+            candidates = getattr(self, name)
+            if not candidates or not np.isfinite(candidates).all():
+                raise ValueError(f"{name}={candidates}; expected at least one number, all of them finite")
+        if not 2 <= self.images <= len(PAIR_SEEDS):
+            raise ValueError(f"images={self.images}; expected 2 to {len(PAIR_SEEDS)} of each prompt")
+        known = ("base", *world.GENERATORS)
+        if not self.generators or not set(self.generators) <= set(known):
+            raise ValueError(f"generators={self.generators}; expected some of {', '.join(known)}")
 
     def shrunk(self) -> "DemoConfig":
         """The same run with little of everything."""
@@ -120,6 +140,7 @@ class DemoConfig:
             positive_negative=dataclasses.replace(self.positive_negative, steps=4, batch_size=8),
             w_pgd=self.w_pgd[:2],
             w_cpgd=self.w_cpgd[:2],
+            tuned_scales=self.tuned_scales[:2],
             validation_prompts=8,
             held_out_prompts=16,
             train_prompts=8,
@@ -141,7 +162,7 @@ class Demo:
         """Does everything and writes the report; returns what report.json holds."""
         started = time.perf_counter()
         config = self.config
-        pairs = self.read_back(self.sample_pairs())
+        pairs = self.read_back(self.draw_pairs())
         self.train(pairs)
         sweep = self.choose_w()
         results = self.compare(sweep)
@@ -160,38 +181,53 @@ class Demo:
 
     # Pairs
 
-    def sample_pairs(self) -> Path:
-        """Draws two images for each training prompt, labels them, and writes them as Pick-a-Pic parquet."""
+    def draw_pairs(self) -> Path:
+        """Draws the images of each training prompt, labels its pairs, and writes them as Pick-a-Pic parquet."""
         config = self.config
-        captions = self.prompts("train", config.pairs)
-        images = [
-            self.draw(captions, self.base_rule(), seed=seed, label=f"pairs: image {i} of each")
-            for i, seed in enumerate(PAIR_SEEDS)
-        ]
-        scores = [self.scores(drawn, captions) for drawn in images]
+        both = list(itertools.combinations(range(config.images), 2))
+        captions = self.prompts("train", -(-config.pairs // len(both)))
+        chosen = np.random.default_rng([config.training_seed, GENERATOR_SEED])
+        models = chosen.choice(config.generators, (config.images, len(captions)))
+        images = [self.generate(models[k], captions, PAIR_SEEDS[k]) for k in range(config.images)]
+        scores = np.stack([self.scores(drawn, captions) for drawn in images])
+        files = [[encode_jpeg(image) for image in drawn] for drawn in images]
+        pairs = [(i, *pair) for i in range(len(captions)) for pair in both][: config.pairs]
+        i, first, second = np.transpose(pairs)
+        better = scores[first, i] - scores[second, i]
         # Bradley-Terry (1952): the share of judgements that prefer the first image.
-        preferred = 1 / (1 + np.exp((scores[1] - scores[0]) / config.label_temperature))
-        first_wins = np.random.default_rng([config.seed, 5]).random(len(captions)) < preferred
-        agreement = np.mean(first_wins == (scores[0] > scores[1]))
-        print(f"labels agree with the judge on {agreement:.1%} of {len(captions)} pairs")
+        preferred = 1 / (1 + np.exp(-better / config.label_temperature))
+        first_wins = np.random.default_rng([config.training_seed, LABEL_SEED]).random(len(pairs)) < preferred
+        print(f"labels agree with the judge on {np.mean(first_wins == (better > 0)):.1%} of {len(pairs)} pairs")
         file = config.output / "pairs.parquet"
         write_pairs(
             file,
             (
                 LabelledPair(
-                    caption=caption,
-                    jpg_0=encode_jpeg(images[0][i]),
-                    jpg_1=encode_jpeg(images[1][i]),
-                    label_0=float(first_wins[i]),
-                    image_0_uid=f"{i:06d}-0",
-                    image_1_uid=f"{i:06d}-1",
-                    model_0="base",
-                    model_1="base",
+                    caption=captions[i],
+                    jpg_0=files[first][i],
+                    jpg_1=files[second][i],
+                    label_0=float(wins),
+                    image_0_uid=f"{i:06d}-{first}",
+                    image_1_uid=f"{i:06d}-{second}",
+                    model_0=str(models[first, i]),
+                    model_1=str(models[second, i]),
                 )
-                for i, caption in enumerate(captions)
+                for (i, first, second), wins in zip(pairs, first_wins, strict=True)
             ),
         )
         return file
+
+    def generate(self, models: np.ndarray, captions: Sequence[str], seed: int) -> np.ndarray:
+        """One image per caption, `[N, 64, 64, 3]`, each by its own generator; models are their names `[N]`."""
+        images = np.zeros((len(captions), world.RESOLUTION, world.RESOLUTION, 3), np.float32)
+        own = np.flatnonzero(models == "base").tolist()
+        if own:
+            rule, noise = cfg(self.config.guidance_scale), 10 * self.config.training_seed + seed
+            images[own] = self.draw([captions[i] for i in own], rule, seed=noise, label="pairs", ids=own)
+        for i in np.flatnonzero(models != "base").tolist():
+            rng = np.random.default_rng([self.config.training_seed, seed, i])
+            images[i] = world.GENERATORS[models[i]](world.parse(captions[i]), rng)
+        return images
 
     def read_back(self, file: Path) -> Records:
         """Reads the pairs as any Pick-a-Pic file is read, and encodes them in memory."""
@@ -199,7 +235,7 @@ class Demo:
         encoder = PairEncoder(
             self.pipeline, Encoding(size=(world.RESOLUTION, world.RESOLUTION), batch_size=self.config.batch_size)
         )
-        pairs = EncodedSet(encoder, reader, select(reader, Choice()))
+        pairs = EncodedSet(encoder, reader, select(reader, Choice(unique_roles=self.config.unique_roles)))
         print(f"read {len(pairs)} pairs from {file}")
         return pairs
 
@@ -209,47 +245,64 @@ class Demo:
         """Trains the DPO module, then the positive and negative modules in one run, and joins them to the base."""
         config, runs = self.config, self.config.output / "training"
         shutil.rmtree(runs, ignore_errors=True)  # of another demo: its pairs may be others
-        files = {}
-        for seed, (method, training) in enumerate(
-            ((DiffusionDPO(beta=config.beta), config.dpo), (PositiveNegative(), config.positive_negative))
-        ):
-            output = runs / "_".join(method.modules)
-            run = TrainConfig(
-                output=output,
-                model=str(self.folder),
-                method=method,
-                data=config.output / "pairs.parquet",
-                input=InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout),
-                lora=LoRA(rank=config.rank, alpha=config.alpha, targets=config.targets),
-                optimizer=training.optimizer(),
-                steps=training.steps,
-                latents="mode",
-                seed=config.seed + seed,
-                export=ExportConfig(layout=("diffusers",)),
-            )
-            train(run, records=pairs)
-            for name in method.modules:
-                files[name] = config.output / f"{name}.safetensors"
-                shutil.copy(output / "modules" / files[name].name, files[name])
-        unet = load_lora_network(self.pipeline.unet, files)
-        self.pipeline = dataclasses.replace(self.pipeline, unet=unet)
+        trained = self.train_modules(DiffusionDPO(beta=config.beta), config.dpo, pairs, runs / "dpo")
+        trained |= self.train_modules(PositiveNegative(), config.positive_negative, pairs, runs / "pos_neg", seed=1)
+        files = {name: config.output / path.name for name, path in trained.items()}
+        for name, file in files.items():
+            shutil.copy(trained[name], file)
+        self.pipeline = dataclasses.replace(self.pipeline, unet=load_lora_network(self.pipeline.unet, files))
+
+    def train_modules(
+        self,
+        method: Method,
+        training: ModuleTraining,
+        pairs: Records,
+        output: Path,
+        *,
+        seed: int = 0,
+        weights: Weights = "lora",
+    ) -> dict[str, Path]:
+        """Trains the modules of a method as `train.modules` does; returns a file, or a folder of weights, for each."""
+        config = self.config
+        run = TrainConfig(
+            output=output,
+            model=str(self.folder),
+            method=method,
+            data=config.output / "pairs.parquet",
+            input=InputConfig(batch_size=training.batch_size, caption_dropout=training.caption_dropout),
+            weights=weights,
+            lora=LoRA(rank=config.rank, alpha=config.alpha, targets=config.targets),
+            optimizer=training.optimizer(),
+            steps=training.steps,
+            latents="mode",
+            seed=config.training_seed + seed,
+            export=ExportConfig(layout=("diffusers",)),
+        )
+        train(run, records=pairs)
+        suffix = ".safetensors" if weights == "lora" else ""
+        return {name: output / "modules" / f"{name}{suffix}" for name in method.modules}
 
     # Comparison
 
     def choose_w(self) -> Sweep:
-        """Scores of the validation prompts under PGD and cPGD for every candidate w."""
+        """Scores of the validation prompts under PGD and cPGD for every candidate w, and under CFG for every scale."""
         config, s = self.config, self.config.guidance_scale
         captions = self.prompts("validation", config.validation_prompts)
 
         def scores(rule: Rule, label: str) -> np.ndarray:
-            return self.scores(self.draw(captions, rule, seed=VALIDATION_SEED, label=f"validation: {label}"), captions)
+            noise = 10 * config.seed + VALIDATION_SEED
+            return self.scores(self.draw(captions, rule, seed=noise, label=f"validation: {label}"), captions)
 
+        scales = dict.fromkeys((s, *config.tuned_scales))
+        base = {scale: scores(cfg(scale), f"base, s = {scale:g}") for scale in scales}
         return Sweep(
             scores={
+                "cfg": {scale: base[scale] for scale in config.tuned_scales},
                 "pgd": {w: scores(pgd(w, s), f"PGD, w = {w:g}") for w in config.w_pgd},
                 "cpgd": {w: scores(cpgd(w, s), f"cPGD, w = {w:g}") for w in config.w_cpgd},
             },
-            constant={"base": scores(cfg(s), "base"), "dpo": scores(cfg(s, "dpo"), "DPO")},
+            constant={"base": base[s], "dpo": scores(cfg(s, "dpo"), "DPO")},
+            choice=config.choice,
         )
 
     def compare(self, sweep: Sweep) -> list[MethodResult]:
@@ -257,36 +310,64 @@ class Demo:
         config, s = self.config, self.config.guidance_scale
         held_out = self.prompts("held_out", config.held_out_prompts)
         train = self.prompts("train", config.train_prompts)
-        w = {name: sweep.best(name) for name in ("pgd", "cpgd")}
-        rules = {"base": cfg(s), "dpo": cfg(s, "dpo"), "pgd": pgd(w["pgd"], s), "cpgd": cpgd(w["cpgd"], s)}
-        results = []
+        best = {name: sweep.best(name) for name in sweep.scores}
+        for name, ends in sweep.ends().items():
+            print(f"note: {LABELS[name]} is best at {ends:g}, the end of its candidates; name others beyond it")
+        rules = {
+            "base": cfg(s),
+            "cfg": cfg(best["cfg"]),
+            "dpo": cfg(s, "dpo"),
+            "pgd": pgd(best["pgd"], s),
+            "cpgd": cpgd(best["cpgd"], s),
+        }
+        results: list[MethodResult] = []
+        noise = 10 * config.seed + EVALUATION_SEED
         for name, rule in rules.items():
-            images = self.draw(held_out, rule, seed=EVALUATION_SEED, label=f"held-out prompts: {name}")
-            trained = self.draw(train, rule, seed=EVALUATION_SEED, label=f"training prompts: {name}")
+            scale = best["cfg"] if name == "cfg" else s
+            if name == "cfg" and scale == s:  # the base is as good as it gets
+                results.append(dataclasses.replace(results[0], name=name))
+                continue
+            images = self.draw(held_out, rule, seed=noise, label=f"held-out prompts: {name}")
+            trained = self.draw(train, rule, seed=noise, label=f"training prompts: {name}")
             scores, train_scores = self.scores(images, held_out), self.scores(trained, train)
-            results.append(MethodResult(name, scores, train_scores, images, w.get(name)))
+            predictions = tabulate(rule, config.sampling_steps, 1).evaluations
+            w = best[name] if name in ("pgd", "cpgd") else None
+            results.append(MethodResult(name, scores, train_scores, images, predictions, scale, w))
         return results
 
     # Parts
 
-    def base_rule(self) -> Rule:
-        """Classifier-free guidance of the base model."""
-        return cfg(self.config.guidance_scale)
-
     def prompts(self, split: world.Split, count: int) -> list[str]:
         """The first captions of a split."""
-        return [scene.caption for scene in itertools.islice(world.scenes(split, self.config.seed), count)]
+        seed = self.config.training_seed if split == "train" else self.config.seed
+        return [scene.caption for scene in itertools.islice(world.scenes(split, seed), count)]
 
-    def draw(self, captions: Sequence[str], rule: Rule, *, seed: int, label: str) -> np.ndarray:
+    def draw(
+        self,
+        captions: Sequence[str],
+        rule: Rule,
+        *,
+        seed: int,
+        label: str,
+        ids: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
         """One image per caption, `[N, 64, 64, 3]`; the noise of a caption depends on its number and the seed."""
+        ids = range(len(captions)) if ids is None else ids
         draw = TextToImage(self.pipeline, self.solver, (world.RESOLUTION, world.RESOLUTION), self.config.batch_size)
-        return draw(captions, range(len(captions)), rule, seed=10 * self.config.seed + seed, label=label)
+        return draw(captions, [int(i) for i in ids], rule, seed=seed, label=label)
+
+    def judged(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The judge's terms, `[N]` each."""
+        asked = judge.question(captions)
+        batches = [
+            jax.tree.map(
+                lambda term, n=n: np.asarray(term)[:n],
+                _judge(images[chosen], judge.Question(*(column[chosen] for column in asked))),
+            )
+            for chosen, n in chunks(len(images), 64)
+        ]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
     def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """The judge's scores, `[N]`."""
-        asked = judge.question(captions)
-        scores = [
-            np.asarray(_score(images[chosen], judge.Question(*(column[chosen] for column in asked))))[:n]
-            for chosen, n in chunks(len(images), 64)
-        ]
-        return np.concatenate(scores)
+        return self.judged(images, captions)["score"]

@@ -49,7 +49,7 @@ class DrawingFlags:
     @0.2:0.8 behind it to restrict it to that part of the trajectory. One strength per module: pos=3,neg=1. norm:0.3 is
     a share of what classifier-free guidance adds in the same step, so that one number fits modules of any strength."""
     shaping: str | None = None
-    """What is done to the contrast before it is added: cap:SHARE (at most so long as this share of what classifier-free
+    """Change of the contrast before it is added: cap:SHARE (at most so long as this share of what classifier-free
     guidance adds), orthogonal (to what it adds), apg:PARALLEL:RADIUS:MOMENTUM (APG) or decay:ALPHA (MAMBO-G)."""
     guidance_scale: str = "7.5"
     """Classifier-free guidance scale; 1 turns it off. A number or a schedule, as for w."""
@@ -142,6 +142,8 @@ def with_preset(flags: F) -> F:
         strength = getattr(flags, name)
         if strength is not None and "@" in strength:
             flag = name.replace("_", "-")
-            raise UserError(f"--preset {flags.preset} has intervals of its own, but --{flag} is {strength}; leave its @")
+            raise UserError(
+                f"--preset {flags.preset} has intervals of its own, but --{flag} is {strength}; leave its @"
+            )
         confined[name] = strength and strength + interval
     return dataclasses.replace(flags, **PRESETS[flags.preset], **confined, preset=None)

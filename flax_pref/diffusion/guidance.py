@@ -256,7 +256,9 @@ class Rule:
                 raise ValueError(f"{name}: the rule has no contrast to shape")
             empty, text = (self.terms(s)[0].coefficients for s in (0.0, 1.0))
             if empty == text:
-                raise ValueError(f"{name}: is measured by what guidance adds, and the rule has no classifier-free guidance")
+                raise ValueError(
+                    f"{name}: is measured by what guidance adds, and the rule has no classifier-free guidance"
+                )
 
     @property
     def measures(self) -> bool:
@@ -388,7 +390,9 @@ def multi(w: Mapping[str, Strength], guidance_scale: Strength, *, reference: str
         ('base', 'faithful', 'aesthetic')
     """
     if not isinstance(w, Mapping) or not w:
-        raise ValueError("multi: no modules; expected a strength for each by its name, such as faithful=1,aesthetic=0.5")
+        raise ValueError(
+            "multi: no modules; expected a strength for each by its name, such as faithful=1,aesthetic=0.5"
+        )
     return Rule(
         formula=lambda s: (cfg_of("base", s), {name: cfg_of(name, s) - cfg_of(reference, s) for name in w}),
         guidance_scale=guidance_scale,

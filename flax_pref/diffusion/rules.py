@@ -71,7 +71,8 @@ def find_rule(name: str) -> NamedRule:
     """The entry of a name, or of a function of the user, `python:MODULE:FUNCTION`.
 
     The function is called as `FUNCTION(w, guidance_scale, **options)`, or without w if it has no parameter of that
-    name, and returns a `Rule`; options are every, between, rescale and shaping. The module is imported, that is, executed.
+    name, and returns a `Rule`; options are every, between, rescale and shaping. The module is imported, that is,
+    executed.
 
     Raises:
         ValueError: there is no such rule, module or function.
@@ -102,6 +103,9 @@ def find_rule(name: str) -> NamedRule:
             ) from error
         if not isinstance(rule, Rule):
             raise ValueError(f"rule {name}: returned a {type(rule).__name__}; expected a flax_pref Rule")
+        unset = isinstance(rule.w, float) and rule.w == 0
+        if unset and not contrasts and any(part.coefficients for part in rule.terms(1.0)[1].values()):
+            raise ValueError(f"rule {name}: has a contrast, but its function takes no w and sets none; expected one")
         return rule
 
     return NamedRule(make, contrasts)

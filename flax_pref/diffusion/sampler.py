@@ -192,10 +192,11 @@ def _walk(
 
         held, memory = state.contrast, state.memory
         if plan.contrast != "none" and (reuses or measures):
-            now = jnp.stack(newest) if apart else None
             if reuses:
-                held = state.contrast if now is None else (now, state.contrast[0])
+                held = (jnp.stack(newest), held[0]) if apart else held
                 now = held[0] + extrapolation * (held[0] - held[1])
+            else:
+                now = jnp.stack(newest)
             if measures:
                 added, memory = _shaped(table, row, now, w, predictions, combined[-1], state)
             else:
@@ -250,7 +251,7 @@ def _shaped(
             total += strength[:, None, None, None] * (norm_matched(contrast, steady) if norm else contrast)
         if table.shaping is not None:
             memory = None if state.memory is None else state.memory[k]
-            total, memory = SHAPINGS[table.shaping].apply(total, steady, memory, table.shaping_numbers)
+            total, memory = SHAPINGS[table.shaping].apply(total, steady, memory, jnp.asarray(table.shaping_numbers))
             memories.append(memory)
         added.append(total)
     return jnp.stack(added), None if state.memory is None else jnp.stack(memories)

@@ -118,11 +118,11 @@ def parse_shaping(text: str) -> tuple[str, tuple[float, ...]]:
         raise ValueError(f"no shaping {name!r}; expected {', '.join(SHAPINGS)}")
     names = SHAPINGS[name].numbers
     try:
-        values = [*map(float, given)]
-        values += list(names.values())[len(values) :]
-        if len(values) != len(names) or None in values or any(value != value for value in values):
+        defaults = [default for default in list(names.values())[len(given) :] if default is not None]
+        values = (*map(float, given), *defaults)
+        if len(values) != len(names) or any(value != value for value in values):
             raise ValueError
     except ValueError:
         usage = ":".join([name, *(f"{key.upper()}" for key in names)])
         raise ValueError(f"{text!r} is no shaping; expected {usage}, of numbers") from None
-    return name, tuple(values)
+    return name, values

@@ -11,7 +11,7 @@ every caption of `held_out` contains at least one combination (`HELD_OUT`) that 
 import functools
 import operator
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -234,14 +234,15 @@ def _stray_marks(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 FAULTS = (_blur, _grain, _fade, _stray_marks)
 
 
-def corrupt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One or two of blur, grain, faded colours and stray marks.
+def corrupt(image: np.ndarray, rng: np.random.Generator, count: int | None = None) -> np.ndarray:
+    """Some of blur, grain, faded colours and stray marks.
 
     Args:
       image: `[64, 64, 3]` in [0, 1].
       rng: chooses the faults and their strength.
+      count: how many faults; None: one or two.
     """
-    for k in sorted(rng.permutation(len(FAULTS))[: rng.integers(1, 3)]):
+    for k in sorted(rng.permutation(len(FAULTS))[: rng.integers(1, 3) if count is None else count]):
         image = FAULTS[k](image, rng)
     return np.clip(image, 0, 1).astype(np.float32)
 
@@ -259,6 +260,16 @@ def miscaption(scene: Scene, rng: np.random.Generator) -> Scene:
                 wrong = scene._replace(objects=(other.objects[0], *scene.objects[1:]))
         if wrong != scene and wrong.split == "train" and len({o.colour for o in wrong.objects}) == len(wrong.objects):
             return wrong
+
+
+# What draws the images of pairs, as several models do for a published set: cleanly, with few or many faults, or with
+# one attribute of the caption wrong.
+GENERATORS: dict[str, Callable[[Scene, np.random.Generator], np.ndarray]] = {
+    "clean": render,
+    "faulty": lambda scene, rng: corrupt(render(scene, rng), rng, 1),
+    "worn": lambda scene, rng: corrupt(render(scene, rng), rng, 3),
+    "wrong": lambda scene, rng: render(miscaption(scene, rng), rng),
+}
 
 
 def training_example(rng: np.random.Generator, *, clean: float = 0.4, miscaptioned: float = 0.1):

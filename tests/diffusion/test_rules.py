@@ -16,7 +16,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_name_makes_a_rule_that_says_whether_it_has_a_strength(name):
-    rule = named_rule(name, guidance_scale="3", w="2")
+    rule = named_rule(name, guidance_scale="3", w="pos=2" if name == "multi" else "2")
     assert tabulate(rule, 4, 1).w.any() == find_rule(name).contrasts
 
 
@@ -36,6 +36,9 @@ def pull(w, guidance_scale, **options):
 
 def plain(guidance_scale, **options):
     return cfg(guidance_scale, **options)
+
+def without_w(guidance_scale, **options):
+    return Rule(formula=lambda s: (cfg_of("base", s), cfg_of("pos", s)), guidance_scale=guidance_scale, **options)
 
 def nothing(w, guidance_scale, **options):
     return None
@@ -75,6 +78,7 @@ def test_a_rule_of_the_users_own_is_used_as_one_of_the_table(own):
     ("name", "message"),
     [
         ("cpgdd", "no rule 'cpgdd'; expected cfg, fine_tuned"),
+        ("python:rules_of_mine:without_w", "has a contrast, but its function takes no w and sets none"),
         ("python:rules_of_mine", "or python:MODULE:FUNCTION"),
         ("python:not_there:pull", "cannot import not_there .*set PYTHONPATH"),
         ("python:rules_of_mine:push", "module rules_of_mine has no push"),

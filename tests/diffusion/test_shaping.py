@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_sampler import IDS, SCHEDULE, SOLVER, EMPTY, TEXT, S, W, draw, network, noises
+from test_sampler import EMPTY, IDS, SCHEDULE, SOLVER, TEXT, S, W, draw, network, noises
 
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, multi, pgd, tabulate
 from flax_pref.diffusion.shaping import parse_shaping
@@ -102,7 +102,9 @@ def loop(shape, contrast, solver, w, s=lambda i: S, every=1, active=lambda i: Tr
 
 
 def cpgd_contrast(eps, s):
-    return sum(sign * (eps(n, "empty") + s * (eps(n, "text") - eps(n, "empty"))) for n, sign in (("pos", 1), ("neg", -1)))
+    return sum(
+        sign * (eps(n, "empty") + s * (eps(n, "text") - eps(n, "empty"))) for n, sign in (("pos", 1), ("neg", -1))
+    )
 
 
 def close(got, expected):
@@ -139,14 +141,18 @@ def test_a_norm_matched_strength_is_a_share_of_what_guidance_adds(name):
 def test_a_norm_matched_strength_fits_modules_of_any_length():
     def stretched(networks, latents, timesteps, text):
         base = network("base", latents[:, 0], timesteps, text[:, 0])
-        return jax.numpy.stack(
-            [
-                base_r + (1 if name == "base" else 5) * (network(name, latents[:, r], timesteps, text[:, r]) - base_r)
-                for r, name in enumerate(networks)
-                for base_r in [network("base", latents[:, r], timesteps, text[:, r])]
-            ],
-            axis=1,
-        ) + 0 * base[:, None]
+        return (
+            jax.numpy.stack(
+                [
+                    base_r
+                    + (1 if name == "base" else 5) * (network(name, latents[:, r], timesteps, text[:, r]) - base_r)
+                    for r, name in enumerate(networks)
+                    for base_r in [network("base", latents[:, r], timesteps, text[:, r])]
+                ],
+                axis=1,
+            )
+            + 0 * base[:, None]
+        )
 
     rule = cpgd(Schedule.parse("norm:0.4"), S)
     np.testing.assert_allclose(draw(rule, predict=stretched), draw(rule), rtol=2e-4, atol=2e-4)
@@ -166,7 +172,9 @@ def test_a_shape_asks_for_no_further_prediction():
 
 def test_rescaling_a_shaped_rule_goes_by_its_shaped_text_prediction():
     """At s = 1 a rule is its own text prediction: rescaled by any share, it stays what it is."""
-    close(draw(cpgd(W, 1.0, shaping="decay:0.7", rescale=0.7)), draw(cpgd(W, 1.0, shaping="decay:0.7")).astype(np.float64))
+    close(
+        draw(cpgd(W, 1.0, shaping="decay:0.7", rescale=0.7)), draw(cpgd(W, 1.0, shaping="decay:0.7")).astype(np.float64)
+    )
 
 
 def test_numbers_of_a_shape_do_not_recompile_a_sampler():
