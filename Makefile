@@ -9,10 +9,15 @@ TPU := $(VENV)/tpu
 # Tests start hundreds of programs, each of which would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-python test-programs test-recipes test-long parity plan plan-check docs lint format
+.PHONY: demo study test test-python test-programs test-recipes test-long parity plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
+
+# When does contrastive guidance pay: hours on two cores, in as many pieces as you like. Writes docs/evidence.md;
+# make study ARGS='--only main' does one cell, ARGS=--quick a little of everything.
+study: $(VENV)/installed
+	$(BIN)/python -m train.study configs/demo/study.py --results docs/evidence $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -74,6 +74,11 @@ def load_config(arguments, *kinds, default=None):
     return _parse(type(config), flags, f"{program} {name}", default=config, config=(tyro.conf.AvoidSubcommands,))
 
 
+def shipped_config(name: str) -> Any:
+    """The config of this name, such as demo/demo, for configs that vary another one."""
+    return _execute(CONFIGS / f"{name}.py")
+
+
 def shipped(path: str | os.PathLike) -> str | os.PathLike:
     """A path of a shipped file, `configs/animals.txt`, from any folder; other paths, and those that are here, as is."""
     name = os.fspath(path)
@@ -287,10 +292,10 @@ def check_least(config: Any, least: float = 1, /, *fields: str) -> None:
             raise ValueError(f"{type(config).__name__}: {field} is {value}; expected at least {least}")
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, name: str = "seed") -> None:
     """Raises a ValueError unless it is one that generators of random numbers take."""
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; expected 0 to 2^32 - 1")
+        raise ValueError(f"{name} is {seed}; expected 0 to 2^32 - 1")
 
 
 def check_file_systems(*paths: str | None) -> None:

@@ -37,8 +37,13 @@ PROGRAMS = {
     "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),
     "demo": Command(
         "train.demo",
-        "Runs the whole path on the demo world: samples pairs, labels them, trains modules, compares methods.",
+        "Runs the whole path on the demo world: draws pairs, labels them, trains modules, compares methods.",
         "flax_pref.demo.experiment:DemoConfig",
+    ),
+    "study": Command(
+        "train.study",
+        "Measures on the demo world when contrastive guidance pays, cell by cell.",
+        "flax_pref.demo.study:StudyConfig",
     ),
     "base": Command("train.base", "Trains the base model of the demo world.", "flax_pref.demo.pretraining:BaseConfig"),
 }

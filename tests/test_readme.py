@@ -63,6 +63,7 @@ COMMANDS = {
         " --dpo.batch-size 2 --positive-negative.steps 2 --positive-negative.batch-size 2 --validation-prompts 4"
         " --held-out-prompts 4 --train-prompts 4 --output {tmp}/demo'"
     ),
+    "make study": "make study ARGS='--quick --output {tmp}/study'",
     "make test": "make test --dry-run",  # not from within itself
     ('flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a lighthouse in a storm"'): (
         "{python} -m flax_pref.cli sample --model demo --prompt 'a lighthouse in a storm' --steps 2 --out {tmp}/images"
@@ -111,7 +112,7 @@ def test_every_command_of_the_pages_is_run_here():
 @pytest.mark.recipe
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_pages_runs(command, tmp_path):
-    if command == "make demo" and Path(sys.prefix) != ROOT / ".venv":
+    if command in ("make demo", "make study") and Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("would make a second environment, .venv")
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
@@ -125,11 +126,16 @@ def test_a_command_of_the_pages_runs(command, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(shortened, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     if command == "make demo":
         assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".html", ".json", ".parquet", ".safetensors"}
         assert "held-out prompts" in done.stdout and "step/s" in done.stderr
+    if command == "make study":
+        evidence = tmp_path / "study" / "quick" / "evidence.md"
+        page = evidence.read_text()
+        assert {"## The contrast", "## Merged into weights", "## Shaped contrasts"} <= set(page.splitlines())
+        assert (evidence.parent / "evidence" / "measurements.parquet").is_file()
     if "train.modules" in command or "flax-pref train" in command:
         assert list((tmp_path / "run" / "modules").iterdir()) and "step/s" in done.stderr
     if "flax-pref report" in command:

@@ -98,6 +98,28 @@ def bootstrap_intervals(
     return centre + np.quantile(np.concatenate(sums) / count, ends, axis=0)
 
 
+def crossed_interval(
+    values: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Pigeonhole bootstrap interval of a mean over runs and prompts, each run on every prompt (Owen, 2007).
+
+    Runs and prompts are drawn anew, independently of each other, so that the interval is about other runs and other
+    prompts. With a single run it is about other prompts only; with few runs it is rather too narrow.
+
+    Args:
+        values: `[R, N]`, of R runs on N prompts.
+        resamples: number of samples.
+        confidence: share of the resampled means within the interval.
+        seed: of the resampling.
+    """
+    values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    runs, prompts = (rng.multinomial(count, np.full(count, 1 / count), resamples) / count for count in values.shape)
+    centre = values.mean()
+    means = ((runs @ (values - centre)) * prompts).sum(axis=1)
+    low, high = centre + np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided p-value of the sign test: how likely so uneven a split is where wins and losses are equally likely.
 

@@ -1,0 +1,43 @@
+"""When does contrastive guidance pay? The demo's settings, one of them varied at a time, with three training seeds.
+
+    python -m train.study configs/demo/study.py
+
+Writes runs/study/evidence.md, and measurements and figures beside it; `make study` writes docs/evidence.md. Hours on
+two CPU cores, in as many pieces as you like: a cell that is in the table is not computed again.
+"""
+
+from flax_pref.config import shipped_config
+from flax_pref.demo.study import Cell, StudyConfig
+
+METHODS = ("base", "tuned CFG", "DPO", "PGD", "cPGD")
+MERGED = ("PGD, merged", "cPGD, merged")
+ALL = (
+    *METHODS,
+    *("CFG, 3 times the steps", "base, best of 3", "pos - base", "base - neg"),
+    *("cPGD of a DPO pair", "CHATS"),
+    *(*MERGED, "cPGD, full weights"),
+    *("cPGD, early", "cPGD, late", "prompt early, modules late"),
+    *("PGD, norm-matched", "cPGD, norm-matched", "cPGD, capped", "cPGD, orthogonal"),
+)
+
+config = StudyConfig(
+    demo=shipped_config("demo/demo"),
+    w=(1.0, 2.0, 3.0, 4.0, 6.0),
+    seeds=(0, 1, 2),
+    cells=(
+        Cell(name="main", ways=ALL, held_out_prompts=512, every_strength=("base", "PGD", "cPGD")),
+        Cell(name="64 pairs", pairs=64, ways=METHODS, held_out_prompts=256),
+        Cell(name="256 pairs", pairs=256, ways=METHODS, held_out_prompts=256),
+        Cell(name="2048 pairs", pairs=2048, ways=METHODS, held_out_prompts=256),
+        Cell(name="4096 pairs", pairs=4096, ways=METHODS, held_out_prompts=256),
+        Cell(name="half the training", training=0.5, ways=(*METHODS, *MERGED), held_out_prompts=256),
+        Cell(name="twice the training", training=2.0, ways=(*METHODS, *MERGED), held_out_prompts=256),
+        Cell(name="4 times the training", training=4.0, ways=(*METHODS, *MERGED), held_out_prompts=256),
+        Cell(name="labels without noise", label_temperature=0.001, ways=METHODS, held_out_prompts=256),
+        Cell(name="noisy labels", label_temperature=0.2, ways=METHODS, held_out_prompts=256),
+        Cell(name="several pairs of a prompt", images=4, ways=METHODS, held_out_prompts=256),
+        Cell(name="several pairs, roles unique", images=4, unique_roles=True, ways=METHODS, held_out_prompts=256),
+        Cell(name="pairs of the base", generators=("base",), ways=METHODS, held_out_prompts=256),
+        Cell(name="pairs of one generator", generators=("faulty",), ways=METHODS, held_out_prompts=256),
+    ),
+)

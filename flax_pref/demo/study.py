@@ -1,0 +1,441 @@
+"""When does contrastive guidance pay? A grid of trainings on the demo world, cell by cell.
+
+    python -m train.study configs/demo/study.py
+
+A cell is one set of pairs, the modules that are trained on it, and what is drawn with them: validation prompts at every
+candidate strength, of which one is chosen, held-out prompts, and prompts of the training pairs. All that is measured
+goes into one table, `measurements.parquet`: a row for each quantity of each way to draw, with its value for every
+prompt. A cell that is in the table is not computed again. `demo.evidence` makes the page of the table.
+"""
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flax_pref.checkpoints.modules import Guided, load_modules, merge_modules
+from flax_pref.config import check_least
+from flax_pref.data.prepared import Records
+from flax_pref.demo.experiment import EVALUATION_SEED, VALIDATION_SEED, Demo, DemoConfig, ModuleTraining
+from flax_pref.demo.report import Sweep
+from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, pgd
+from flax_pref.diffusion.sampler import draw_normal, image_keys
+from flax_pref.diffusion.shaping import length
+from flax_pref.diffusion.solvers import no_history, solver_from_config, step
+from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.files import replacing
+from flax_pref.methods import CHATS, DiffusionDPO, Method, PositiveNegative, PositiveNegativeDPO
+from flax_pref.training.networks import Weights
+from flax_pref.world import scenes as world
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained and drawn
+
+
+class Arm(NamedTuple):
+    """What is trained on the pairs of a cell.
+
+    Attributes:
+        method: of the settings of the demo.
+        training: likewise, how long and how fast.
+        weights: adapters, or networks of their own.
+    """
+
+    method: Callable[[DemoConfig], Method]
+    training: Callable[[DemoConfig], ModuleTraining]
+    weights: Weights = "lora"
+
+
+ARMS = {
+    "dpo": Arm(lambda c: DiffusionDPO(beta=c.beta), lambda c: c.dpo),
+    "sft": Arm(lambda c: PositiveNegative(), lambda c: c.positive_negative),
+    "dpo pair": Arm(lambda c: PositiveNegativeDPO(beta=c.beta), lambda c: c.dpo),
+    "chats": Arm(lambda c: CHATS(), lambda c: c.positive_negative),
+    "sft, full weights": Arm(
+        lambda c: PositiveNegative(),
+        lambda c: dataclasses.replace(c.positive_negative, learning_rate=c.positive_negative.learning_rate / 5),
+        "full",
+    ),
+}
+
+
+class Way(NamedTuple):
+    """A way to draw images.
+
+    Attributes:
+        arm: whose modules it takes; None: only the base.
+        rule: of a strength and the guidance scale of the demo.
+        strengths: its candidates: "w" of the study, "scales" of the demo's tuned CFG, or none: "".
+        merged: whether the modules are merged into the weights.
+        steps: how many times the steps of the demo it takes.
+        best_of: how many images of a prompt it draws, to keep that which the judge likes best.
+    """
+
+    arm: str | None
+    rule: Callable[[Any, float], Rule]
+    strengths: str = ""
+    merged: bool = False
+    steps: int = 1
+    best_of: int = 1
+
+
+EARLY, LATE = (0.0, 0.5), (0.5, 1.0)
+
+
+def _within(strength: float, part: tuple[float, float]) -> Schedule:
+    return Schedule((strength,), start=part[0], stop=part[1])
+
+
+WAYS = {
+    "base": Way(None, lambda w, s: cfg(s)),
+    "tuned CFG": Way(None, lambda w, s: cfg(w), "scales"),
+    "CFG, 3 times the steps": Way(None, lambda w, s: cfg(s), steps=3),
+    "base, best of 3": Way(None, lambda w, s: cfg(s), best_of=3),
+    "DPO": Way("dpo", lambda w, s: cfg(s, "dpo")),
+    "PGD": Way("dpo", pgd, "w"),
+    "PGD, merged": Way("dpo", pgd, "w", merged=True),
+    "cPGD": Way("sft", cpgd, "w"),
+    "cPGD, merged": Way("sft", cpgd, "w", merged=True),
+    "pos - base": Way("sft", lambda w, s: cpgd(w, s, negative="base"), "w"),
+    "base - neg": Way("sft", lambda w, s: cpgd(w, s, positive="base"), "w"),
+    "cPGD, early": Way("sft", lambda w, s: cpgd(_within(w, EARLY), s), "w"),
+    "cPGD, late": Way("sft", lambda w, s: cpgd(_within(w, LATE), s), "w"),
+    "prompt early, modules late": Way("sft", lambda w, s: cpgd_conditional(_within(w, LATE), _within(s, EARLY)), "w"),
+    "cPGD, norm-matched": Way("sft", lambda w, s: cpgd(Schedule((w / 8,), norm=True), s), "w"),
+    "PGD, norm-matched": Way("dpo", lambda w, s: pgd(Schedule((w / 8,), norm=True), s), "w"),
+    "cPGD, capped": Way("sft", lambda w, s: cpgd(w, s, shaping="cap:0.5"), "w"),
+    "cPGD, orthogonal": Way("sft", lambda w, s: cpgd(w, s, shaping="orthogonal"), "w"),
+    "cPGD of a DPO pair": Way("dpo pair", cpgd, "w"),
+    "CHATS": Way("chats", lambda w, s: chats(w), "scales"),
+    "cPGD, full weights": Way("sft, full weights", cpgd, "w"),
+}
+
+
+VARIED = ("pairs", "generators", "label_temperature", "images", "unique_roles")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A set of pairs, how long modules train on it, and how images are drawn with them.
+
+    What is None is as in the demo.
+    """
+
+    name: str
+    pairs: int | None = None
+    generators: tuple[str, ...] | None = None
+    label_temperature: float | None = None
+    images: int | None = None
+    unique_roles: bool | None = None
+    training: float = 1.0
+    """How many times the demo's steps modules are trained for."""
+    ways: tuple[str, ...]
+    """How images are drawn: names in `WAYS`."""
+    held_out_prompts: int
+    every_strength: tuple[str, ...] = ()
+    """Drawings whose held-out prompts are drawn at every candidate strength, not only at the one chosen."""
+
+    def __post_init__(self):
+        check_least(self, 2, "held_out_prompts")
+        if unknown := {*self.ways, *self.every_strength} - set(WAYS):
+            raise ValueError(f"cell {self.name!r}: no way {sorted(unknown)[0]!r}; expected {', '.join(WAYS)}")
+        if "base" not in self.ways:
+            raise ValueError(f"cell {self.name!r}: expected 'base' among its ways, which the others are compared with")
+
+    def applied_to(self, config: DemoConfig) -> DemoConfig:
+        """The settings of the demo with those of the cell."""
+
+        def longer(training: ModuleTraining) -> ModuleTraining:
+            return dataclasses.replace(training, steps=max(1, round(self.training * training.steps)))
+
+        given = {name: getattr(self, name) for name in VARIED}
+        return dataclasses.replace(
+            config,
+            **{name: value for name, value in given.items() if value is not None},
+            held_out_prompts=self.held_out_prompts,
+            dpo=longer(config.dpo),
+            positive_negative=longer(config.positive_negative),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Measures a grid of trainings and ways to draw on the demo world, and writes a page of it."""
+
+    output: Path = Path("runs/study")
+    """Of pairs and modules, which a cell needs while it runs."""
+    results: Path = Path("runs/study/evidence")
+    """Folder of measurements.parquet, which a run goes on from, and of the figures; the page is beside it."""
+    quick: bool = False
+    """Run the first cell, but too little of it for the figures to mean anything."""
+    only: tuple[str, ...] = ()
+    """Cells to run (default: all that the table lacks)."""
+
+    demo: DemoConfig
+    """Settings that cells vary."""
+    w: tuple[float, ...]
+    """Candidate strengths of modules."""
+    seeds: tuple[int, ...]
+    """Training seeds: each has pairs, labels and modules of its own, and is compared on the same prompts and noise."""
+    cells: tuple[Cell, ...]
+
+    def __post_init__(self):
+        names = [cell.name for cell in self.cells]
+        if len(set(names)) < len(names) or not names or not self.seeds or not self.w:
+            raise ValueError("expected cells with a name of their own each, seeds, and candidates w")
+        if unknown := set(self.only) - set(names):
+            raise ValueError(f"only: no cell {sorted(unknown)[0]!r}; expected some of {', '.join(names)}")
+
+    def shrunk(self) -> "StudyConfig":
+        """The first cell with little of everything, in a folder of its own."""
+        return dataclasses.replace(
+            self,
+            output=self.output / "quick",
+            results=self.output / "quick" / "evidence",
+            demo=self.demo.shrunk(),
+            w=self.w[:2],
+            seeds=self.seeds[:1],
+            cells=(dataclasses.replace(self.cells[0], pairs=32, training=1.0, held_out_prompts=4),),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+class Measurement(NamedTuple):
+    """One quantity of one way to draw, a value for each prompt.
+
+    Attributes:
+        cell: its name.
+        seed: of training.
+        way: its name.
+        strength: w or guidance scale; None where there is none to choose.
+        chosen: whether it is the strength that the validation prompts have chosen.
+        split: of the prompts: "validation", "held_out" or "train"; "trajectory" for what steps have.
+        term: of the judge, such as "score"; "spread", see `spread`, or "change", see `change`.
+        values: `[N]`, or of each step.
+    """
+
+    cell: str
+    seed: int
+    way: str
+    strength: float | None
+    chosen: bool
+    split: str
+    term: str
+    values: np.ndarray
+
+
+SCHEMA = pa.schema(
+    {
+        "cell": pa.dictionary(pa.int32(), pa.string()),
+        "seed": pa.int32(),
+        "way": pa.dictionary(pa.int32(), pa.string()),
+        "strength": pa.float32(),
+        "chosen": pa.bool_(),
+        "split": pa.dictionary(pa.int32(), pa.string()),
+        "term": pa.dictionary(pa.int32(), pa.string()),
+        "values": pa.list_(pa.float32()),
+    }
+)
+TABLE = "measurements.parquet"
+
+
+def read_measurements(file: Path) -> list[Measurement]:
+    """What the table holds; nothing where there is none yet."""
+    if not file.exists():
+        return []
+    with pq.ParquetFile(file) as table:
+        rows = table.read(use_threads=False).to_pylist()
+    return [Measurement(**{**row, "values": np.array(row["values"], np.float32)}) for row in rows]
+
+
+def write_measurements(rows: Sequence[Measurement], file: Path) -> None:
+    """Writes the table; values are kept to four decimals, a fiftieth of the smallest interval that is told."""
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    columns["values"] = [np.round(values, 4) for values in columns["values"]]
+    table = pa.table(columns, schema=SCHEMA)
+    with replacing(file) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd", compression_level=19)
+
+
+class Study:
+    """The grid; `run` measures what the table lacks."""
+
+    def __init__(self, config: StudyConfig):
+        self.config = config
+        self.table = config.results / TABLE
+        self.rows = read_measurements(self.table)
+
+    def missing(self) -> list[tuple[Cell, int]]:
+        """Cells and training seeds that are not in the table, or lack a way to draw."""
+        done: dict[tuple[str, int], set[str]] = {}
+        for row in self.rows:
+            done.setdefault((row.cell, row.seed), set()).add(row.way)
+        cells = [cell for cell in self.config.cells if not self.config.only or cell.name in self.config.only]
+        grid = [(cell, seed) for cell in cells for seed in self.config.seeds]
+        return [(cell, seed) for cell, seed in grid if set(cell.ways) - done.get((cell.name, seed), set())]
+
+    def run(self) -> list[Measurement]:
+        """Measures cell by cell; each is in the table when it is done. Returns the whole table."""
+        missing = self.missing()
+        for i, (cell, seed) in enumerate(missing, 1):
+            print(f"cell {i} of {len(missing)}: {cell.name}, training seed {seed}")
+            started = time.perf_counter()
+            rows = list(self.measure(cell, seed))
+            self.rows = [row for row in self.rows if (row.cell, row.seed) != (cell.name, seed)] + rows
+            write_measurements(self.rows, self.table)
+            print(f"cell {i} of {len(missing)}: {time.perf_counter() - started:.0f} s")
+        return self.rows
+
+    def measure(self, cell: Cell, seed: int) -> Iterator[Measurement]:
+        """Trains and draws one cell."""
+        output = self.config.output / f"{cell.name}-{seed}".replace(" ", "_").replace("/", "_")
+        config = dataclasses.replace(cell.applied_to(self.config.demo), output=output, training_seed=seed)
+        demo = Demo(config)
+        output.mkdir(parents=True, exist_ok=True)
+        pairs = demo.read_back(demo.draw_pairs())
+        arms = {WAYS[name].arm: None for name in cell.ways}
+        modules = {name: train_arm(demo, name, pairs) for name in arms if name is not None}
+        baseline: dict[float | None, np.ndarray] = {}
+        for name in ("base", *(name for name in cell.ways if name != "base")):
+            way = WAYS[name]
+            candidates = {"w": self.config.w, "scales": config.tuned_scales, "": (None,)}[way.strengths]
+            files = modules[way.arm] if way.arm is not None else {}
+
+            draws = {strength: sampler(demo, way, files, strength) for strength in candidates}
+            labels = {strength: name if strength is None else f"{name}, {strength:g}" for strength in candidates}
+
+            def judged(strength, split, way=way, draws=draws, labels=labels):
+                return drawn_terms(demo, way, draws[strength], split, labels[strength])
+
+            tried = {strength: judged(strength, "validation") for strength in candidates}
+            scores = {strength: terms["score"] for strength, terms in tried.items()}
+            baseline = scores if name == "base" else baseline
+            best = candidates[0]
+            if len(candidates) > 1:
+                best = Sweep({name: scores}, {"base": baseline[None]}, config.choice).best(name)
+            for strength in candidates:
+                chosen = strength == best
+                measured = {"validation": tried[strength]}
+                if chosen or name in cell.every_strength:
+                    measured["held_out"] = judged(strength, "held_out")
+                if name in cell.every_strength:
+                    measured["held_out"]["spread"] = spread(demo, draws[strength], labels[strength])
+                if chosen:
+                    measured["train"] = judged(strength, "train")
+                    if way.rule in (pgd, cpgd) and not way.merged:
+                        measured["trajectory"] = {"change": change(demo, way, files)}
+                for split, terms in measured.items():
+                    for term, values in terms.items():
+                        yield Measurement(cell.name, seed, name, strength, chosen, split, term, values)
+        shutil.rmtree(output)
+
+
+def train_arm(demo: Demo, name: str, pairs: Records) -> dict[str, Path]:
+    """Modules of an arm, each a file or a folder."""
+    arm, config = ARMS[name], demo.config
+    output = config.output / name.replace(", ", "_").replace(" ", "_")
+    seed = list(ARMS).index(name)
+    return demo.train_modules(arm.method(config), arm.training(config), pairs, output, seed=seed, weights=arm.weights)
+
+
+SPLITS: dict[world.Split, int] = {"validation": VALIDATION_SEED, "held_out": EVALUATION_SEED, "train": EVALUATION_SEED}
+SPREAD_PROMPTS, SPREAD_IMAGES = 64, 3
+
+# (captions, number of the draw, text of the progress bar) -> images; the same number gives the same noise.
+Draw = Callable[[Sequence[str], int, str], np.ndarray]
+
+
+def sampler(demo: Demo, way: Way, files: Mapping[str, Path], strength: float | None) -> Draw:
+    """Draws images at one strength, with the modules of these files."""
+    config = demo.config
+    rule = way.rule(strength, config.guidance_scale)
+    guided = load_modules(demo.pipeline.unet, files)
+    if way.merged:
+        guided = Guided(merge_modules(demo.pipeline.unet, guided, merge_weights(rule)), {})
+        rule = cfg(config.guidance_scale)
+    draw = TextToImage(
+        dataclasses.replace(demo.pipeline, unet=guided.base),
+        solver_from_config(demo.pipeline.scheduler_config, way.steps * config.sampling_steps, name="ddim"),
+        (world.RESOLUTION, world.RESOLUTION),
+        config.batch_size,
+        modules=guided.modules,
+    )
+    return lambda captions, number, label: draw(captions, rule=rule, seed=10 * config.seed + number, label=label)
+
+
+def drawn_terms(demo: Demo, way: Way, draw: Draw, split: world.Split, label: str) -> dict[str, np.ndarray]:
+    """What the judge says of the images of a split, `[N]` for each of its terms."""
+    captions = demo.prompts(split, getattr(demo.config, f"{split}_prompts"))
+    found: dict[str, np.ndarray] = {}
+    for attempt in range(way.best_of):
+        terms = demo.judged(draw(captions, SPLITS[split] + 1000 * attempt, f"{label}: {split}"), captions)
+        better = terms["score"] > found["score"] if found else np.ones(len(captions), bool)
+        found = {term: np.where(better, values, found.get(term, values)) for term, values in terms.items()}
+    return found
+
+
+def spread(demo: Demo, draw: Draw, label: str) -> np.ndarray:
+    """How different images of a held-out prompt are, `[N]`: root mean square over pixels, mean over pairs of images."""
+    captions = demo.prompts("held_out", min(SPREAD_PROMPTS, demo.config.held_out_prompts))
+    drawn = [draw(captions, EVALUATION_SEED + 1000 * k, f"{label}: spread") for k in range(SPREAD_IMAGES)]
+    distances = [
+        np.sqrt(np.square(one - other).mean(axis=(1, 2, 3))) for one, other in itertools.combinations(drawn, 2)
+    ]
+    return np.mean(distances, axis=0)
+
+
+def change(demo: Demo, way: Way, files: Mapping[str, Path]) -> np.ndarray:
+    """How far modules are from the base: `|contrast| / |eps_base|` for the text, step by step along the base's
+    trajectory, mean over validation prompts, `[S]`.
+
+    The contrast is that of the way's rule at w = 1: `eps_dpo - eps_base` for PGD, `eps_pos - eps_neg` for cPGD.
+    """
+    config = demo.config
+    rule = way.rule(1.0, 1.0)  # at s = 1 guidance is the prediction for the text
+    captions = demo.prompts("validation", min(config.batch_size, config.validation_prompts))
+    guided = load_modules(demo.pipeline.unet, files)
+    draw = TextToImage(
+        dataclasses.replace(demo.pipeline, unet=guided.base),
+        demo.solver,
+        (world.RESOLUTION, world.RESOLUTION),
+        len(captions),
+        modules=guided.modules,
+    )
+    vae = demo.pipeline.vae.config
+    shape = (*(side // vae.downscale_factor for side in draw.size), vae.latent_channels)
+    text, empty = draw.conditioning(captions, None)
+    empty = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), empty, text)
+    (contrast,) = rule.terms(1.0)[1].values()
+    shares = {name: share for (name, prompt), share in contrast.coefficients.items() if prompt == "text"}
+    rows, weights = ("base", "base", *shares), np.array([*shares.values()], np.float32)
+    texts = jax.tree.map(lambda x, y: jnp.stack([x, *[y] * (len(rows) - 1)], axis=1), empty, text)
+
+    @jax.jit
+    def advance(bank, row, latents, history):
+        seen = jnp.stack([row.input_scale * latents] * len(rows), axis=1)
+        predicted = bank(rows, seen, jnp.full(len(captions), row.timesteps), texts)
+        moved = jnp.tensordot(predicted[:, 2:], weights, (1, 0))
+        guided = predicted[:, 0] + config.guidance_scale * (predicted[:, 1] - predicted[:, 0])
+        return step(latents, guided, row, None, history), (length(moved) / length(predicted[:, 1])).mean()
+
+    latents = draw.solver.init_noise_sigma * draw_normal(
+        image_keys(10 * config.seed + VALIDATION_SEED, range(len(captions))), 0, shape
+    )
+    history, ratios = no_history(draw.solver, latents), []
+    for i in range(config.sampling_steps):
+        row = jax.tree.map(lambda column, i=i: column[i], draw.solver)
+        (latents, history), ratio = advance(draw.bank, row, latents, history)
+        ratios.append(ratio)
+    return np.array(ratios)

@@ -1,0 +1,145 @@
+"""The study: its grid, its table, and a page that says what is in the table."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from flax_pref.config import shipped_config
+from flax_pref.demo import study
+from flax_pref.demo.evidence import Evidence, predictions, write_page
+from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
+from flax_pref.evaluation.statistics import crossed_interval
+
+CONFIG = shipped_config("demo/study")
+PROMPTS = 40
+TERMS = ("score", "found", "place", "background", "edges", "cleanness", "contrast", "composition")
+
+
+def measured(cell, seed, way, gain, *, strength=None, chosen=True):
+    """Rows of a way that gains so much on every prompt, up to noise."""
+    rng = np.random.default_rng([seed, len(way)])
+    for split in ("validation", "held_out", "train"):
+        for term in TERMS:
+            values = 0.5 + gain + 0.01 * rng.standard_normal(PROMPTS)
+            yield Measurement(cell, seed, way, strength, chosen, split, term, values.astype(np.float32))
+
+
+GAINS = {"base": 0.0, "tuned CFG": 0.02, "DPO": 0.1, "PGD": 0.2, "cPGD": 0.1}
+
+
+def rows_of(cell, seeds=(0, 1, 2), ways=GAINS):
+    return [
+        row
+        for seed in seeds
+        for name in ways
+        for row in measured(cell, seed, name, GAINS.get(name, 0.15), strength=None if name in ("base", "DPO") else 2.0)
+    ]
+
+
+def test_an_interval_over_runs_and_prompts_is_that_of_a_loop():
+    values = np.random.default_rng(0).normal(size=(3, 30)) + np.array([[0.0], [0.4], [1.0]])
+    rng, means = np.random.default_rng(1), []
+    for _ in range(4000):
+        runs, prompts = rng.integers(3, size=3), rng.integers(30, size=30)
+        means.append(values[np.ix_(runs, prompts)].mean())
+    np.testing.assert_allclose(crossed_interval(values), np.quantile(means, [0.025, 0.975]), atol=0.04)
+    # Runs that agree leave the interval over prompts.
+    low, high = crossed_interval(np.tile(values[:1], (3, 1)))
+    assert high - low == pytest.approx(2 * 1.96 * values[0].std() / np.sqrt(30), rel=0.05)
+
+
+def test_the_table_keeps_what_was_measured(tmp_path):
+    rows = rows_of("main", seeds=(4,))
+    write_measurements(rows, tmp_path / study.TABLE)
+    read = read_measurements(tmp_path / study.TABLE)
+    assert [row[:7] for row in read] == [row[:7] for row in rows]
+    np.testing.assert_allclose([row.values for row in read], [row.values for row in rows], atol=5.1e-5)
+    assert read_measurements(tmp_path / "none.parquet") == []
+
+
+def small(tmp_path, *cells):
+    return dataclasses.replace(CONFIG, output=tmp_path / "run", results=tmp_path / "evidence", cells=cells)
+
+
+def test_a_cell_that_is_in_the_table_is_not_computed_again(tmp_path, monkeypatch):
+    cells = [Cell(name=name, ways=("base", "DPO"), held_out_prompts=4) for name in ("main", "other")]
+    config = small(tmp_path, *cells)
+    (tmp_path / "evidence").mkdir()
+    write_measurements(rows_of("main", seeds=(0, 2), ways=("base", "DPO")), tmp_path / "evidence" / study.TABLE)
+    asked = []
+
+    def measure(self, cell, seed):
+        asked.append((cell.name, seed))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rows_of(cell.name, seeds=(seed,), ways=cell.ways)
+
+    monkeypatch.setattr(Study, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        Study(config).run()
+    assert asked == [("main", 1), ("other", 0), ("other", 1)]
+    rows = Study(config).run()
+    assert asked[3:] == [("other", 1), ("other", 2)]
+    assert {(row.cell, row.seed) for row in rows} == {(cell.name, seed) for cell in cells for seed in (0, 1, 2)}
+    more = dataclasses.replace(cells[0], ways=("base", "DPO", "PGD"))
+    assert Study(small(tmp_path, more)).missing() == [(more, seed) for seed in (0, 1, 2)]
+
+
+def test_a_cell_changes_what_it_names_and_nothing_else():
+    cell = Cell(name="x", pairs=64, training=0.5, ways=("base",), held_out_prompts=8)
+    applied, demo = cell.applied_to(CONFIG.demo), CONFIG.demo
+    assert (applied.pairs, applied.held_out_prompts) == (64, 8)
+    assert applied.dpo.steps == demo.dpo.steps / 2
+    assert applied.positive_negative.steps == demo.positive_negative.steps / 2
+    assert (applied.generators, applied.label_temperature) == (demo.generators, demo.label_temperature)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cell(name="x", ways=("base", "cPDG"), held_out_prompts=8), "no way 'cPDG'; expected base, "),
+        (lambda: Cell(name="x", ways=("DPO",), held_out_prompts=8), "expected 'base' among its ways"),
+        (lambda: dataclasses.replace(CONFIG, cells=CONFIG.cells[:1] * 2), "cells with a name of their own"),
+        (lambda: dataclasses.replace(CONFIG, only=("mian",)), "no cell 'mian'; expected some of main, "),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp_path):
+    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
+    config.results.mkdir()
+    rows = rows_of("main") + rows_of("64 pairs") + rows_of("4096 pairs", seeds=(0,))
+    page = write_page(rows, config, "make study").read_text()
+    assert "- PGD scores higher than DPO on held-out prompts: +0.1" in page
+    assert "- Between cPGD and DPO no difference is shown on held-out prompts: " in page
+    assert "- cPGD scores lower than PGD on held-out prompts: -0.1" in page
+    cost = 4 * config.demo.sampling_steps
+    assert re.search(
+        rf"^\| PGD \| 2, 2, 2 \| {cost} \| \+0\.\d{{3}} \[\+0\.\d{{3}}, \+0\.\d{{3}}\] \| 100% ", page, re.MULTILINE
+    )
+    assert "7 of 42 trainings" in page
+    assert "| pairs | 64 |" in page and "| pairs | 4096 |" in page
+    assert "Where on the trajectory" not in page, "cPGD, early has not been measured"
+    figures = re.findall(r"!\[.*?\]\(evidence/(figure_\d\.png)\)", page)
+    assert figures and all((config.results / figure).is_file() for figure in figures)
+
+
+def test_an_estimate_is_of_the_same_prompts_and_seeds():
+    found = Evidence(rows_of("main"), CONFIG)
+    gained = found.gain("main", "PGD")
+    assert gained.mean == pytest.approx(0.2, abs=0.005) and gained.low < gained.mean < gained.high
+    assert found.wins("main", "PGD").mean == 1.0
+
+
+def test_every_drawing_is_priced():
+    priced = {name: predictions(CONFIG.demo, name) for name in WAYS}
+    steps = CONFIG.demo.sampling_steps
+    assert priced["base"] == priced["PGD, merged"] == 2 * steps
+    assert priced["CFG, 3 times the steps"] == priced["base, best of 3"] == priced["cPGD"] == 6 * steps
+    assert priced["cPGD, early"] == 4 * steps
+    assert priced["cPGD, capped"] == priced["cPGD, norm-matched"] == 6 * steps
