@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from flax_pref.methods import KTO as KTO
     from flax_pref.methods import NPO as NPO
     from flax_pref.methods import SDPO as SDPO
+    from flax_pref.methods import SNPO as SNPO
     from flax_pref.methods import SPO as SPO
     from flax_pref.methods import DiffusionDPO as DiffusionDPO
     from flax_pref.methods import MaPO as MaPO
@@ -78,7 +79,7 @@ _NAMES_OF = {
     "evaluation.run_report": "compare",
     "evaluation.run_scoring": "score",
     "images.grid": "image_grid",
-    "methods": "CHATS D3PO DDPO KTO NPO SDPO SPO DiffusionDPO MaPO PositiveNegative PositiveNegativeDPO TailorPO",
+    "methods": "CHATS D3PO DDPO KTO NPO SDPO SNPO SPO DiffusionDPO MaPO PositiveNegative PositiveNegativeDPO TailorPO",
     "models.lora": "combine_lora stack_lora",
     "rewards.reward": "Weighted",
     "serving.sampler": "load_sampler",

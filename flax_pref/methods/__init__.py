@@ -15,6 +15,7 @@ from flax_pref.methods.online import OnlineMethod
 from flax_pref.methods.positive_negative import PositiveNegative
 from flax_pref.methods.positive_negative_dpo import PositiveNegativeDPO
 from flax_pref.methods.sdpo import SDPO
+from flax_pref.methods.snpo import SNPO
 from flax_pref.methods.spo import SPO
 from flax_pref.methods.tailorpo import TailorPO
 
@@ -25,6 +26,7 @@ Method = (
     | NPO
     | PositiveNegativeDPO
     | CHATS
+    | SNPO
     | KTO
     | MaPO
     | TailorPO
@@ -40,6 +42,7 @@ __all__ = [
     "KTO",
     "NPO",
     "SDPO",
+    "SNPO",
     "SPO",
     "DiffusionDPO",
     "MaPO",

@@ -19,6 +19,7 @@ from flax_pref.methods.errors import (
     pair_metrics,
     reference_errors,
     text_of_images,
+    without_prompts,
 )
 from flax_pref.shapes import Bool, Key, Scalar, Tree
 
@@ -80,10 +81,6 @@ class CHATS(PairMethod):
 
 def drop_loser_prompts(batch: Mapping[str, Any], dropped: Bool[jax.Array, " images"], empty: Tree) -> Tree:
     """The text of winners and losers, `[B, 2, ...]` each, with the empty prompt for the losers of dropped pairs."""
-
-    def drop(x, of_empty):
-        return jnp.where(dropped.reshape(-1, *(1,) * (x.ndim - 1)), jnp.asarray(of_empty, x.dtype), x)
-
-    untold = {**batch, "text": jax.tree.map(drop, batch["text"], empty)}
+    untold = without_prompts(batch, dropped, empty)
     winner, loser = text_of_images(batch, ("winner",)), text_of_images(untold, ("loser",))
     return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), winner, loser)

@@ -18,6 +18,7 @@ from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.models.lora import BASE
 from flax_pref.shapes import (
     Array,
+    Bool,
     Float,
     GivenLatents,
     Int,
@@ -121,6 +122,15 @@ def noisy_images(
     timesteps, noise = draw_noise(schedule, batch[images[0]], key)
     latents = jnp.stack([schedule.add_noise(batch[image], noise, timesteps) for image in images], axis=1)
     return NoisyImages(latents, timesteps, text_of_images(batch, images), noise[:, None])
+
+
+def without_prompts(batch: Mapping[str, Any], dropped: Bool[jax.Array, " images"], empty: Tree) -> dict[str, Any]:
+    """The batch with the empty prompt in place of the text of some pairs; `empty` as in `PairMethod.loss`."""
+
+    def drop(x, of_empty):
+        return jnp.where(dropped.reshape(-1, *(1,) * (x.ndim - 1)), jnp.asarray(of_empty, x.dtype), x)
+
+    return {**batch, "text": jax.tree.map(drop, batch["text"], empty)}
 
 
 def text_of_images(batch: Mapping[str, Any], images: tuple[str, ...]) -> Tree:

@@ -73,6 +73,18 @@ def sdpo(error, beta, weights):
     return dpo({**error, ("dpo", "loser"): scaled}, beta=beta)
 
 
+def snpo(error, beta, mix, swapped, timesteps):
+    first, second = (change(error, "snpo", image) for image in ("winner", "loser"))
+    winner, loser = np.where(swapped, second, first), np.where(swapped, first, second)
+    # -log(mix exp(-T x) + 1 - mix) / T, with an exponent that is never above 0.
+    rises = loser.real > 0
+    small = np.exp(-timesteps * np.where(rises, loser, -loser))
+    bounded = (
+        np.where(rises, -np.log(mix * small + 1 - mix), timesteps * loser - np.log(mix + (1 - mix) * small)) / timesteps
+    )
+    return -np.log(sigmoid(-beta / 2 * (winner - bounded))).mean()
+
+
 def chats(error, beta):
     return -np.log(sigmoid(-beta * (change(error, "pos", "winner") + change(error, "neg", "loser")))).mean()
 

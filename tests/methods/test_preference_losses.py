@@ -9,7 +9,17 @@ import preference_formulas as formulas
 import pytest
 from preference_formulas import IMAGES, SCHEDULE, gradients, safeguards, squared_errors
 
-from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
+from flax_pref.methods import (
+    CHATS,
+    KTO,
+    NPO,
+    SDPO,
+    SNPO,
+    DiffusionDPO,
+    MaPO,
+    PositiveNegative,
+    PositiveNegativeDPO,
+)
 from flax_pref.methods.errors import draw_noise
 from flax_pref.methods.mapo import likelihood
 
@@ -99,6 +109,10 @@ def sdpo(predictions, beta):
     return formulas.sdpo(squared_errors(predictions, known_noise()), beta, weights)
 
 
+def swapped(share=0.5):
+    return np.asarray(jax.random.bernoulli(jax.random.split(KEY)[1], share, (PAIRS,)))
+
+
 CASES = {
     "positive and negative": (
         PositiveNegative().loss,
@@ -128,6 +142,11 @@ CASES = {
         of_errors(partial(formulas.chats, beta=3.0)),
         ("base", "pos", "neg"),
     ),
+    "snpo": (
+        partial(SNPO(beta=3.0, mix=0.6).loss, empty=EMPTY),
+        of_errors(lambda error: formulas.snpo(error, 3.0, 0.6, swapped(), SCHEDULE.num_train_timesteps)),
+        ("base", "snpo"),
+    ),
     "kto": (KTO(beta=3.0).loss, of_errors(partial(formulas.kto, beta=3.0)), ("base", "kto")),
     "mapo": (MaPO(beta=0.1).loss, of_errors(partial(formulas.mapo, beta=0.1)), ("mapo",)),
 }
@@ -140,7 +159,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_formula(case, float64, tolerance):
     objective, formula, networks = CASES[case]
-    if case == "chats":  # noise and dropout have keys of their own
+    if case in ("chats", "snpo"):  # noise and dropout have keys of their own
         objective = with_key_of_noise(objective)
     compared = compare(partial(objective, schedule=SCHEDULE), formula, predictions_of(*networks))
     assert max(compared.values()) < tolerance
@@ -270,13 +289,14 @@ def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
         (NPO(beta=4000.0).loss, np.log(2)),
         (PositiveNegativeDPO(beta=5000.0).loss, 2 * np.log(2)),
         (partial(CHATS(beta=1000.0).loss, empty=EMPTY), np.log(2)),
+        (partial(SNPO(beta=2000.0).loss, empty=EMPTY), np.log(2)),
         (KTO(beta=1000.0).loss, 0.5),
     ],
-    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "kto"],
+    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "snpo", "kto"],
 )
 def test_an_untrained_module_is_undecided(objective, loss):
     base = predictions_of("base")["base"]
-    same = dict.fromkeys(("base", "dpo", "sdpo", "pos", "neg", "kto"), jnp.asarray(base))
+    same = dict.fromkeys(("base", "dpo", "sdpo", "pos", "neg", "snpo", "kto"), jnp.asarray(base))
     found, metrics = objective(predict_with(same), BATCH, KEY, schedule=SCHEDULE)
     assert float(found) == pytest.approx(loss, rel=1e-12)
     decided = {name: float(value) for name, value in metrics.items() if name.endswith("accuracy")}
@@ -331,6 +351,31 @@ def test_chats_drops_the_share_of_prompts_that_is_asked_for(dropout, share):
         return latents
 
     CHATS(beta=1.0, dropout=dropout).loss(predict, BATCH, KEY, schedule=SCHEDULE, empty=EMPTY)
+
+
+def test_snpo_teaches_the_empty_prompt_with_labels_swapped():
+    told = []
+
+    def predict(networks, latents, timesteps, text):
+        told.append(np.asarray(text["text_embeds"])[..., 0])
+        return latents
+
+    SNPO(beta=1.0).loss(predict, BATCH, KEY, schedule=SCHEDULE, empty=EMPTY)
+    assert 0 < swapped().sum() < PAIRS
+    for text in told:  # of the module and of the reference
+        np.testing.assert_array_equal(text, np.where(swapped(), -1, np.arange(PAIRS))[:, None].repeat(2, axis=1))
+
+
+def test_snpo_of_the_module_alone_is_dpo_and_a_loser_counts_up_to_its_bound():
+    predictions = {name: jnp.asarray(x) for name, x in predictions_of("base", "snpo").items()}
+    options = {"schedule": SCHEDULE, "empty": EMPTY}
+    found, _ = SNPO(beta=3.0, mix=1.0, dropout=0.0).loss(predict_with(predictions), BATCH, KEY, **options)
+    noise_key = jax.random.split(KEY)[0]
+    same = {"base": predictions["base"], "dpo": predictions["snpo"]}
+    expected, _ = DiffusionDPO(beta=3.0).loss(predict_with(same), BATCH, noise_key, schedule=SCHEDULE)
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+    bound = SNPO(mix=0.9).bounded(jnp.array([1e-6, 1e3]), 1000)
+    assert bound.tolist() == pytest.approx([0.9e-6, -np.log(0.1) / 1000], rel=1e-3)
 
 
 def test_the_score_of_mapo_does_not_overflow_where_training_has_diverged():
