@@ -11,13 +11,14 @@ from flax_pref.demo.study import Cell, StudyConfig
 
 METHODS = ("base", "tuned CFG", "DPO", "PGD", "cPGD")
 MERGED = ("PGD, merged", "cPGD, merged")
+NORMS = ("PGD, norm-matched", "cPGD, norm-matched")
 ALL = (
     *METHODS,
     *("CFG, 3 times the steps", "base, best of 3", "pos - base", "base - neg"),
-    *("cPGD of a DPO pair", "CHATS"),
+    *("cPGD of a DPO pair", "CHATS", "SNPO"),
     *(*MERGED, "cPGD, full weights"),
     *("cPGD, early", "cPGD, late", "prompt early, modules late"),
-    *("PGD, norm-matched", "cPGD, norm-matched", "cPGD, capped", "cPGD, orthogonal"),
+    *(*NORMS, "cPGD, capped", "cPGD, orthogonal"),
 )
 
 config = StudyConfig(
@@ -30,9 +31,9 @@ config = StudyConfig(
         Cell(name="256 pairs", pairs=256, ways=METHODS, held_out_prompts=256),
         Cell(name="2048 pairs", pairs=2048, ways=METHODS, held_out_prompts=256),
         Cell(name="4096 pairs", pairs=4096, ways=METHODS, held_out_prompts=256),
-        Cell(name="half the training", training=0.5, ways=(*METHODS, *MERGED), held_out_prompts=256),
-        Cell(name="twice the training", training=2.0, ways=(*METHODS, *MERGED), held_out_prompts=256),
-        Cell(name="4 times the training", training=4.0, ways=(*METHODS, *MERGED), held_out_prompts=256),
+        Cell(name="half the training", training=0.5, ways=(*METHODS, *MERGED, *NORMS), held_out_prompts=256),
+        Cell(name="twice the training", training=2.0, ways=(*METHODS, *MERGED, *NORMS), held_out_prompts=256),
+        Cell(name="4 times the training", training=4.0, ways=(*METHODS, *MERGED, *NORMS), held_out_prompts=256),
         Cell(name="labels without noise", label_temperature=0.001, ways=METHODS, held_out_prompts=256),
         Cell(name="noisy labels", label_temperature=0.2, ways=METHODS, held_out_prompts=256),
         Cell(name="several pairs of a prompt", images=4, ways=METHODS, held_out_prompts=256),

@@ -221,6 +221,46 @@ def versus(title: str, question: str, ways: Sequence[str], pairs: Sequence[tuple
     return section
 
 
+def merging(found: Evidence) -> Section | None:
+    """Question e: what merging costs at equal w, by length of training."""
+    cells = {cell.training: cell.name for cell in found.config.cells if cell.training != 1} | {1.0: MAIN}
+    ways = ("PGD", "PGD, merged", "cPGD", "cPGD, merged")
+    cells = {length: name for length, name in sorted(cells.items()) if found.has(name, *ways)}
+    if not cells:
+        return None
+    rows = [["method", "training", *(f"w = {w:g}" for w in found.config.w)]]
+    answers = []
+    figure, axes = _figure(1, 2, width=8.0)
+    for axis, method in zip(axes, ("PGD", "cPGD"), strict=True):
+        for colour, (length, name) in zip(COLOURS, cells.items(), strict=False):
+            cost = {
+                w: estimate(
+                    found.values(name, f"{method}, merged", split="validation", strength=w)
+                    - found.values(name, method, split="validation", strength=w)
+                )
+                for w in found.config.w
+            }
+            rows.append([method, f"{length:g}", *map(str, cost.values())])
+            _course(axis, cost, colour, f"{length:g} times the training")
+            worse = [f"{w:g}" for w, value in cost.items() if value.high < 0]
+            answers.append(
+                f"{method} at {length:g} times the demo's training: merging scores lower at w = {', '.join(worse)}."
+                if worse
+                else f"{method} at {length:g} times the demo's training: no w shows a loss by merging."
+            )
+        axis.axhline(0, color="#8a8a93", linewidth=1)
+        axis.set_xlabel(f"w of {method}")
+    axes[0].set_ylabel("merged minus guided, validation prompts")
+    axes[0].legend(frameon=False, fontsize=8)
+    return Section(
+        "Merging at equal strength",
+        "At the same w, when does merging into weights stop being free?",
+        answers,
+        rows,
+        figure,
+    )
+
+
 def terms(found: Evidence) -> Section | None:
     """Question f: what guidance improves, and what it pays with."""
     names = ("found", "place", "background", "edges", "cleanness", "contrast", "composition")
@@ -345,9 +385,9 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     ),
     versus(
         "How the two modules are trained",
-        "Supervised on winners and losers, DPO and DPO with swapped labels, or CHATS?",
-        ("cPGD", "cPGD of a DPO pair", "CHATS"),
-        (("cPGD of a DPO pair", "cPGD"), ("CHATS", "cPGD")),
+        "Supervised on winners and losers, DPO and DPO with swapped labels, CHATS, or one network with SNPO?",
+        ("cPGD", "cPGD of a DPO pair", "CHATS", "SNPO"),
+        (("cPGD of a DPO pair", "cPGD"), ("CHATS", "cPGD"), ("SNPO", "cPGD")),
     ),
     versus(
         "Merged into weights",
@@ -355,6 +395,7 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
         ("PGD", "PGD, merged", "cPGD", "cPGD, merged", "cPGD, full weights"),
         (("PGD, merged", "PGD"), ("cPGD, merged", "cPGD"), ("cPGD, full weights", "cPGD")),
     ),
+    merging,
     roles,
     terms,
     versus(

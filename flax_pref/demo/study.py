@@ -5,11 +5,14 @@
 A cell is one set of pairs, the modules that are trained on it, and what is drawn with them: validation prompts at every
 candidate strength, of which one is chosen, held-out prompts, and prompts of the training pairs. All that is measured
 goes into one table, `measurements.parquet`: a row for each quantity of each way to draw, with its value for every
-prompt. A cell that is in the table is not computed again. `demo.evidence` makes the page of the table.
+prompt. What is in the table is not computed again. `demo.evidence` makes the page of the table.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +36,7 @@ from flax_pref.diffusion.shaping import length
 from flax_pref.diffusion.solvers import no_history, solver_from_config, step
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.files import replacing
-from flax_pref.methods import CHATS, DiffusionDPO, Method, PositiveNegative, PositiveNegativeDPO
+from flax_pref.methods import CHATS, SNPO, DiffusionDPO, Method, PositiveNegative, PositiveNegativeDPO
 from flax_pref.training.networks import Weights
 from flax_pref.world import scenes as world
 
@@ -65,6 +68,7 @@ ARMS = {
         lambda c: dataclasses.replace(c.positive_negative, learning_rate=c.positive_negative.learning_rate / 5),
         "full",
     ),
+    "snpo": Arm(lambda c: SNPO(beta=c.beta), lambda c: dataclasses.replace(c.dpo, caption_dropout=0.0)),
 }
 
 
@@ -116,6 +120,7 @@ WAYS = {
     "cPGD, orthogonal": Way("sft", lambda w, s: cpgd(w, s, shaping="orthogonal"), "w"),
     "cPGD of a DPO pair": Way("dpo pair", cpgd, "w"),
     "CHATS": Way("chats", lambda w, s: chats(w), "scales"),
+    "SNPO": Way("snpo", lambda w, s: cfg(w, "snpo"), "scales"),
     "cPGD, full weights": Way("sft, full weights", cpgd, "w"),
 }
 
@@ -142,7 +147,7 @@ class Cell:
     """How images are drawn: names in `WAYS`."""
     held_out_prompts: int
     every_strength: tuple[str, ...] = ()
-    """Drawings whose held-out prompts are drawn at every candidate strength, not only at the one chosen."""
+    """Ways by which held-out prompts are drawn at every candidate strength, not only at the one chosen."""
 
     def __post_init__(self):
         check_least(self, 2, "held_out_prompts")
@@ -195,6 +200,19 @@ class StudyConfig:
         if unknown := set(self.only) - set(names):
             raise ValueError(f"only: no cell {sorted(unknown)[0]!r}; expected some of {', '.join(names)}")
 
+    def demo_of(self, cell: Cell, seed: int) -> DemoConfig:
+        """The settings of a cell's training with one seed."""
+        folder = re.sub(r"\W+", "_", f"{cell.name} {seed}")
+        return dataclasses.replace(cell.applied_to(self.demo), output=self.output / folder, training_seed=seed)
+
+    def settings_of(self, cell: Cell) -> str:
+        """SHA-256 of what a cell's measurements depend on, but for the seed."""
+        settings = dataclasses.asdict(self.demo_of(cell, 0)) | {"w": self.w}
+        # Neither where files lie nor what the demo alone does.
+        for name in ("output", "quick", "w_pgd", "w_cpgd"):
+            del settings[name]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
     def shrunk(self) -> "StudyConfig":
         """The first cell with little of everything, in a folder of its own."""
         return dataclasses.replace(
@@ -217,6 +235,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         cell: its name.
+        settings: SHA-256 of all that it depends on; a row of other settings does not count.
         seed: of training.
         way: its name.
         strength: w or guidance scale; None where there is none to choose.
@@ -227,6 +246,7 @@ class Measurement(NamedTuple):
     """
 
     cell: str
+    settings: str
     seed: int
     way: str
     strength: float | None
@@ -239,9 +259,10 @@ class Measurement(NamedTuple):
 SCHEMA = pa.schema(
     {
         "cell": pa.dictionary(pa.int32(), pa.string()),
+        "settings": pa.dictionary(pa.int32(), pa.string()),
         "seed": pa.int32(),
         "way": pa.dictionary(pa.int32(), pa.string()),
-        "strength": pa.float32(),
+        "strength": pa.float64(),
         "chosen": pa.bool_(),
         "split": pa.dictionary(pa.int32(), pa.string()),
         "term": pa.dictionary(pa.int32(), pa.string()),
@@ -275,71 +296,81 @@ class Study:
     def __init__(self, config: StudyConfig):
         self.config = config
         self.table = config.results / TABLE
-        self.rows = read_measurements(self.table)
+        read = read_measurements(self.table)
+        settings = {cell.name: config.settings_of(cell) for cell in config.cells}
+        self.rows = [row for row in read if row.settings == settings.get(row.cell)]
+        if others := {(row.cell, row.seed) for row in read} - {(row.cell, row.seed) for row in self.rows}:
+            print(f"{self.table}: {len(others)} trainings are of other settings than these, and are left out")
 
-    def missing(self) -> list[tuple[Cell, int]]:
-        """Cells and training seeds that are not in the table, or lack a way to draw."""
-        done: dict[tuple[str, int], set[str]] = {}
-        for row in self.rows:
-            done.setdefault((row.cell, row.seed), set()).add(row.way)
-        cells = [cell for cell in self.config.cells if not self.config.only or cell.name in self.config.only]
-        grid = [(cell, seed) for cell in cells for seed in self.config.seeds]
-        return [(cell, seed) for cell, seed in grid if set(cell.ways) - done.get((cell.name, seed), set())]
+    def missing(self) -> list[tuple[Cell, int, list[str]]]:
+        """Cells, training seeds, and the ways to draw that the table lacks; the base comes first."""
+        done = {(row.cell, row.seed, row.way) for row in self.rows}
+        found = []
+        for cell in self.config.cells:
+            for seed in self.config.seeds if not self.config.only or cell.name in self.config.only else ():
+                ways = [way for way in cell.ways if (cell.name, seed, way) not in done]
+                if ways:
+                    found.append((cell, seed, sorted(ways, key=lambda way: way != "base")))
+        return found
 
     def run(self) -> list[Measurement]:
-        """Measures cell by cell; each is in the table when it is done. Returns the whole table."""
+        """Measures cell by cell; each way to draw is in the table when it is done. Returns the whole table."""
         missing = self.missing()
-        for i, (cell, seed) in enumerate(missing, 1):
+        for i, (cell, seed, ways) in enumerate(missing, 1):
             print(f"cell {i} of {len(missing)}: {cell.name}, training seed {seed}")
             started = time.perf_counter()
-            rows = list(self.measure(cell, seed))
-            self.rows = [row for row in self.rows if (row.cell, row.seed) != (cell.name, seed)] + rows
-            write_measurements(self.rows, self.table)
+            for rows in self.measure(cell, seed, ways):
+                self.rows += rows
+                write_measurements(self.rows, self.table)
             print(f"cell {i} of {len(missing)}: {time.perf_counter() - started:.0f} s")
         return self.rows
 
-    def measure(self, cell: Cell, seed: int) -> Iterator[Measurement]:
-        """Trains and draws one cell."""
-        output = self.config.output / f"{cell.name}-{seed}".replace(" ", "_").replace("/", "_")
-        config = dataclasses.replace(cell.applied_to(self.config.demo), output=output, training_seed=seed)
+    def measure(self, cell: Cell, seed: int, ways: Sequence[str]) -> Iterator[list[Measurement]]:
+        """Trains what these ways need and draws each; yields what was measured of each."""
+        config = self.config.demo_of(cell, seed)
+        config.output.mkdir(parents=True, exist_ok=True)
         demo = Demo(config)
-        output.mkdir(parents=True, exist_ok=True)
         pairs = demo.read_back(demo.draw_pairs())
-        arms = {WAYS[name].arm: None for name in cell.ways}
-        modules = {name: train_arm(demo, name, pairs) for name in arms if name is not None}
-        baseline: dict[float | None, np.ndarray] = {}
-        for name in ("base", *(name for name in cell.ways if name != "base")):
-            way = WAYS[name]
-            candidates = {"w": self.config.w, "scales": config.tuned_scales, "": (None,)}[way.strengths]
-            files = modules[way.arm] if way.arm is not None else {}
+        arms = dict.fromkeys(WAYS[way].arm for way in ways)
+        modules = {arm: train_arm(demo, arm, pairs) for arm in arms if arm is not None}
+        for name in ways:
+            arm = WAYS[name].arm
+            measured = self.measure_way(demo, cell, name, {} if arm is None else modules[arm])
+            common = (cell.name, self.config.settings_of(cell), seed, name)
+            yield [Measurement(*common, *what) for what in measured]
+        shutil.rmtree(config.output)
 
-            draws = {strength: sampler(demo, way, files, strength) for strength in candidates}
-            labels = {strength: name if strength is None else f"{name}, {strength:g}" for strength in candidates}
-
-            def judged(strength, split, way=way, draws=draws, labels=labels):
-                return drawn_terms(demo, way, draws[strength], split, labels[strength])
-
-            tried = {strength: judged(strength, "validation") for strength in candidates}
+    def measure_way(self, demo: Demo, cell: Cell, name: str, files: Mapping[str, Path]) -> Iterator[tuple]:
+        """What is measured of one way to draw: the last five of `Measurement`, one after another."""
+        way = WAYS[name]
+        candidates = {"w": self.config.w, "scales": demo.config.tuned_scales, "": (None,)}[way.strengths]
+        draws = {strength: sampler(demo, way, files, strength) for strength in candidates}
+        labels = {strength: name if strength is None else f"{name}, {strength:g}" for strength in candidates}
+        tried = {w: drawn_terms(demo, way, draw, "validation", labels[w]) for w, draw in draws.items()}
+        best = candidates[0]
+        if len(candidates) > 1:
             scores = {strength: terms["score"] for strength, terms in tried.items()}
-            baseline = scores if name == "base" else baseline
-            best = candidates[0]
-            if len(candidates) > 1:
-                best = Sweep({name: scores}, {"base": baseline[None]}, config.choice).best(name)
-            for strength in candidates:
-                chosen = strength == best
-                measured = {"validation": tried[strength]}
-                if chosen or name in cell.every_strength:
-                    measured["held_out"] = judged(strength, "held_out")
-                if name in cell.every_strength:
-                    measured["held_out"]["spread"] = spread(demo, draws[strength], labels[strength])
-                if chosen:
-                    measured["train"] = judged(strength, "train")
-                    if way.rule in (pgd, cpgd) and not way.merged:
-                        measured["trajectory"] = {"change": change(demo, way, files)}
-                for split, terms in measured.items():
-                    for term, values in terms.items():
-                        yield Measurement(cell.name, seed, name, strength, chosen, split, term, values)
-        shutil.rmtree(output)
+            base = self.validation_scores(cell, demo.config.training_seed)
+            best = Sweep({name: scores}, {"base": base}, demo.config.choice).best(name)
+        for strength, draw in draws.items():
+            chosen, label = strength == best, labels[strength]
+            found: dict[str, dict[str, np.ndarray]] = {"validation": tried[strength]}
+            if chosen or name in cell.every_strength:
+                found["held_out"] = drawn_terms(demo, way, draw, "held_out", label)
+            if name in cell.every_strength:
+                found["held_out"]["spread"] = spread(demo, draw, label)
+            if chosen:
+                found["train"] = drawn_terms(demo, way, draw, "train", label)
+            if chosen and way.rule in (pgd, cpgd) and not way.merged:
+                found["trajectory"] = {"change": change(demo, way, files)}
+            for split, terms in found.items():
+                for term, values in terms.items():
+                    yield strength, chosen, split, term, values
+
+    def validation_scores(self, cell: Cell, seed: int) -> np.ndarray:
+        """Of the base, which win rates are against."""
+        key = (cell.name, seed, "base", "validation", "score")
+        return next(row.values for row in self.rows if (row.cell, row.seed, row.way, row.split, row.term) == key)
 
 
 def train_arm(demo: Demo, name: str, pairs: Records) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measuremen
 from flax_pref.evaluation.statistics import crossed_interval
 
 CONFIG = shipped_config("demo/study")
+SETTINGS = {cell.name: CONFIG.settings_of(cell) for cell in CONFIG.cells}
 PROMPTS = 40
 TERMS = ("score", "found", "place", "background", "edges", "cleanness", "contrast", "composition")
 
@@ -23,7 +24,7 @@ def measured(cell, seed, way, gain, *, strength=None, chosen=True):
     for split in ("validation", "held_out", "train"):
         for term in TERMS:
             values = 0.5 + gain + 0.01 * rng.standard_normal(PROMPTS)
-            yield Measurement(cell, seed, way, strength, chosen, split, term, values.astype(np.float32))
+            yield Measurement(cell, SETTINGS[cell], seed, way, strength, chosen, split, term, values.astype(np.float32))
 
 
 GAINS = {"base": 0.0, "tuned CFG": 0.02, "DPO": 0.1, "PGD": 0.2, "cPGD": 0.1}
@@ -54,37 +55,52 @@ def test_the_table_keeps_what_was_measured(tmp_path):
     rows = rows_of("main", seeds=(4,))
     write_measurements(rows, tmp_path / study.TABLE)
     read = read_measurements(tmp_path / study.TABLE)
-    assert [row[:7] for row in read] == [row[:7] for row in rows]
+    assert [row[:-1] for row in read] == [row[:-1] for row in rows]
     np.testing.assert_allclose([row.values for row in read], [row.values for row in rows], atol=5.1e-5)
     assert read_measurements(tmp_path / "none.parquet") == []
 
 
-def small(tmp_path, *cells):
-    return dataclasses.replace(CONFIG, output=tmp_path / "run", results=tmp_path / "evidence", cells=cells)
+def some(tmp_path, *names):
+    """The study of some cells, of which two ways to draw are wanted."""
+    cells = [dataclasses.replace(cell, ways=("DPO", "base")) for cell in CONFIG.cells if cell.name in names]
+    return dataclasses.replace(CONFIG, output=tmp_path / "run", results=tmp_path / "evidence", cells=tuple(cells))
 
 
-def test_a_cell_that_is_in_the_table_is_not_computed_again(tmp_path, monkeypatch):
-    cells = [Cell(name=name, ways=("base", "DPO"), held_out_prompts=4) for name in ("main", "other")]
-    config = small(tmp_path, *cells)
+def test_what_is_in_the_table_is_not_computed_again(tmp_path, monkeypatch):
+    config = some(tmp_path, "main", "64 pairs")
     (tmp_path / "evidence").mkdir()
-    write_measurements(rows_of("main", seeds=(0, 2), ways=("base", "DPO")), tmp_path / "evidence" / study.TABLE)
+    rows = rows_of("main", seeds=(0, 2), ways=("base", "DPO")) + rows_of("main", seeds=(1,), ways=("base",))
+    write_measurements(rows, tmp_path / "evidence" / study.TABLE)
     asked = []
 
-    def measure(self, cell, seed):
-        asked.append((cell.name, seed))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return rows_of(cell.name, seeds=(seed,), ways=cell.ways)
+    def measure(self, cell, seed, ways):
+        for way in ways:
+            asked.append((cell.name, seed, way))
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            yield rows_of(cell.name, seeds=(seed,), ways=(way,))
 
     monkeypatch.setattr(Study, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         Study(config).run()
-    assert asked == [("main", 1), ("other", 0), ("other", 1)]
+    assert asked == [("main", 1, "DPO"), ("64 pairs", 0, "base"), ("64 pairs", 0, "DPO")]
     rows = Study(config).run()
-    assert asked[3:] == [("other", 1), ("other", 2)]
-    assert {(row.cell, row.seed) for row in rows} == {(cell.name, seed) for cell in cells for seed in (0, 1, 2)}
-    more = dataclasses.replace(cells[0], ways=("base", "DPO", "PGD"))
-    assert Study(small(tmp_path, more)).missing() == [(more, seed) for seed in (0, 1, 2)]
+    assert asked[3:5] == [("64 pairs", 0, "DPO"), ("64 pairs", 1, "base")]
+    wanted = {(cell.name, seed, way) for cell in config.cells for seed in (0, 1, 2) for way in ("base", "DPO")}
+    assert {(row.cell, row.seed, row.way) for row in rows} == wanted
+    assert not Study(config).missing()
+
+
+def test_measurements_of_other_settings_do_not_count(tmp_path, capsys):
+    config = some(tmp_path, "main")
+    (tmp_path / "evidence").mkdir()
+    write_measurements(rows_of("main", ways=("base", "DPO")), tmp_path / "evidence" / study.TABLE)
+    assert not Study(config).missing()
+    moved = dataclasses.replace(config, output=tmp_path / "elsewhere")
+    assert not Study(moved).missing() and not capsys.readouterr().out
+    longer = dataclasses.replace(config, demo=dataclasses.replace(config.demo, beta=2 * config.demo.beta))
+    assert len(Study(longer).missing()) == 3
+    assert "3 trainings are of other settings than these, and are left out" in capsys.readouterr().out
 
 
 def test_a_cell_changes_what_it_names_and_nothing_else():
@@ -127,6 +143,21 @@ def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp
     assert "Where on the trajectory" not in page, "cPGD, early has not been measured"
     figures = re.findall(r"!\[.*?\]\(evidence/(figure_\d\.png)\)", page)
     assert figures and all((config.results / figure).is_file() for figure in figures)
+
+
+def test_merging_is_compared_at_equal_strength(tmp_path):
+    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
+    config.results.mkdir()
+    rows = []
+    for method in ("PGD", "cPGD"):
+        for w in config.w:  # merging costs more, the larger w is, and nothing at w = 1
+            kinds = {"chosen": w == 2.0, "strength": w}
+            rows += [row for seed in (0, 1) for row in measured("main", seed, method, 0.1, **kinds)]
+            lost = 0.1 - 0.05 * (w - 1)
+            rows += [row for seed in (0, 1) for row in measured("main", seed, f"{method}, merged", lost, **kinds)]
+    page = write_page(rows, config, "make study").read_text()
+    assert "- PGD at 1 times the demo's training: merging scores lower at w = 2, 3, 4, 6." in page
+    assert re.search(r"^\| cPGD \| 1 \| [+-]0\.00\d \[.*?\] \| -0\.05", page, re.MULTILINE)
 
 
 def test_an_estimate_is_of_the_same_prompts_and_seeds():
