@@ -72,8 +72,10 @@ class Evidence:
         """Whether a cell has been measured with these ways."""
         return all((cell, way, "held_out", "score", "chosen") in self.found for way in ways)
 
-    def values(self, cell: str, way: str, *, split="held_out", term="score", strength="chosen") -> np.ndarray:
-        """Of all training seeds, `[R, N]`."""
+    def values(
+        self, cell: str, way: str, *, split: str = "held_out", term: str = "score", strength: float | str = "chosen"
+    ) -> np.ndarray:
+        """Of all training seeds, `[R, N]`; at one strength, or at the one that each seed has chosen."""
         by_seed = self.found[cell, way, split, term, strength]
         return np.stack([by_seed[seed] for seed in sorted(by_seed)])
 
