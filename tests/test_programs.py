@@ -73,7 +73,10 @@ MISTAKES = {
     "unknown field": ((*DEMO, "--dpo.step", "3"), "perhaps you meant --dpo.steps"),
     "missing config": (("-m", "train.demo", "configs/demo/dem.py"), "configs/demo/dem.py: no such config file"),
     "output is a file": ((*DEMO, "--output", "README.md/run"), "README.md/run: cannot write into this folder"),
-    "w is not finite": ((*DEMO, "--w-cpgd", "1.0", "inf"), "w must be finite"),
+    "w is not finite": (
+        (*DEMO, "--w-cpgd", "1.0", "inf"),
+        "w_cpgd=(1.0, inf); expected at least one number, all of them finite",
+    ),
     "base is no checkpoint": ((*DEMO, "--base", "docs", "--output", "{tmp}"), "model_index.json: no such file"),
 }
 

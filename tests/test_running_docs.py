@@ -68,7 +68,7 @@ FLAGS = {
     "uv pip install": "--editable",
     "pip install": "-e --editable --no-cache-dir",
     "venv": "",
-    **dict.fromkeys(("make demo", "make test"), ""),
+    **dict.fromkeys(("make demo", "make study", "make test"), ""),
     "hf download": "--local-dir --include",
     "git archive": "--format --output",
     "apt-get update": "",

@@ -212,7 +212,9 @@ def _check_modules(rule: Rule, sources: Mapping[str, str], flags: DrawingFlags) 
         )
     if unused := [name for name in sources if name not in asked]:
         useful = ", ".join(sorted(asked - {"base"})) or "none"
-        rules = " or ".join(f"--rule {rule}" for rule in _rules_with(list(sources)) or _rules_with(unused[:1]))
+        others = _rules_with(list(sources)) or _rules_with(unused[:1])
+        # Several modules, whatever their names, have a rule that takes them all.
+        rules = " or ".join(f"--rule {rule}" for rule in [*others, *(["multi"] if len(sources) > 1 else [])])
         raise UserError(
             f"--rule {flags.rule} has no use for module {unused[0]!r}, only for {useful}; expected "
             f"{rules or 'modules that a rule asks for'}"
@@ -220,13 +222,9 @@ def _check_modules(rule: Rule, sources: Mapping[str, str], flags: DrawingFlags) 
 
 
 def _rules_with(modules: Sequence[str]) -> list[str]:
-    """The rules that need these modules and no others; fine_tuned and pgd take any single one, multi takes all."""
-    rules = {
-        name: named_rule(
-            name, guidance_scale=7.5, w=dict.fromkeys(modules, 1.0) if name == "multi" else 1.0, module=modules[0]
-        )
-        for name in RULES
-    }
+    """The rules that need modules of these names and no others; fine_tuned and pgd take any single one."""
+    named = [name for name in RULES if name != "multi"]
+    rules = {name: named_rule(name, guidance_scale=7.5, w=1.0, module=modules[0]) for name in named}
     return [name for name, rule in rules.items() if set(rule.networks()) - {"base"} == set(modules)]
 
 
