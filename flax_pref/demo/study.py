@@ -125,6 +125,8 @@ WAYS = {
 }
 
 
+QUICK = ("base", "tuned CFG", "DPO", "PGD", "cPGD", "cPGD, merged")  # what a run that only shows the path draws
+
 VARIED = ("pairs", "generators", "label_temperature", "images", "unique_roles")
 
 
@@ -181,7 +183,7 @@ class StudyConfig:
     results: Path = Path("runs/study/evidence")
     """Folder of measurements.parquet, which a run goes on from, and of the figures; the page is beside it."""
     quick: bool = False
-    """Run the first cell, but too little of it for the figures to mean anything."""
+    """Run a part of the first cell, too little of it for the figures to mean anything."""
     only: tuple[str, ...] = ()
     """Cells to run (default: all that the table lacks)."""
 
@@ -214,7 +216,7 @@ class StudyConfig:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def shrunk(self) -> "StudyConfig":
-        """The first cell with little of everything, in a folder of its own."""
+        """A part of the first cell with little of everything, in a folder of its own."""
         return dataclasses.replace(
             self,
             output=self.output / "quick",
@@ -222,7 +224,7 @@ class StudyConfig:
             demo=self.demo.shrunk(),
             w=self.w[:2],
             seeds=self.seeds[:1],
-            cells=(dataclasses.replace(self.cells[0], pairs=32, training=1.0, held_out_prompts=4),),
+            cells=(dataclasses.replace(self.cells[0], pairs=32, training=1.0, held_out_prompts=4, ways=QUICK),),
         )
 
 
