@@ -2,8 +2,8 @@
 
     python -m train.demo configs/demo/demo.py
 
-Writes runs/demo/report.html. Three and a half minutes and 2 GB on two CPU cores; on held-out prompts cPGD and PGD gain
-0.06 over the base, DPO 0.04.
+Writes runs/demo/report.html. Three and a half minutes on two CPU cores; on held-out prompts cPGD and PGD gain 0.06 over
+the base, DPO 0.04.
 """
 
 from flax_pref.demo.experiment import DemoConfig, ModuleTraining

@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Of values `[R, N]`."""
+    """Mean and interval of values `[R, N]`, of R training seeds and N prompts."""
     return Estimate(float(np.mean(values)), *crossed_interval(values))
 
 
@@ -75,7 +75,7 @@ class Evidence:
     def values(
         self, cell: str, way: str, *, split: str = "held_out", term: str = "score", strength: float | str = "chosen"
     ) -> np.ndarray:
-        """Of all training seeds, `[R, N]`; at one strength, or at the one that each seed has chosen."""
+        """Values `[R, N]` of R training seeds and N prompts, at one strength or at the one that each seed chose."""
         by_seed = self.found[cell, way, split, term, strength]
         return np.stack([by_seed[seed] for seed in sorted(by_seed)])
 
@@ -122,7 +122,7 @@ class Evidence:
 
 
 def predictions(config: DemoConfig, name: str) -> int:
-    """Of a network, for one image."""
+    """Network evaluations per image."""
     way = WAYS[name]
     rule = way.rule(1.5, config.guidance_scale)
     if way.merged:
@@ -186,7 +186,7 @@ def regimes(found: Evidence) -> Section | None:
     ]
     figure = None
     if panels:
-        figure, axes = _figure(1, len(panels), width=3.6 * len(panels))
+        figure, axes = _figure(len(panels), width=3.6 * len(panels))
         for axis, (title, cells) in zip(axes, panels.items(), strict=True):
             for colour, method in zip(COLOURS, MODULES, strict=False):
                 _course(axis, {value: found.gain(name, method) for value, name in cells.items()}, colour, method)
@@ -209,7 +209,7 @@ def versus(title: str, question: str, ways: Sequence[str], pairs: Sequence[tuple
     def section(found: Evidence) -> Section | None:
         if not found.has(cell, *ways):
             return None
-        figure, (axis,) = _figure(1, 1, width=7.0, height=0.8 + 0.36 * len(ways))
+        figure, (axis,) = _figure(1, width=7.0, height=0.8 + 0.36 * len(ways))
         gained = {name: found.gain(cell, name) for name in ways if name != "base"}
         for row, value in enumerate(reversed(gained.values())):
             axis.plot([value.low, value.high], [row, row], color=COLOURS[0], linewidth=2)
@@ -232,7 +232,7 @@ def merging(found: Evidence) -> Section | None:
         return None
     rows = [["method", "training", *(f"w = {w:g}" for w in found.config.w)]]
     answers = []
-    figure, axes = _figure(1, 2, width=8.0)
+    figure, axes = _figure(2, width=8.0)
     for axis, method in zip(axes, ("PGD", "cPGD"), strict=True):
         for colour, (length, name) in zip(COLOURS, cells.items(), strict=False):
             cost = {
@@ -278,7 +278,7 @@ def terms(found: Evidence) -> Section | None:
     if not methods or any(len(by) < 2 for by in strengths.values()):
         return None
     rows = [["method", "w", *names, "spread of images"]]
-    figure, axes = _figure(1, len(methods), width=4.2 * len(methods))
+    figure, axes = _figure(len(methods), width=4.2 * len(methods))
     answers = []
     for axis, method in zip(axes, methods, strict=True):
         by_w = {w: {t: found.gain(MAIN, method, term=t, strength=w) for t in names} for w in strengths[method]}
@@ -346,7 +346,7 @@ def distance(found: Evidence) -> Section | None:
             of_method += [(float(ratios[seed].mean()), float(chosen[seed] or 0)) for seed in sorted(ratios)]
     if min(map(len, points.values())) < 3:
         return None
-    figure, (axis,) = _figure(1, 1, width=5.5)
+    figure, (axis,) = _figure(1, width=5.5)
     answers = []
     for colour, (name, of_method) in zip(COLOURS, points.items(), strict=False):
         x, y = np.array([point[0] for point in of_method]), np.array([point[1] for point in of_method])
@@ -459,10 +459,10 @@ def write_page(rows: Sequence[Measurement], config: StudyConfig, command: str) -
     return page
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
+def _figure(columns: int, *, width: float, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(1, columns, squeeze=False).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, list(axes)

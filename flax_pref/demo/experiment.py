@@ -73,16 +73,16 @@ class DemoConfig:
     quick: bool = False
     """Run every part, but too little of it for the figures to mean anything."""
     seed: int = 0
-    """Of everything that methods are compared on: validation and held-out prompts, and the noise of images."""
+    """Seed of validation prompts, held-out prompts and the noise of images."""
     training_seed: int = 0
-    """Of pairs, labels and training."""
+    """Seed of pairs, labels and training."""
 
     pairs: int
     generators: tuple[str, ...]
     """What draws the images of pairs, chosen at random: clean, faulty, worn and wrong drawings, or base, the base model
     itself."""
     images: int = 2
-    """Of each training prompt, 2 to 4; any two of them make a pair."""
+    """Images per training prompt, 2 to 4; any two of them make a pair."""
     unique_roles: bool = False
     """Whether an image that has won a pair is left out as the loser of another, and the reverse."""
     sampling_steps: int

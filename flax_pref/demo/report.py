@@ -37,7 +37,7 @@ class MethodResult:
         scores: `[N]` on the held-out prompts.
         train_scores: `[M]` on training prompts.
         images: `[N, H, W, 3]` in [0, 1], of the held-out prompts.
-        predictions: of a network, that one image takes.
+        predictions: network evaluations per image.
         guidance_scale: s of classifier-free guidance.
         w: strength of the modules; None for methods without.
     """

@@ -179,7 +179,7 @@ class StudyConfig:
     """Measures a grid of trainings and ways to draw on the demo world, and writes a page of it."""
 
     output: Path = Path("runs/study")
-    """Of pairs and modules, which a cell needs while it runs."""
+    """Folder of the pairs and modules that a cell needs while it runs."""
     results: Path = Path("runs/study/evidence")
     """Folder of measurements.parquet, which a run goes on from, and of the figures; the page is beside it."""
     quick: bool = False

@@ -87,10 +87,8 @@ class DrawingFlags:
     """Attention kernel of the UNet; auto: the fastest for the device."""
 
     def __post_init__(self):
-        from flax_pref.diffusion.guidance import (
-            Schedule,
-            parse_strengths,
-        )  # both import JAX, which --help does not need
+        # These import JAX, which --help does not need.
+        from flax_pref.diffusion.guidance import Schedule, parse_strengths
         from flax_pref.diffusion.rules import find_rule
         from flax_pref.diffusion.shaping import parse_shaping
 

@@ -125,7 +125,7 @@ def noisy_images(
 
 
 def without_prompts(batch: Mapping[str, Any], dropped: Bool[jax.Array, " images"], empty: Tree) -> dict[str, Any]:
-    """The batch with the empty prompt in place of the text of some pairs; `empty` as in `PairMethod.loss`."""
+    """Replaces the text of some pairs of a batch by the empty prompt; `empty` as in `PairMethod.loss`."""
 
     def drop(x, of_empty):
         return jnp.where(dropped.reshape(-1, *(1,) * (x.ndim - 1)), jnp.asarray(of_empty, x.dtype), x)

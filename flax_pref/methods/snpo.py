@@ -24,7 +24,7 @@ from flax_pref.shapes import Key, PerImage, Scalar, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SNPO(PairMethod):
-    """Diff-SNPO (openreview.net/forum?id=CU5EHe1KUt), of which no code is public: its formula is known second-hand.
+    """Diff-SNPO (openreview.net/forum?id=CU5EHe1KUt). Its formula is known second-hand; not compared with its code.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_w - L_w^ref) - bounded(L_l - L_l^ref)))
 
@@ -76,6 +76,6 @@ class SNPO(PairMethod):
         return loss, pair_metrics(loss, logits, winner, loser)
 
     def bounded(self, change: PerImage, timesteps: int) -> PerImage:
-        """A loser's error minus that of the reference, as far as it counts."""
+        """Bounds the loser's error minus that of the reference, `[B]`; timesteps: T, of training."""
         mixture = jnp.logaddexp(jnp.log(self.mix) - timesteps * change, jnp.log1p(-self.mix))
         return -mixture / timesteps
