@@ -6,6 +6,8 @@ Writes runs/study/evidence.md, and measurements and figures beside it; `make stu
 two CPU cores, in as many pieces as you like: a cell that is in the table is not computed again.
 """
 
+import dataclasses
+
 from flax_pref.config import shipped_config
 from flax_pref.demo.study import Cell, StudyConfig
 
@@ -14,7 +16,7 @@ MERGED = ("PGD, merged", "cPGD, merged")
 NORMS = ("PGD, norm-matched", "cPGD, norm-matched")
 ALL = (
     *METHODS,
-    *("CFG, 3 times the steps", "base, best of 3", "pos - base", "base - neg"),
+    *("DPO, tuned CFG", "CFG, 3 times the steps", "base, best of 3", "pos - base", "base - neg"),
     *("cPGD of a DPO pair", "CHATS", "SNPO"),
     *(*MERGED, "cPGD, full weights"),
     *("cPGD, early", "cPGD, late", "prompt early, modules late"),
@@ -22,8 +24,10 @@ ALL = (
 )
 
 config = StudyConfig(
-    demo=shipped_config("demo/demo"),
-    w=(1.0, 2.0, 3.0, 4.0, 6.0),
+    demo=dataclasses.replace(
+        shipped_config("demo/demo"), tuned_scales=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0), train_prompts=64
+    ),
+    w=(0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
     seeds=(0, 1, 2),
     cells=(
         Cell(name="main", ways=ALL, held_out_prompts=512, every_strength=("base", "PGD", "cPGD")),

@@ -105,6 +105,7 @@ WAYS = {
     "CFG, 3 times the steps": Way(None, lambda w, s: cfg(s), steps=3),
     "base, best of 3": Way(None, lambda w, s: cfg(s), best_of=3),
     "DPO": Way("dpo", lambda w, s: cfg(s, "dpo")),
+    "DPO, tuned CFG": Way("dpo", lambda w, s: cfg(w, "dpo"), "scales"),
     "PGD": Way("dpo", pgd, "w"),
     "PGD, merged": Way("dpo", pgd, "w", merged=True),
     "cPGD": Way("sft", cpgd, "w"),

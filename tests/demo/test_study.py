@@ -146,7 +146,7 @@ def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp
 
 
 def test_merging_is_compared_at_equal_strength(tmp_path):
-    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
+    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence", w=(1.0, 2.0, 3.0, 4.0, 6.0))
     config.results.mkdir()
     rows = []
     for method in ("PGD", "cPGD"):
