@@ -19,7 +19,7 @@ ALL = (
     *("DPO, tuned CFG", "CFG, 3 times the steps", "base, best of 3", "pos - base", "base - neg"),
     *("cPGD of a DPO pair", "CHATS", "SNPO"),
     *(*MERGED, "cPGD, full weights"),
-    *("cPGD, early", "cPGD, late", "prompt early, modules late"),
+    *("cPGD, early", "cPGD, late", "cPGD, prompt only", "preset light", "preset late"),
     *(*NORMS, "cPGD, capped", "cPGD, orthogonal"),
 )
 

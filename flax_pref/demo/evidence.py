@@ -403,8 +403,8 @@ SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     versus(
         "Where on the trajectory",
         "Does the contrast act early or late?",
-        ("cPGD", "cPGD, early", "cPGD, late", "prompt early, modules late"),
-        (("cPGD, early", "cPGD"), ("cPGD, late", "cPGD"), ("prompt early, modules late", "cPGD")),
+        ("cPGD", "cPGD, early", "cPGD, late", "preset late"),
+        (("cPGD, early", "cPGD"), ("cPGD, late", "cPGD"), ("preset late", "cPGD")),
     ),
     versus(
         "Shaped contrasts",

@@ -79,6 +79,8 @@ class Way(NamedTuple):
         arm: whose modules it takes; None: only the base.
         rule: of a strength and the guidance scale of the demo.
         strengths: its candidates: "w" of the study, "scales" of the demo's tuned CFG, or none: "".
+        times: what these are multiplied by. The contrast of the prompt alone is not multiplied by s, as that of cPGD
+            is, and a share of what guidance adds is another number.
         merged: whether the modules are merged into the weights.
         steps: how many times the steps of the demo it takes.
         best_of: how many images of a prompt it draws, to keep that which the judge likes best.
@@ -87,16 +89,22 @@ class Way(NamedTuple):
     arm: str | None
     rule: Callable[[Any, float], Rule]
     strengths: str = ""
+    times: float = 1.0
     merged: bool = False
     steps: int = 1
     best_of: int = 1
 
 
 EARLY, LATE = (0.0, 0.5), (0.5, 1.0)
+PROMPT_ONLY, SHARE = 3.0, 1 / 8  # see `Way.times`; the first is the demo's s
 
 
 def _within(strength: float, part: tuple[float, float]) -> Schedule:
     return Schedule((strength,), start=part[0], stop=part[1])
+
+
+def _share(strength: float) -> Schedule:
+    return Schedule((strength,), norm=True)
 
 
 WAYS = {
@@ -114,9 +122,11 @@ WAYS = {
     "base - neg": Way("sft", lambda w, s: cpgd(w, s, positive="base"), "w"),
     "cPGD, early": Way("sft", lambda w, s: cpgd(_within(w, EARLY), s), "w"),
     "cPGD, late": Way("sft", lambda w, s: cpgd(_within(w, LATE), s), "w"),
-    "prompt early, modules late": Way("sft", lambda w, s: cpgd_conditional(_within(w, LATE), _within(s, EARLY)), "w"),
-    "cPGD, norm-matched": Way("sft", lambda w, s: cpgd(Schedule((w / 8,), norm=True), s), "w"),
-    "PGD, norm-matched": Way("dpo", lambda w, s: pgd(Schedule((w / 8,), norm=True), s), "w"),
+    "cPGD, prompt only": Way("sft", cpgd_conditional, "w", PROMPT_ONLY),
+    "preset light": Way("sft", lambda w, s: cpgd_conditional(w, s, every=5, between="extrapolate"), "w", PROMPT_ONLY),
+    "preset late": Way("sft", lambda w, s: cpgd_conditional(_within(w, LATE), _within(s, EARLY)), "w", PROMPT_ONLY),
+    "cPGD, norm-matched": Way("sft", lambda w, s: cpgd(_share(w), s), "w", SHARE),
+    "PGD, norm-matched": Way("dpo", lambda w, s: pgd(_share(w), s), "w", SHARE),
     "cPGD, capped": Way("sft", lambda w, s: cpgd(w, s, shaping="cap:0.5"), "w"),
     "cPGD, orthogonal": Way("sft", lambda w, s: cpgd(w, s, shaping="orthogonal"), "w"),
     "cPGD of a DPO pair": Way("dpo pair", cpgd, "w"),
@@ -207,6 +217,13 @@ class StudyConfig:
         """The settings of a cell's training with one seed."""
         folder = re.sub(r"\W+", "_", f"{cell.name} {seed}")
         return dataclasses.replace(cell.applied_to(self.demo), output=self.output / folder, training_seed=seed)
+
+    def candidates(self, way: Way) -> tuple[float | None, ...]:
+        """Strengths that a way is drawn with on the validation prompts."""
+        if not way.strengths:
+            return (None,)
+        values = self.w if way.strengths == "w" else self.demo.tuned_scales
+        return tuple(way.times * value for value in values)
 
     def settings_of(self, cell: Cell) -> str:
         """SHA-256 of what a cell's measurements depend on, but for the seed."""
@@ -346,7 +363,7 @@ class Study:
     def measure_way(self, demo: Demo, cell: Cell, name: str, files: Mapping[str, Path]) -> Iterator[tuple]:
         """What is measured of one way to draw: the last five of `Measurement`, one after another."""
         way = WAYS[name]
-        candidates = {"w": self.config.w, "scales": demo.config.tuned_scales, "": (None,)}[way.strengths]
+        candidates = self.config.candidates(way)
         draws = {strength: sampler(demo, way, files, strength) for strength in candidates}
         labels = {strength: name if strength is None else f"{name}, {strength:g}" for strength in candidates}
         tried = {w: drawn_terms(demo, way, draw, "validation", labels[w]) for w, draw in draws.items()}
