@@ -10,6 +10,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments, PROGRAMS["study"].config, default="demo/study")
     from flax_pref.compilation import set_up
     from flax_pref.demo.evidence import write_page
+    from flax_pref.demo.questions import QUESTIONS
     from flax_pref.demo.study import Study
 
     set_up()
@@ -20,5 +21,5 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with one_writer(config.output), writing(config.output):
         rows = Study(config).run()
-        page = write_page(rows, config, command("study"))
+        page = write_page(rows, config, QUESTIONS, command("study"))
     print(f"wrote {page}")

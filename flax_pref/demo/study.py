@@ -5,7 +5,8 @@
 A cell is one set of pairs, the modules that are trained on it, and what is drawn with them: validation prompts at every
 candidate strength, of which one is chosen, held-out prompts, and prompts of the training pairs. All that is measured
 goes into one table, `measurements.parquet`: a row for each quantity of each way to draw, with its value for every
-prompt. What is in the table is not computed again. `demo.evidence` makes the page of the table.
+prompt. What is in the table is not computed again. `demo.questions` and `demo.evidence` make the page
+of it.
 """
 
 import dataclasses
@@ -136,7 +137,15 @@ WAYS = {
 }
 
 
-QUICK = ("base", "tuned CFG", "DPO", "PGD", "cPGD", "cPGD, merged")  # what a run that only shows the path draws
+QUICK = (
+    "base",
+    "tuned CFG",
+    "DPO",
+    "DPO, tuned CFG",
+    "PGD",
+    "cPGD",
+    "cPGD, merged",
+)  # what a run that only shows the path draws
 
 VARIED = ("pairs", "generators", "label_temperature", "images", "unique_roles")
 
@@ -192,7 +201,7 @@ class StudyConfig:
     output: Path = Path("runs/study")
     """Folder of the pairs and modules that a cell needs while it runs."""
     results: Path = Path("runs/study/evidence")
-    """Folder of measurements.parquet, which a run goes on from, and of the figures; the page is beside it."""
+    """Folder of measurements.parquet, from which a run resumes, and of the figures; the page is beside it."""
     quick: bool = False
     """Run a part of the first cell, too little of it for the figures to mean anything."""
     only: tuple[str, ...] = ()
@@ -205,6 +214,8 @@ class StudyConfig:
     seeds: tuple[int, ...]
     """Training seeds: each has pairs, labels and modules of its own, and is compared on the same prompts and noise."""
     cells: tuple[Cell, ...]
+    takes: str = ""
+    """What the whole grid takes and on which machine, for the page, such as "it takes 5 hours on two CPU cores"."""
 
     def __post_init__(self):
         names = [cell.name for cell in self.cells]

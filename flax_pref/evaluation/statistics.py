@@ -99,23 +99,37 @@ def bootstrap_intervals(
 
 
 def crossed_interval(
-    values: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    values: np.ndarray,
+    minus: np.ndarray | None = None,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Pigeonhole bootstrap interval of a mean over runs and prompts, each run on every prompt (Owen, 2007).
 
-    Runs and prompts are drawn anew, independently of each other, so that the interval is about other runs and other
-    prompts. With a single run it is about other prompts only; with few runs it is rather too narrow.
+    Runs and prompts are drawn with replacement, independently of each other, so that the interval is about other runs
+    and other prompts. With a single run it is about other prompts only; with few runs it is rather too narrow.
 
     Args:
         values: `[R, N]`, of R runs on N prompts.
+        minus: `[R, M]`, of the same runs on M other prompts; the interval is that of the difference of the means.
         resamples: number of samples.
         confidence: share of the resampled means within the interval.
         seed: of the resampling.
     """
-    values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    runs, prompts = (rng.multinomial(count, np.full(count, 1 / count), resamples) / count for count in values.shape)
-    centre = values.mean()
-    means = ((runs @ (values - centre)) * prompts).sum(axis=1)
+    rng = np.random.default_rng(seed)
+
+    def drawn(count: int) -> np.ndarray:
+        return rng.multinomial(count, np.full(count, 1 / count), resamples) / count
+
+    runs = drawn(len(values))
+    centre, means = 0.0, np.zeros(resamples)
+    for sign, part in ((1, values), (-1, minus)):
+        if part is not None:
+            part = np.asarray(part, np.float64)
+            centre += sign * part.mean()
+            means += sign * ((runs @ (part - part.mean())) * drawn(part.shape[1])).sum(axis=1)
     low, high = centre + np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

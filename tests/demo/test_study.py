@@ -9,6 +9,7 @@ import pytest
 from flax_pref.config import shipped_config
 from flax_pref.demo import study
 from flax_pref.demo.evidence import Evidence, predictions, write_page
+from flax_pref.demo.questions import QUESTIONS, rank_correlation
 from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
 from flax_pref.evaluation.statistics import crossed_interval
 
@@ -27,7 +28,7 @@ def measured(cell, seed, way, gain, *, strength=None, chosen=True):
             yield Measurement(cell, SETTINGS[cell], seed, way, strength, chosen, split, term, values.astype(np.float32))
 
 
-GAINS = {"base": 0.0, "tuned CFG": 0.02, "DPO": 0.1, "PGD": 0.2, "cPGD": 0.1}
+GAINS = {"base": 0.0, "tuned CFG": 0.02, "DPO": 0.1, "DPO, tuned CFG": 0.1, "PGD": 0.2, "cPGD": 0.1}
 
 
 def rows_of(cell, seeds=(0, 1, 2), ways=GAINS):
@@ -130,34 +131,58 @@ def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp
     config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
     config.results.mkdir()
     rows = rows_of("main") + rows_of("64 pairs") + rows_of("4096 pairs", seeds=(0,))
-    page = write_page(rows, config, "make study").read_text()
-    assert "- PGD scores higher than DPO on held-out prompts: +0.1" in page
-    assert "- Between cPGD and DPO no difference is shown on held-out prompts: " in page
-    assert "- cPGD scores lower than PGD on held-out prompts: -0.1" in page
+    page = write_page(rows, config, QUESTIONS, "make study").read_text()
+    assert "- PGD scores higher than DPO: +0.1" in page
+    assert "- Between cPGD and DPO no difference is shown: " in page
+    assert "- cPGD scores lower than PGD: -0.1" in page
     cost = 4 * config.demo.sampling_steps
     assert re.search(
         rf"^\| PGD \| 2, 2, 2 \| {cost} \| \+0\.\d{{3}} \[\+0\.\d{{3}}, \+0\.\d{{3}}\] \| 100% ", page, re.MULTILINE
     )
     assert "7 of 42 trainings" in page
-    assert "| pairs | 64 |" in page and "| pairs | 4096 |" in page
+    assert "| number of pairs | 64 |" in page and "| number of pairs | 4096 |" in page
+    assert "- PGD scores higher than DPO: 64 pairs, as in the demo, 4096 pairs." in page
+    assert "leaves out what is missing" in page
     assert "Where on the trajectory" not in page, "cPGD, early has not been measured"
-    figures = re.findall(r"!\[.*?\]\(evidence/(figure_\d\.png)\)", page)
+    figures = re.findall(r"!\[.*?\]\(evidence/(\w+\.png)\)", page)
     assert figures and all((config.results / figure).is_file() for figure in figures)
 
 
 def test_merging_is_compared_at_equal_strength(tmp_path):
     config = dataclasses.replace(CONFIG, results=tmp_path / "evidence", w=(1.0, 2.0, 3.0, 4.0, 6.0))
     config.results.mkdir()
-    rows = []
+    rows = rows_of("main", ways=("base",))
     for method in ("PGD", "cPGD"):
         for w in config.w:  # merging costs more, the larger w is, and nothing at w = 1
             kinds = {"chosen": w == 2.0, "strength": w}
             rows += [row for seed in (0, 1) for row in measured("main", seed, method, 0.1, **kinds)]
             lost = 0.1 - 0.05 * (w - 1)
             rows += [row for seed in (0, 1) for row in measured("main", seed, f"{method}, merged", lost, **kinds)]
-    page = write_page(rows, config, "make study").read_text()
-    assert "- PGD at 1 times the demo's training: merging scores lower at w = 2, 3, 4, 6." in page
+    page = write_page(rows, config, QUESTIONS, "make study").read_text()
+    assert "- PGD, 1 times the demo's training: merging scores lower at w = 2, 3, 4, 6. Each " in page
     assert re.search(r"^\| cPGD \| 1 \| [+-]0\.00\d \[.*?\] \| -0\.05", page, re.MULTILINE)
+
+
+def test_a_choice_at_an_end_of_the_candidates_is_marked():
+    rows = rows_of("main", seeds=(0,))
+    ends = {1: min(CONFIG.w), 2: max(CONFIG.w)}
+    for seed, w in ends.items():
+        rows += measured("main", seed, "PGD", 0.1, strength=w)
+    assert Evidence(rows, CONFIG).strength("main", "PGD") == "2, ≤ 0.5, ≥ 6"
+
+
+def test_a_gap_is_between_the_gains_of_two_splits():
+    found = Evidence(rows_of("main"), CONFIG)
+    gap = found.gap("main", "PGD")
+    ours = found.values("main", "PGD", split="train") - found.values("main", "base", split="train")
+    assert gap.mean == pytest.approx(ours.mean() - found.gain("main", "PGD").mean, abs=1e-6)
+    assert gap.low < 0 < gap.high
+
+
+def test_ranks_of_ties_are_their_mean():
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 1.0, 2.0, 2.0])
+    # Spearman's coefficient with ranks 1, 2, 3, 4 and 1.5, 1.5, 3.5, 3.5.
+    assert rank_correlation(x, y) == pytest.approx(4 / np.sqrt(5 * 4))
 
 
 def test_an_estimate_is_of_the_same_prompts_and_seeds():

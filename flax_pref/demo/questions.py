@@ -1,0 +1,431 @@
+"""What the study asks of its measurements: a function for each section of the page, see `demo.evidence`.
+
+Each returns None where the table cannot answer it yet.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from flax_pref.demo.evidence import COLOURS, GREY, Evidence, Section, bars, course, estimate, figure_of
+from flax_pref.demo.study import WAYS
+
+MAIN = "main"
+METHODS = ("base", "tuned CFG", "DPO", "DPO, tuned CFG", "PGD", "cPGD")
+MODULES = ("DPO", "PGD", "cPGD")
+CONTRASTIVE = ("PGD", "cPGD")
+
+
+def side_by_side(found: Evidence) -> Section | None:
+    """Question a, at the settings of the demo."""
+    if not found.has(MAIN, *METHODS):
+        return None
+    pairs = [("DPO", "tuned CFG"), ("DPO, tuned CFG", "DPO"), ("PGD", "DPO"), ("PGD", "DPO, tuned CFG")]
+    pairs += [("cPGD", "DPO"), ("cPGD", "DPO, tuned CFG"), ("cPGD", "PGD"), ("cPGD", "tuned CFG")]
+    figure, (axes,) = figure_of(1, width=7.0, height=3.0)
+    ways = METHODS[1:]
+    bars(axes, {name: found.gain(MAIN, name) for name in ways}, COLOURS[0], "held-out prompts", -0.12)
+    bars(axes, {name: found.gain(MAIN, name, split="train") for name in ways}, COLOURS[1], "training prompts", 0.12)
+    axes.set_xlabel("gain over base")
+    axes.legend(frameon=False)
+    gaps = {name: found.gap(MAIN, name) for name in ways}
+    return Section(
+        "The methods side by side",
+        "What do tuned CFG, DPO, PGD and cPGD gain over the base, each at the strength that validation prompts choose?",
+        [
+            *(found.says(MAIN, one, other) for one, other in pairs),
+            "Gain on training prompts minus gain on held-out prompts: "
+            + "; ".join(f"{name} {gap}" for name, gap in gaps.items() if name in MODULES)
+            + ".",
+        ],
+        [found.table(MAIN, METHODS)],
+        figure,
+    )
+
+
+def _regimes(found: Evidence) -> dict[str, dict[float | str, str]]:
+    """What varies -> its values -> names of the cells that have been measured."""
+    demo, cells = found.config.demo, found.config.cells
+    varied: dict[str, dict[float | str, str]] = {
+        "number of pairs": {demo.pairs: MAIN} | {cell.pairs: cell.name for cell in cells if cell.pairs is not None},
+        "training, times the demo's": {1.0: MAIN} | {cell.training: cell.name for cell in cells if cell.training != 1},
+        "label temperature": {demo.label_temperature: MAIN}
+        | {cell.label_temperature: cell.name for cell in cells if cell.label_temperature is not None},
+        "generators": {"four generators": MAIN}
+        | {cell.name.removeprefix("pairs of "): cell.name for cell in cells if cell.generators is not None},
+    }
+    measured = {
+        title: {value: name for value, name in by_value.items() if found.has(name, "base", *MODULES)}
+        for title, by_value in varied.items()
+    }
+    ordered = {
+        title: by_value if title == "generators" else dict(sorted(by_value.items()))
+        for title, by_value in measured.items()
+    }
+    return {title: by_value for title, by_value in ordered.items() if len(by_value) > 1}
+
+
+def regimes(found: Evidence) -> Section | None:
+    """Question a, by what modules are trained on and for how long."""
+    panels = _regimes(found)
+    if not panels:
+        return None
+    figure, axes = figure_of(len(panels), width=3.3 * len(panels))
+    for axis, (title, cells) in zip(axes, panels.items(), strict=True):
+        numbers = title != "generators"
+        places = dict(zip(cells, cells if numbers else range(len(cells)), strict=True))
+        for colour, method in zip(COLOURS, MODULES, strict=False):
+            by_place = {places[value]: found.gain(name, method) for value, name in cells.items()}
+            course(axis, by_place, colour, method)
+        if numbers:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(list(cells), [f"{value:g}" for value in cells])
+            axis.minorticks_off()
+        else:
+            axis.set_xticks(list(places.values()), [str(value).replace(" ", "\n") for value in cells])
+        axis.set_xlabel(title)
+    axes[0].set_ylabel("gain over base, held-out prompts")
+    axes[0].legend(frameon=False)
+    pairs = [("PGD", "DPO"), ("cPGD", "DPO"), ("cPGD", "PGD"), ("tuned CFG", "base")]
+    gains = [["varies", "value", *MODULES, *(f"{one} over {other}" for one, other in pairs), "w of PGD", "w of cPGD"]]
+    gaps = [["varies", "value", *MODULES]]
+    names: dict[str, str] = {}
+    for title, cells in panels.items():
+        for value, name in cells.items():
+            where = [title, f"{value:g}" if isinstance(value, float | int) else value]
+            names[name] = "as in the demo" if name == MAIN else name
+            by_pair = [str(found.gain(name, one, other)) for one, other in pairs]
+            strengths = [found.strength(name, method) for method in CONTRASTIVE]
+            gains.append([*where, *(str(found.gain(name, method)) for method in MODULES), *by_pair, *strengths])
+            gaps.append([*where, *(str(found.gap(name, method)) for method in MODULES)])
+    return Section(
+        "Pairs, training, labels",
+        "Where does each method win: by number of pairs, length of training, noise of labels, and origin of images? "
+        "The second table has the gain on training prompts minus that on held-out prompts.",
+        [_where(found, names, one, other) for one, other in pairs],
+        [gains, gaps],
+        figure,
+    )
+
+
+def _where(found: Evidence, names: Mapping[str, str], one: str, other: str) -> str:
+    """One sentence: in which cells a way scores higher than another, and in which lower."""
+    signs = {name: found.gain(name, one, other).sign for name in names}
+    parts = []
+    for sign, verb in ((1, "scores higher than"), (-1, "scores lower than"), (0, "shows no difference to")):
+        where = [names[name] for name in names if signs[name] == sign]
+        if where:
+            parts.append(f"{verb} {other}: {', '.join(where)}")
+    return f"{one} {'; '.join(parts)}."
+
+
+def versus(title: str, question: str, ways: Sequence[str], pairs: Sequence[tuple[str, str]], cell: str = MAIN):
+    """A section that compares ways of one cell."""
+
+    def section(found: Evidence) -> Section | None:
+        if not found.has(cell, "base", *ways):
+            return None
+        figure, (axes,) = figure_of(1, width=7.0, height=0.9 + 0.34 * len(ways))
+        bars(axes, {name: found.gain(cell, name) for name in ways}, COLOURS[0])
+        axes.set_xlabel("gain over base, held-out prompts: mean and 95 % interval")
+        answers = [found.says(cell, one, other) for one, other in pairs]
+        return Section(title, question, answers, [found.table(cell, ways)], figure)
+
+    return section
+
+
+def roles(found: Evidence) -> Section | None:
+    """Question d: images that win one pair and lose another."""
+    both, unique = "several pairs of a prompt", "several pairs, roles unique"
+    ways = [name for name in MODULES if found.has(both, name) and found.has(unique, name)]
+    if not ways:
+        return None
+    rows = [["method", "images in both roles", "images in one role only", "difference"]]
+    answers = []
+    for name in ways:
+        difference = estimate(found.values(unique, name) - found.values(both, name))
+        rows.append([name, str(found.gain(both, name)), str(found.gain(unique, name)), str(difference)])
+        verdict = {1: "helps", -1: "hurts", 0: "shows no difference for"}[difference.sign]
+        answers.append(f"Leaving out images in their other role {verdict} {name}: {difference}.")
+    figure, (axes,) = figure_of(1, width=7.0, height=2.2)
+    bars(axes, {name: found.gain(both, name) for name in ways}, COLOURS[0], "in both roles", -0.12)
+    bars(axes, {name: found.gain(unique, name) for name in ways}, COLOURS[1], "in one role only", 0.12)
+    axes.set_xlabel("gain over base, held-out prompts")
+    axes.legend(frameon=False)
+    return Section(
+        "Images in both roles",
+        "Where images of a prompt meet in several pairs, does it matter that one wins here and loses there?",
+        answers,
+        [rows],
+        figure,
+    )
+
+
+def _lengths(found: Evidence, *ways: str) -> dict[float, str]:
+    """Lengths of training -> the cells that have been measured by these ways."""
+    cells = {cell.training: cell.name for cell in found.config.cells if cell.training != 1} | {1.0: MAIN}
+    return {length: name for length, name in sorted(cells.items()) if found.has(name, *ways)}
+
+
+def merging(found: Evidence) -> Section | None:
+    """Question e: what merging costs at equal w, by length of training."""
+    cells = _lengths(found, "PGD", "PGD, merged", "cPGD", "cPGD, merged")
+    if not cells:
+        return None
+    equal = [["merged minus guided, at equal w", "training", *(f"w = {w:g}" for w in found.config.w)]]
+    chosen = [["merged minus guided, at the strength chosen for each", "training", "difference"]]
+    answers = []
+    figure, axes = figure_of(2, width=8.5)
+    for axis, method in zip(axes, CONTRASTIVE, strict=True):
+        for colour, (length, name) in zip(COLOURS, cells.items(), strict=False):
+            kinds = {"split": "validation"}
+            cost = {
+                w: estimate(
+                    found.values(name, f"{method}, merged", strength=w, **kinds)
+                    - found.values(name, method, strength=w, **kinds)
+                )
+                for w in found.config.w
+            }
+            equal.append([method, f"{length:g}", *map(str, cost.values())])
+            course(axis, cost, colour, f"{length:g} times the training")
+            ends = {1: "higher", -1: "lower"}
+            told = [
+                f"{word} at w = {', '.join(f'{w:g}' for w, value in cost.items() if value.sign == sign)}"
+                for sign, word in ends.items()
+                if any(value.sign == sign for value in cost.values())
+            ]
+            best = found.gain(name, f"{method}, merged", method)
+            chosen.append([method, f"{length:g}", str(best)])
+            answers.append(
+                f"{method}, {length:g} times the demo's training: merging scores "
+                f"{' and '.join(told) or 'no differently at any w'}. Each at its chosen strength: {best}."
+            )
+        axis.axhline(0, color=GREY, linewidth=1)
+        axis.set_xlabel(f"w of {method}")
+    axes[0].set_ylabel("merged minus guided, validation prompts")
+    axes[0].legend(frameon=False, fontsize=8)
+    return Section(
+        "Merging into weights",
+        "What does merging cost at equal w, and where does it stop being free?",
+        answers,
+        [chosen, equal],
+        figure,
+    )
+
+
+def terms(found: Evidence) -> Section | None:
+    """Question f: what guidance improves, and what it pays with."""
+    names = ("found", "place", "background", "edges", "cleanness", "contrast", "composition")
+    methods = [name for name in CONTRASTIVE if (MAIN, name, "held_out", "spread", "chosen") in found.found]
+    if not methods:
+        return None
+    rows = [["method", "w", *names, "spread of a prompt's images"]]
+    figure, axes = figure_of(len(methods), width=4.4 * len(methods))
+    answers = []
+    for axis, method in zip(axes, methods, strict=True):
+        by_w = {w: {t: found.gain(MAIN, method, term=t, strength=w) for t in names} for w in found.config.w}
+        spreads = {w: found.gain(MAIN, method, term="spread", strength=w) for w in found.config.w}
+        for w, by in by_w.items():
+            rows.append([method, f"{w:g}", *(str(by[t]) for t in names), str(spreads[w])])
+        for colour, term in zip(COLOURS, names, strict=False):
+            course(axis, {w: by[term] for w, by in by_w.items()}, colour, term)
+        axis.set_xlabel(f"w of {method}")
+        axis.axhline(0, color=GREY, linewidth=1)
+        for w in dict.fromkeys((found.config.w[len(by_w) // 2], max(by_w))):
+            raised = [f"{t} {by_w[w][t]}" for t in names if by_w[w][t].sign > 0]
+            lowered = [f"{t} {by_w[w][t]}" for t in names if by_w[w][t].sign < 0]
+            answers.append(
+                f"{method} at w = {w:g} raises {', '.join(raised) or 'no term'}; it lowers "
+                f"{', '.join(lowered) or 'none'}; the spread of a prompt's images changes by {spreads[w]}."
+            )
+    axes[0].set_ylabel("change of the term against base")
+    axes[0].legend(frameon=False, fontsize=8)
+    return Section(
+        "What guidance improves, and what it pays with",
+        "How does each term of the judge change with w? The spread of a prompt's images is the root mean square "
+        "difference of pixels between images from different noise.",
+        answers,
+        [rows],
+        figure,
+    )
+
+
+def trajectory(found: Evidence) -> Section | None:
+    """Question g: where on the trajectory the contrast acts, for faithfulness and aesthetics apart."""
+    ways = ("cPGD", "cPGD, early", "cPGD, late", "cPGD, prompt only", "preset late")
+    if not found.has(MAIN, "base", *ways):
+        return None
+    parts = ("score", "faithfulness", "aesthetics")
+    gained = {name: {part: found.gain(MAIN, name, term=part) for part in parts} for name in ways}
+    figure, (axes,) = figure_of(1, width=7.0, height=3.0)
+    for colour, part, shift in zip(COLOURS, parts[1:], (-0.12, 0.12), strict=False):
+        bars(axes, {name: by[part] for name, by in gained.items()}, colour, part, shift)
+    axes.set_xlabel("gain over base, held-out prompts")
+    axes.legend(frameon=False)
+    rows = [["way", "strength", *(f"gain in {part}" for part in parts)]]
+    rows += [[name, found.strength(MAIN, name), *map(str, gained[name].values())] for name in ways]
+    answers = []
+    for part in parts[1:]:
+        early, late = found.gain(MAIN, "cPGD, early", term=part), found.gain(MAIN, "cPGD, late", term=part)
+        difference = found.gain(MAIN, "cPGD, early", "cPGD, late", term=part)
+        verdict = {1: "more from the first half", -1: "more from the second half", 0: "alike from both halves"}
+        answers.append(
+            f"{part.capitalize()} gains {verdict[difference.sign]}: first {early}, second {late}, difference "
+            f"{difference}."
+        )
+    answers += [found.says(MAIN, one, "cPGD") for one in ("cPGD, early", "cPGD, late", "preset late")]
+    answers.append(found.says(MAIN, "preset late", "cPGD, prompt only"))
+    return Section(
+        "Where on the trajectory",
+        "Does the contrast act in the first half of the steps or in the second, for what an image shows and for how "
+        "well it is made? The preset late guides by the prompt in the first half and by modules in the second.",
+        answers,
+        [rows],
+        figure,
+    )
+
+
+def one_strength(found: Evidence) -> Section | None:
+    """Whether one share of what guidance adds fits modules that were trained for any length, as one w does not."""
+    cells = _lengths(found, *(f"{method}{kind}" for method in CONTRASTIVE for kind in ("", ", norm-matched")))
+    if len(cells) < 2:
+        return None
+    ways = ("PGD", "PGD, norm-matched", "cPGD", "cPGD, norm-matched")
+    figure, axes = figure_of(len(ways), width=3.2 * len(ways))
+    rows = [["way", "training", "strength chosen", "gain at it", "gain at the demo's", "lost by it"]]
+    answers = []
+    for axis, way in zip(axes, ways, strict=True):
+        kinds = {"split": "validation"}
+        candidates = found.config.candidates(WAYS[way])
+        by_cell = {
+            length: {c: found.gain(name, way, strength=c, **kinds) for c in candidates if c is not None}
+            for length, name in cells.items()
+        }
+        for colour, (length, gains) in zip(COLOURS, by_cell.items(), strict=False):
+            course(axis, gains, colour, f"{length:g} times the training")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"strength of {way}")
+        axis.axhline(0, color=GREY, linewidth=1)
+        usual = max(by_cell[1.0], key=lambda c: by_cell[1.0][c].mean)
+        losses = []
+        for length, name in cells.items():
+            best = max(by_cell[length], key=lambda c: by_cell[length][c].mean)
+            lost = estimate(
+                found.values(name, way, strength=usual, **kinds) - found.values(name, way, strength=best, **kinds)
+            )
+            losses.append(lost.mean)
+            at = by_cell[length]
+            rows.append([way, f"{length:g}", f"{best:.3g}", str(at[best]), f"{usual:.3g}: {at[usual]}", str(lost)])
+        answers.append(
+            f"{way}: the strength that is best at the demo's training, {usual:.3g}, loses at most {-min(losses):.3f} "
+            f"against the best of each length from {min(cells):g} to {max(cells):g} times it."
+        )
+    axes[0].set_ylabel("gain over base, validation prompts")
+    axes[0].legend(frameon=False, fontsize=8)
+    return Section(
+        "One strength for any length of training",
+        "A norm-matched strength is a share of what guidance by the prompt adds. Does one share fit modules that were "
+        "trained for other lengths, where one w does not? Here strengths are compared by the mean alone.",
+        answers,
+        [rows],
+        figure,
+    )
+
+
+def distance(found: Evidence) -> Section | None:
+    """Question h: how w relates to how far a module was trained."""
+    rows = [["cell", "method", "ratio, first half", "ratio, second half", "w chosen, by seed"]]
+    points: dict[str, list[tuple[float, float]]] = {method: [] for method in CONTRASTIVE}
+    for cell in found.config.cells:
+        for name, of_method in points.items():
+            ratios = found.found.get((cell.name, name, "trajectory", "change", "chosen"))
+            if ratios is None:
+                continue
+            mean = np.mean([*ratios.values()], axis=0)
+            early, late = mean[: len(mean) // 2].mean(), mean[len(mean) // 2 :].mean()
+            rows.append([cell.name, name, f"{early:.3f}", f"{late:.3f}", found.strength(cell.name, name)])
+            chosen = found.chosen[cell.name, name]
+            of_method += [(float(ratios[seed].mean()), float(chosen[seed] or 0)) for seed in sorted(ratios)]
+    if min(map(len, points.values())) < 3:
+        return None
+    figure, (axes,) = figure_of(1, width=5.5)
+    answers = []
+    for colour, (name, of_method) in zip(COLOURS, points.items(), strict=False):
+        x, y = np.transpose(of_method)
+        axes.plot(x, y, "o", color=colour, alpha=0.6, label=name)
+        quartiles = np.quantile(x * y, [0.25, 0.5, 0.75])
+        answers.append(
+            f"{name}: over {len(x)} trainings the rank correlation of w and the ratio is "
+            f"{rank_correlation(x, y):+.2f}; "
+            f"their product has median {quartiles[1]:.2f}, quartiles {quartiles[0]:.2f} and {quartiles[2]:.2f}."
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("|contrast at w = 1| / |eps_base|, mean over the trajectory")
+    axes.set_ylabel("w chosen")
+    axes.legend(frameon=False)
+    return Section(
+        "Strength and length of training",
+        "How does the strength that validation prompts choose relate to how far modules have moved from the base? The "
+        "ratio is the length of the contrast at w = 1 over that of the base's prediction, step by step along the "
+        "base's trajectory.",
+        answers,
+        [rows],
+        figure,
+    )
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, with mean ranks for ties."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        ordered = np.sort(values)
+        return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+QUESTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
+    side_by_side,
+    regimes,
+    versus(
+        "The contrast",
+        "Is pos - neg better than pos - base, base - neg or dpo - base, and than CFG that takes as many predictions?",
+        ("cPGD", "pos - base", "base - neg", "PGD", "CFG, 3 times the steps", "base, best of 3"),
+        (
+            ("cPGD", "pos - base"),
+            ("cPGD", "base - neg"),
+            ("cPGD", "CFG, 3 times the steps"),
+            ("cPGD", "base, best of 3"),
+        ),
+    ),
+    versus(
+        "How the two modules are trained",
+        "Supervised on winners and losers, DPO and DPO with swapped labels, CHATS, or one network with SNPO? And LoRA "
+        "or all weights?",
+        ("cPGD", "cPGD of a DPO pair", "CHATS", "SNPO", "cPGD, full weights"),
+        (("cPGD of a DPO pair", "cPGD"), ("CHATS", "cPGD"), ("SNPO", "cPGD"), ("cPGD, full weights", "cPGD")),
+    ),
+    roles,
+    merging,
+    terms,
+    trajectory,
+    versus(
+        "Presets",
+        "What do the presets keep of what cPGD gains, at which price in predictions?",
+        ("cPGD", "cPGD, merged", "cPGD, prompt only", "preset light", "preset late"),
+        (("cPGD, merged", "cPGD"), ("cPGD, prompt only", "cPGD"), ("preset light", "cPGD"), ("preset late", "cPGD")),
+    ),
+    versus(
+        "Shaped contrasts",
+        "Do a strength that is a share of what guidance adds, a cap, or a contrast orthogonal to it do better?",
+        ("PGD", "PGD, norm-matched", "cPGD", "cPGD, norm-matched", "cPGD, capped", "cPGD, orthogonal"),
+        (
+            ("PGD, norm-matched", "PGD"),
+            ("cPGD, norm-matched", "cPGD"),
+            ("cPGD, capped", "cPGD"),
+            ("cPGD, orthogonal", "cPGD"),
+        ),
+    ),
+    one_strength,
+    distance,
+)
