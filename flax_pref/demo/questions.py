@@ -4,6 +4,7 @@ Each returns None where the table cannot answer it yet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ MAIN = "main"
 METHODS = ("base", "tuned CFG", "DPO", "DPO, tuned CFG", "PGD", "cPGD")
 MODULES = ("DPO", "PGD", "cPGD")
 CONTRASTIVE = ("PGD", "cPGD")
+ORIGIN = "images of pairs"
 
 
 def side_by_side(found: Evidence) -> Section | None:
@@ -43,26 +45,36 @@ def side_by_side(found: Evidence) -> Section | None:
     )
 
 
-def _regimes(found: Evidence) -> dict[str, dict[float | str, str]]:
-    """What varies -> its values -> names of the cells that have been measured."""
+class Regime(NamedTuple):
+    """What modules were trained on or for how long: where it stands on an axis, its label, and its cell."""
+
+    place: float
+    label: str
+    cell: str
+
+
+def _regimes(found: Evidence) -> dict[str, list[Regime]]:
+    """What varies -> the regimes that have been measured, in order."""
     demo, cells = found.config.demo, found.config.cells
-    varied: dict[str, dict[float | str, str]] = {
-        "number of pairs": {demo.pairs: MAIN} | {cell.pairs: cell.name for cell in cells if cell.pairs is not None},
-        "training, times the demo's": {1.0: MAIN} | {cell.training: cell.name for cell in cells if cell.training != 1},
-        "label temperature": {demo.label_temperature: MAIN}
-        | {cell.label_temperature: cell.name for cell in cells if cell.label_temperature is not None},
-        "generators": {"four generators": MAIN}
-        | {cell.name.removeprefix("pairs of "): cell.name for cell in cells if cell.generators is not None},
+    numbers: dict[str, list[tuple[float | None, str]]] = {
+        "number of pairs": [(demo.pairs, MAIN), *((cell.pairs, cell.name) for cell in cells)],
+        "training, times the demo's": [
+            (1.0, MAIN),
+            *((cell.training, cell.name) for cell in cells if cell.training != 1),
+        ],
+        "label temperature": [(demo.label_temperature, MAIN), *((cell.label_temperature, cell.name) for cell in cells)],
     }
+    varied = {
+        title: sorted(Regime(value, f"{value:g}", cell) for value, cell in values if value is not None)
+        for title, values in numbers.items()
+    }
+    origins = ["four generators", *(cell.name for cell in cells if cell.generators is not None)]
+    varied[ORIGIN] = [Regime(i, name.removeprefix("pairs of "), name if i else MAIN) for i, name in enumerate(origins)]
     measured = {
-        title: {value: name for value, name in by_value.items() if found.has(name, "base", *MODULES)}
-        for title, by_value in varied.items()
+        title: [regime for regime in regimes if found.has(regime.cell, "base", *MODULES)]
+        for title, regimes in varied.items()
     }
-    ordered = {
-        title: by_value if title == "generators" else dict(sorted(by_value.items()))
-        for title, by_value in measured.items()
-    }
-    return {title: by_value for title, by_value in ordered.items() if len(by_value) > 1}
+    return {title: regimes for title, regimes in measured.items() if len(regimes) > 1}
 
 
 def regimes(found: Evidence) -> Section | None:
@@ -71,18 +83,13 @@ def regimes(found: Evidence) -> Section | None:
     if not panels:
         return None
     figure, axes = figure_of(len(panels), width=3.3 * len(panels))
-    for axis, (title, cells) in zip(axes, panels.items(), strict=True):
-        numbers = title != "generators"
-        places = dict(zip(cells, cells if numbers else range(len(cells)), strict=True))
+    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
         for colour, method in zip(COLOURS, MODULES, strict=False):
-            by_place = {places[value]: found.gain(name, method) for value, name in cells.items()}
-            course(axis, by_place, colour, method)
-        if numbers:
+            course(axis, {regime.place: found.gain(regime.cell, method) for regime in shown}, colour, method)
+        if title != ORIGIN:
             axis.set_xscale("log", base=2)
-            axis.set_xticks(list(cells), [f"{value:g}" for value in cells])
             axis.minorticks_off()
-        else:
-            axis.set_xticks(list(places.values()), [str(value).replace(" ", "\n") for value in cells])
+        axis.set_xticks([regime.place for regime in shown], [regime.label.replace(" ", "\n") for regime in shown])
         axis.set_xlabel(title)
     axes[0].set_ylabel("gain over base, held-out prompts")
     axes[0].legend(frameon=False)
@@ -90,14 +97,13 @@ def regimes(found: Evidence) -> Section | None:
     gains = [["varies", "value", *MODULES, *(f"{one} over {other}" for one, other in pairs), "w of PGD", "w of cPGD"]]
     gaps = [["varies", "value", *MODULES]]
     names: dict[str, str] = {}
-    for title, cells in panels.items():
-        for value, name in cells.items():
-            where = [title, f"{value:g}" if isinstance(value, float | int) else value]
-            names[name] = "as in the demo" if name == MAIN else name
-            by_pair = [str(found.gain(name, one, other)) for one, other in pairs]
-            strengths = [found.strength(name, method) for method in CONTRASTIVE]
-            gains.append([*where, *(str(found.gain(name, method)) for method in MODULES), *by_pair, *strengths])
-            gaps.append([*where, *(str(found.gap(name, method)) for method in MODULES)])
+    for title, shown in panels.items():
+        for _, label, cell in shown:
+            names[cell] = "as in the demo" if cell == MAIN else cell
+            by_pair = [str(found.gain(cell, one, other)) for one, other in pairs]
+            strengths = [found.strength(cell, method) for method in CONTRASTIVE]
+            gains.append([title, label, *(str(found.gain(cell, name)) for name in MODULES), *by_pair, *strengths])
+            gaps.append([title, label, *(str(found.gap(cell, name)) for name in MODULES)])
     return Section(
         "Pairs, training, labels",
         "Where does each method win: by number of pairs, length of training, noise of labels, and origin of images? "

@@ -380,7 +380,7 @@ class Study:
         tried = {w: drawn_terms(demo, way, draw, "validation", labels[w]) for w, draw in draws.items()}
         best = candidates[0]
         if len(candidates) > 1:
-            scores = {strength: terms["score"] for strength, terms in tried.items()}
+            scores = {strength: terms["score"] for strength, terms in tried.items() if strength is not None}
             base = self.validation_scores(cell, demo.config.training_seed)
             best = Sweep({name: scores}, {"base": base}, demo.config.choice).best(name)
         for strength, draw in draws.items():
