@@ -55,11 +55,15 @@ PUBLISHED = {
     "demo/dpo": ("DiffusionDPO", {"beta": 1000}, "adamw", 5e-4, 6, 16, 60, 0.2),
     "demo/modules": ("PositiveNegative", {"train": "both"}, "adamw", 5e-4, 10, 16, 100, 0.2),
 }
+TAILORPO = {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0, "train_steps": 5}
 # The same of online methods: method, numbers that its authors' code has, learning rate, rank.
 PUBLISHED_ONLINE = {
-    # github.com/yk7333/d3po, config/base.py, which arXiv:2502.01667 takes too; [all of sdxl, ranks]
-    "sd15/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0}, 3e-5, 4),
-    "sdxl/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0}, 3e-5, 4),
+    # arXiv:2502.01667, and github.com/yk7333/d3po, config/base.py, which it takes the others from; [all of sdxl, ranks]
+    **{f"{family}/tailorpo": ("TailorPO", TAILORPO, 3e-5, 4) for family in ("sd15", "sdxl")},
+    **{
+        f"{family}/tailorpo_g": ("TailorPO", {**TAILORPO, "rate": (0.1, 0.2), "rise": 0.5}, 3e-5, 4)
+        for family in ("sd15", "sdxl")
+    },
     "sd15/d3po": ("D3PO", {"beta": 0.1, "steps": 20, "guidance_scale": 5.0, "ratio_clip": 0.1}, 3e-5, 4),
     "sdxl/d3po": ("D3PO", {"beta": 0.1, "steps": 20, "guidance_scale": 5.0, "ratio_clip": 0.1}, 3e-5, 4),
     # github.com/RockeyCoss/SPO, basic_config.py and the configs that the docstrings name
@@ -175,28 +179,28 @@ def test_a_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(name
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize(("name", "rate"), [*((name, None) for name in PUBLISHED_ONLINE), ("sd15/tailorpo", 0.5)])
+@pytest.mark.parametrize("name", PUBLISHED_ONLINE)
 def test_an_online_config_trains_two_steps_of_a_tiny_network_and_writes_its_modules(
-    name, rate, tiny, tmp_path, quickly_compiled
+    name, tiny, tmp_path, quickly_compiled
 ):
     (tmp_path / "animals.txt").write_text("cat\ndog\nfox\n")
     config = load(f"configs/{name}.py")["config"]
     model, _ = tiny["sdxl" if name.startswith("sdxl/") else "sd15"]
     scorer = str(tiny_scorer(tmp_path / "scorer"))
-    rewards = {"pickscore": Weighted("pickscore", path=scorer)}
-    changes = {"images_per_prompt": 2} if hasattr(config.method, "images_per_prompt") else {}
-    if rate is not None:  # TailorPO-G, through the autoencoder and the scorer
-        changes["rate"] = rate
+    rewards = {"aesthetic": Weighted("pickscore", path=scorer)}  # a network too, with gradients
+    fewer = {"images_per_prompt": 2, "train_steps": 2}
+    changes = {field: value for field, value in fewer.items() if hasattr(config.method, field)}
+    update = config.online.rollouts.update
     small = dataclasses.replace(
         config,
         **{"output": tmp_path / "run", "model": model, "mesh": "data=1", "record_every": 1, "steps": 2},
         accumulation=min(2, config.accumulation),
-        method=dataclasses.replace(config.method, steps=config.method.skip + 2, **changes),
+        method=dataclasses.replace(config.method, steps=getattr(config.method, "skip", 0) + 2, **changes),
         online=dataclasses.replace(
             config.online,
             prompts=str(tmp_path / "animals.txt"),
             rewards=tuple(rewards.get(reward.name, Weighted("compressibility")) for reward in config.online.rewards),
-            rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=4),
+            rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=2 if update == "step" else 4, update=update),
             size=(16, 16),
         ),
     )

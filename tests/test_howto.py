@@ -28,7 +28,7 @@ SMALL = {
     "train configs/demo/ipo.py": f"{TRAINING} --data tiny_set --input.batch-size 4",
     "train demo/tailorpo": (
         f"{TRAINING} --online.size 16 16 --online.rollouts.prompts 2 --online.rollouts.at-once 2"
-        " --online.rollouts.batch-size 2 --method.steps 3"
+        " --online.rollouts.batch-size 2 --method.steps 3 --method.train-steps 3"
     ),
 }
 

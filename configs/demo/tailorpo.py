@@ -23,7 +23,7 @@ config = TrainConfig(
     online=OnlineConfig(
         prompts="runs/demo/pairs.parquet",
         rewards=(Weighted("judge"),),
-        rollouts=RolloutConfig(prompts=32, at_once=32, batch_size=64),
+        rollouts=RolloutConfig(prompts=32, at_once=32, batch_size=80),
         size=(64, 64),
     ),
     lora=LoRA(rank=16),

@@ -25,9 +25,9 @@ import numpy as np
 from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
-from flax_pref.diffusion.solvers import Solver, step
+from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.lora import BASE
-from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Int, Key, Latents, PerImage, Scalar, Tree
+from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Key, Latents, PerImage, Scalar, Tree
 
 Candidates = Float[jax.Array, "images candidates height width channels"]
 """K latents, or predictions from them, of each image."""
@@ -72,8 +72,6 @@ class OnlineMethod:
     """Names of what is trained."""
     reference: ClassVar[bool] = True
     """Whether it is compared with the base."""
-    skip: ClassVar[int] = 0
-    """Steps at the beginning that nothing is learned from."""
 
     steps: int = 20
     """Of DDIM, for each image."""
@@ -83,7 +81,7 @@ class OnlineMethod:
     """s of classifier-free guidance, while images are drawn and in the loss; 1 is none."""
 
     def __post_init__(self):
-        self.expect("steps", self.steps > self.skip, f"{self.skip + 1} or more")
+        self.expect("steps", self.steps >= 1, "1 or more")
         self.expect("eta", 0 < self.eta <= 1, "above 0, at most 1: without noise, steps have no probabilities")
         self.expect("guidance_scale", math.isfinite(self.guidance_scale), "a finite number")
 
@@ -114,9 +112,14 @@ class OnlineMethod:
         return pgd(w, guidance_scale, self.modules[0])
 
     @property
+    def trained(self) -> tuple[int, ...]:
+        """Numbers of the steps that it learns from, from 0 and in order."""
+        return tuple(range(self.steps))
+
+    @property
     def examples(self) -> tuple[int, ...]:
-        """Shape of the examples that a prompt gives; the last axis is that of the steps."""
-        return (self.steps - self.skip,)
+        """Shape of the examples that a prompt gives; the last axis is that of the trained steps."""
+        return (len(self.trained),)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of what `draw` returns of one prompt; all arrays are float32."""
@@ -152,52 +155,6 @@ class Preferences(OnlineMethod):
         self.expect("beta", 0 < self.beta < math.inf, "a number above 0")
         self.expect("margin", 0 <= self.margin < math.inf, "a number from 0 up")
         self.expect("ratio_clip", self.ratio_clip is None or 0 < self.ratio_clip < 1, "None, or between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepPairs(Preferences):
-    """Pairs of candidates for a step from the same latents, `x^w` and `x^l` for x_{t-1}.
-
-        loss = mean over the pairs that count of -log sigmoid(Delta)
-        Delta = beta (log p_theta(x^w | x_t) / p_ref(x^w | x_t) - log p_theta(x^l | x_t) / p_ref(x^l | x_t))
-              = beta / (D sigma_t^2) <x^w - x^l, mu_theta(x_t) - mu_ref(x_t)>
-
-    Log-densities are averaged over the D dimensions. Both steps begin at x_t, so that what is quadratic cancels and one
-    prediction of the policy and one of the reference make the loss of a pair.
-    """
-
-    def loss(
-        self, predict: Predict, batch: Mapping[str, Any], key: Key[jax.Array, ""] | None
-    ) -> tuple[Scalar, dict[str, Scalar]]:
-        """See `OnlineMethod`; the metrics are those of `pair_loss`.
-
-        The batch has `latents [B, H, W, C]`, x_t; `winner` and `loser`, x_{t-1} likewise; `rewards [B, 2]`, of winner
-        and loser; `reward [B]`, of the image that the trajectory ended in, for the metrics.
-        """
-        row, s = batch["row"], self.guidance_scale
-        predicted, expected = guided_pair(predict, self.modules[0], batch, batch["latents"][:, None], s)
-        shift = pred_coef(row) * (predicted - expected)[:, 0]  # mu_theta(x_t) - mu_ref(x_t)
-        if self.ratio_clip is None:
-            difference = batch["winner"] - batch["loser"]
-            logits = self.beta * mean_product(difference, shift) / safe_variance(row)
-        else:
-            middle = step(batch["latents"], expected[:, 0], row)[0] + shift / 2
-            winner, loser = (
-                clip_ratio(mean_product(batch[image] - middle, shift) / safe_variance(row), self.ratio_clip)
-                for image in ("winner", "loser")
-            )
-            logits = self.beta * (winner - loser)
-        return pair_loss(logits, batch, self.margin)
-
-    def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-        """See `OnlineMethod`."""
-        images = dict.fromkeys(("latents", "winner", "loser"), (*self.examples, *latent))
-        return {**images, "rewards": (*self.examples, 2), "reward": ()}
-
-    def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        """See `OnlineMethod`."""
-        steps = {name: experience[name][index] for name in ("latents", "winner", "loser", "rewards")}
-        return {**steps, "reward": experience["reward"][index[0]]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,89 +246,6 @@ def pair_loss(logits: PerImage, batch: Mapping[str, Any], margin: float) -> tupl
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing
-
-
-def draw_step_pairs(
-    drawing: RolloutInputs, method: StepPairs, *, pool: int, follow: str, ascent: float
-) -> dict[str, jax.Array]:
-    """Trajectories with a pool of candidates for each step, and the best and the worst of each pool.
-
-    A candidate x' is as good as the image it promises, `x_0 = r x' + u noise_pred(x')`, which takes a prediction for
-    each; that of the candidate that is gone on from is the next step's own. The last candidates are images themselves.
-
-    Args:
-        drawing: for B prompts.
-        method: of pairs.
-        pool: candidates for a step.
-        follow: "winner", "loser" or "random", the candidate that the trajectory continues from.
-        ascent: how far the winner moves along the gradient of its reward, its prediction taken as constant; the
-            trajectory continues from where it was.
-
-    Returns:
-        what `StepPairs.shapes` says.
-    """
-    count, solver, num_steps = len(drawing.keys), drawing.solver, method.steps
-    (network,) = method.modules
-    r, u = (jnp.asarray([*of_pred[1:], end], jnp.float32) for of_pred, end in zip(drawing.clean, (1, 0), strict=True))
-    following = jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), solver)
-
-    def guide(latents, row):
-        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), row)
-        batch = {"row": rows, "text": drawing.text, "empty": drawing.empty}
-        return guided(drawing.predict, network, batch, latents, method.guidance_scale)
-
-    def candidates_of(state, inputs, how_many):
-        number, row, next_row, *_ = inputs
-        latents, noise_pred = state
-        mean, _ = step(latents, noise_pred, row)
-        noise = draw_normal(drawing.keys, number, (how_many, *drawing.shape))
-        candidates = mean[:, None] + row.fresh_noise_coef * noise
-        # At the last candidates, which are images, nothing more is predicted.
-        predicted = jax.lax.cond(number < num_steps, lambda x: guide(x, next_row), jnp.zeros_like, candidates)
-        return candidates, predicted
-
-    def walk(state, inputs):
-        candidates, predicted = candidates_of(state, inputs, 1)
-        return (candidates[:, 0], predicted[:, 0]), None
-
-    def choose(state, inputs):
-        number, _, _, r, u = inputs
-        candidates, predicted = candidates_of(state, inputs, pool)
-        clean = r * candidates + u * predicted
-        rewards = drawing.score(clean.reshape(-1, *drawing.shape)).reshape(count, pool)
-        best, worst = rewards.argmax(axis=1), rewards.argmin(axis=1)
-        winner = _take(candidates, best)
-        if ascent:
-            winner = winner + ascent * r * drawing.ascent(_take(clean, best))
-        dice = jax.vmap(lambda key: jax.random.fold_in(key, num_steps + number))(drawing.keys)
-        any_one = jax.vmap(lambda key: jax.random.randint(key, (), 0, pool))(dice)
-        chosen = {"winner": best, "loser": worst, "random": any_one}[follow]
-        pair = {
-            "latents": state[0],
-            "winner": winner,
-            "loser": _take(candidates, worst),
-            "rewards": jnp.stack([rewards.max(axis=1), rewards.min(axis=1)], axis=1),
-            "reward": rewards.mean(axis=1),
-        }
-        return (_take(candidates, chosen), _take(predicted, chosen)), pair
-
-    start = solver.init_noise_sigma * draw_normal(drawing.keys, 0, drawing.shape)
-    first_row = jax.tree.map(lambda x: x[0], solver)
-    state = start, guide(start[:, None], first_row)[:, 0]
-    inputs = jnp.arange(1, num_steps + 1), solver, following, r, u
-    early, late = (
-        jax.tree.map(lambda x, part=part: x[part], inputs) for part in (slice(method.skip), slice(method.skip, None))
-    )
-    if method.skip:
-        state, _ = jax.lax.scan(walk, state, early)
-    _, pairs = jax.lax.scan(choose, state, late)
-    pairs = {name: jnp.moveaxis(x, 0, 1) for name, x in pairs.items()}
-    return {**pairs, "reward": pairs["reward"][:, -1]}
-
-
-def _take(x: Candidates, which: Int[jax.Array, " images"]) -> Latents:
-    """One of the K latents of each image."""
-    return jnp.take_along_axis(x, which[:, None, None, None, None], axis=1)[:, 0]
 
 
 def draw_trajectories(

@@ -3,9 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
-
-from flax_pref.methods.online import RolloutInputs, StepPairs, draw_step_pairs
+from flax_pref.methods.step_pairs import Choice, StepPairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,14 +25,21 @@ class SPO(StepPairs):
     """See `Preferences`."""
     pool: int = 4
     """Candidates for a step; the trajectory continues from any of them."""
-    skip: int = 4  # pyright: ignore[reportIncompatibleVariableOverride] (a constant elsewhere)
+    skip: int = 4
     """Steps at the beginning that have one candidate, and that nothing is learned from."""
 
     def __post_init__(self):
         self.expect("pool", self.pool >= 2, "2 or more")
         self.expect("skip", self.skip >= 0, "0 or more")
+        self.expect("steps", self.steps > self.skip, f"{self.skip + 1} or more")
         super().__post_init__()
 
-    def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
+    @property
+    def trained(self) -> tuple[int, ...]:
         """See `OnlineMethod`."""
-        return draw_step_pairs(drawing, self, pool=self.pool, follow="random", ascent=0.0)
+        return tuple(range(self.skip, self.steps))
+
+    @property
+    def choice(self) -> Choice:
+        """See `StepPairs`."""
+        return Choice(self.pool, "random")

@@ -70,7 +70,8 @@ def divisible(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     if config.input is not None:
         return dataclasses.replace(config, input=dataclasses.replace(config.input, batch_size=size), accumulation=parts)
     assert config.online is not None  # a config has one of the two
-    rollouts = dataclasses.replace(config.online.rollouts, batch_size=size)
+    drawn = {"prompts": size, "at_once": size} if config.online.rollouts.update == "step" else {}
+    rollouts = dataclasses.replace(config.online.rollouts, batch_size=size, **drawn)
     return dataclasses.replace(config, online=dataclasses.replace(config.online, rollouts=rollouts), accumulation=parts)
 
 
@@ -157,7 +158,7 @@ def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
         told = {name: jnp.zeros((1, *shape)) for name, shape in text.items()}
         empty = {name: jnp.zeros(shape) for name, shape in text.items()}
         index = [jnp.zeros(1, jnp.int32) for _ in range(1 + len(method.examples))]
-        return take_batch(method, zeros, told, empty, solver, index)
+        return take_batch(method, zeros, told, empty, solver, index, index[-1])
 
     sharding = batch_sharding(mesh)
     return jax.tree.map(

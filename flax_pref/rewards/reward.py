@@ -149,6 +149,14 @@ REWARDS: dict[str, Callable[[str, Files], Reward]] = {
 }
 
 
+WITHOUT_GRADIENTS = ("compressibility", "incompressibility")
+
+
+def has_gradients(reward: Weighted) -> bool:
+    """Whether a reward is differentiable, by its name and before it is loaded; one that is not known here counts so."""
+    return not is_service(reward.path) and reward.name not in WITHOUT_GRADIENTS
+
+
 def load_reward(
     name: str,
     path: str | None = None,

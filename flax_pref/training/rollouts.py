@@ -9,9 +9,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
-from flax_pref.methods.tailorpo import TailorPO
+from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.network import Network, replicated
 from flax_pref.rewards.decoded import score_gradients, score_latents
 from flax_pref.rewards.reward import Reward
@@ -68,11 +68,21 @@ class RolloutConfig:
     """Examples in a minibatch: steps, of any prompt."""
     epochs: int = 1
     """How often an example is used."""
+    update: Literal["iteration", "step"] = "iteration"
+    """When weights change: after all trajectories of an iteration, whose examples are then shuffled, or inside the
+    trajectories, after each trained step (TailorPO's Algorithm 1; a minibatch is one step of all prompts)."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"rollouts: {field.name} is {getattr(self, field.name)}; expected 1 or more")
+        for name in ("prompts", "at_once", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollouts: {name} is {getattr(self, name)}; expected 1 or more")
+        if self.update not in ("iteration", "step"):
+            raise ValueError(f"rollouts: update is {self.update!r}; expected 'iteration' or 'step'")
+        if self.update == "step" and (self.batch_size, self.epochs) != (self.prompts, 1):
+            raise ValueError(
+                f"rollouts: batch_size is {self.batch_size} and epochs {self.epochs}; with update='step' a minibatch "
+                f"is one step of all prompts, used once: expected {self.prompts} and 1"
+            )
         if self.prompts % self.at_once:
             raise ValueError(
                 f"rollouts: at_once is {self.at_once}; expected a number that divides prompts={self.prompts}"
@@ -81,6 +91,8 @@ class RolloutConfig:
 
 # Of the sequences of numbers that a seed gives.
 _PROMPT_ORDER, _EXAMPLE_ORDER = 0, 1
+STATE = "state"
+"""Name, in the experience of one step, of the latents that the next begins with."""
 
 
 class Rollouts:
@@ -124,12 +136,8 @@ class Rollouts:
         Raises:
             ValueError: the method needs gradients that the reward has not, or something cannot be divided so.
         """
-        if method.needs_gradients and not reward.differentiable:
-            asked = f" with rate={method.rate:g} (TailorPO-G)" if isinstance(method, TailorPO) else ""
-            raise ValueError(
-                f"online: {type(method).__name__}{asked} follows the gradient of the reward, and {reward.name!r} has "
-                "none; set rate to 0, or take rewards with gradients"
-            )
+        check_gradients(method, reward.name, reward.differentiable)
+        check_update(method, config)
         self._method, self._predict_of, self._frozen = method, predict_of, frozen
         self._prompts, self._config, self._seed, self._sharding = prompts, config, seed, sharding
         self._mesh = None
@@ -147,6 +155,7 @@ class Rollouts:
             raise ValueError(f"online: size is {size}; expected height and width that are multiples of {factor}")
         self._shape = (size[0] // factor, size[1] // factor, vae.config.latent_channels)
         self._examples = config.prompts * math.prod(method.examples)
+        self._within = config.update == "step"
         if self._examples % config.batch_size:
             raise ValueError(
                 f"rollouts: batch_size is {config.batch_size}; expected a number that divides the {self._examples} "
@@ -159,10 +168,14 @@ class Rollouts:
             **{"seed": seed, "captions": len(prompts.captions), "fingerprint": prompts.fingerprint},
             **{"prompts": config.prompts, "batch_size": config.batch_size, "epochs": config.epochs},
         }
-        self._draw = jax.jit(self._draw_some)
+        self._draw, self._draw_start, self._draw_step = map(jax.jit, (self._whole, self._start, self._part))
         self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
         self._take = jax.jit(partial(take_batch, method), out_shardings=sharding)
-        shapes = {name: (config.prompts, *shape) for name, shape in method.shapes(self._shape).items()}
+        of_prompt = method.shapes(self._shape)
+        if self._within:
+            assert isinstance(method, StepPairs)  # see `check_update`
+            of_prompt = {**method.shapes(self._shape, 1), STATE: self._shape}
+        shapes = {name: (config.prompts, *shape) for name, shape in of_prompt.items()}
         zeros = jax.jit(lambda: {name: jnp.zeros(shape) for name, shape in shapes.items()}, out_shardings=sharding)
         self._empty = jax.tree.map(np.asarray, prompts.empty)
         self._step = 0
@@ -186,17 +199,28 @@ class Rollouts:
     def next(self, params: Any) -> dict[str, Any]:
         """The next minibatch; where an iteration begins, its experience is drawn with these weights first."""
         iteration, number = divmod(self._step, self.minibatches)
-        if number == 0:
+        if self._within:
+            self._experience = self._draw_next(params, iteration, number)
+        elif number == 0:
             self._experience = self._draw_all(params, iteration)
         if self._told is None or number == 0:
             self._told = self._told_of(self.prompt_order(iteration))
-        size = self._config.batch_size
-        chosen = self.example_order(iteration)[number * size : (number + 1) * size]
-        index = np.unravel_index(chosen, (self._config.prompts, *self._method.examples))
-        index = self._put([x.astype(np.int32) for x in index])
-        batch = self._take(self._experience, self._told, self._empty, self._solver, index)
+        chosen, rows = self._examples_of(iteration, number)
+        batch = self._take(self._experience, self._told, self._empty, self._solver, chosen, rows)
         self._step += 1
         return batch
+
+    def _examples_of(self, iteration: int, number: int) -> tuple[list[jax.Array], jax.Array]:
+        """The examples of a minibatch: where they are in the experience, and their rows of the solver."""
+        size, trained = self._config.batch_size, np.array(self._method.trained)
+        if self._within:
+            index, rows = (np.arange(size), np.zeros(size, int)), np.full(size, trained[number])
+        else:
+            chosen = self.example_order(iteration)[number * size : (number + 1) * size]
+            index = np.unravel_index(chosen, (self._config.prompts, *self._method.examples))
+            rows = trained[index[-1]]
+        *index, rows = self._put([x.astype(np.int32) for x in (*index, rows)])
+        return index, rows
 
     def position(self) -> dict[str, Any]:
         """Where the next minibatch lies, as JSON can hold it; `arrays` belong to it."""
@@ -207,7 +231,7 @@ class Rollouts:
         return self._experience
 
     def restore(self, position: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> None:
-        """Goes on from a position with its arrays: with the weights of then, the same minibatches follow.
+        """Resumes from a position with its arrays: with the weights of then, the same minibatches follow.
 
         Raises:
             ValueError: the position is that of other prompts, another seed or other numbers of them, or is none.
@@ -235,9 +259,23 @@ class Rollouts:
     # Drawing
 
     def _draw_all(self, params: Any, iteration: int) -> dict[str, jax.Array]:
+        """The experience of an iteration."""
+        return self._join(*(self._draw(*common) for common, _ in self._parts(params, iteration)))
+
+    def _draw_next(self, params: Any, iteration: int, number: int) -> dict[str, jax.Array]:
+        """The experience of one trained step, with the latents that the next begins with."""
+        trained = self._method.trained
+        first, last = np.int32(trained[number - 1] + 1 if number else 0), np.int32(trained[number])
+        parts = []
+        for common, own in self._parts(params, iteration):
+            latents = self._experience[STATE][own] if number else self._draw_start(*common)
+            parts.append(self._draw_step(*common, latents, first, last))
+        return self._join(*parts)
+
+    def _parts(self, params: Any, iteration: int) -> Iterator[tuple[tuple, slice]]:
+        """What the prompts of an iteration are drawn with, so many at a time, and where they are among them."""
         numbers, at_once = self.prompt_order(iteration), self._config.at_once
         places = np.arange(iteration * len(numbers), (iteration + 1) * len(numbers)).astype(np.uint32)
-        parts = []
         for begin in range(0, len(numbers), at_once):
             own = slice(begin, begin + at_once)
             prepared = self._reward.prepare([self._prompts.captions[int(n)] for n in numbers[own]])
@@ -245,11 +283,24 @@ class Rollouts:
             # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
             with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 weights = params, self._frozen, self._vae.params, self._reward
-                parts.append(self._draw(*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts))
-        return self._join(*parts)
+                yield (*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts), own
 
-    def _draw_some(self, params, frozen, vae_params, reward, solver, text, empty, of_prompts) -> dict[str, jax.Array]:
-        """The experience of some prompts; to be jitted."""
+    # What is jitted: the experience of some prompts.
+
+    def _whole(self, *common: Any) -> dict[str, jax.Array]:
+        return self._method.draw(self._inputs(*common))
+
+    def _start(self, *common: Any) -> jax.Array:
+        assert isinstance(self._method, StepPairs)
+        return self._method.draw_start(self._inputs(*common))
+
+    def _part(self, *inputs: Any) -> dict[str, jax.Array]:
+        assert isinstance(self._method, StepPairs)
+        *common, latents, first, last = inputs
+        latents, experience = self._method.draw_step(self._inputs(*common), latents, first, last)
+        return {**experience, STATE: latents}
+
+    def _inputs(self, params, frozen, vae_params, reward, solver, text, empty, of_prompts) -> RolloutInputs:
         key_data, places, prepared = of_prompts
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_data, impl="threefry2x32"), places)
         vae = self._vae._replace(params=vae_params)
@@ -258,7 +309,7 @@ class Rollouts:
             each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
             return of_latents(reward, vae, latents, each, sharding=self._sharding)
 
-        inputs = RolloutInputs(
+        return RolloutInputs(
             predict=self._predict_of(params, frozen),
             solver=solver,
             clean=self._clean,
@@ -269,7 +320,6 @@ class Rollouts:
             score=partial(judge, score_latents),
             ascent=partial(judge, score_gradients),
         )
-        return self._method.draw(inputs)
 
     def _told_of(self, numbers: np.ndarray) -> Any:
         """Conditioning on prompts, `[B, ...]` each, on the devices."""
@@ -283,7 +333,9 @@ class Rollouts:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), arrays)
 
 
-def take_batch(method: OnlineMethod, experience: Any, text: Any, empty: Any, solver: Any, index: Any) -> dict[str, Any]:
+def take_batch(
+    method: OnlineMethod, experience: Any, text: Any, empty: Any, solver: Any, index: Any, rows: Any
+) -> dict[str, Any]:
     """Examples of the experience, as the objective of a method takes them; to be jitted.
 
     Args:
@@ -293,11 +345,37 @@ def take_batch(method: OnlineMethod, experience: Any, text: Any, empty: Any, sol
         empty: conditioning on no prompt.
         solver: of the method's steps.
         index: of each of B examples its prompt, then where it is among the prompt's: `[B]` each.
+        rows: of the solver, of each example: `[B]`.
     """
-    prompts, *_, number = index
-    text = jax.tree.map(lambda x: x[prompts], text)
-    row = jax.tree.map(lambda x: x[number + method.skip], solver)
+    text = jax.tree.map(lambda x: x[index[0]], text)
+    row = jax.tree.map(lambda x: x[rows], solver)
     return {**method.batch(experience, tuple(index)), "row": row, "text": text, "empty": _for_each(empty, text)}
+
+
+def check_gradients(method: OnlineMethod, reward: str, differentiable: bool) -> None:
+    """That a reward has the gradients that a method needs.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if method.needs_gradients and not differentiable:
+        raise ValueError(
+            f"online: {type(method).__name__} with a rate (TailorPO-G) follows the gradient of the reward, and "
+            f"{reward!r} has none; set rate to 0, or take rewards with gradients"
+        )
+
+
+def check_update(method: OnlineMethod, config: RolloutConfig) -> None:
+    """That a method can change weights where its config says.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if config.update == "step" and not isinstance(method, StepPairs):
+        raise ValueError(
+            f"rollouts: {type(method).__name__} judges whole images and cannot learn inside a trajectory; "
+            "update='step' is for TailorPO and SPO, expected 'iteration'"
+        )
 
 
 def _for_each(empty: Any, text: Any) -> Any:

@@ -47,13 +47,13 @@ from flax_pref.parallel.peak import compile_and_count, peak_of
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.remote import remote_errors
-from flax_pref.rewards.reward import check_rewards, make_reward
+from flax_pref.rewards.reward import check_rewards, has_gradients, make_reward
 from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
 from flax_pref.training.networks import LoRA, Weights, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder
-from flax_pref.training.rollouts import Rollouts
+from flax_pref.training.rollouts import Rollouts, check_gradients, check_update
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import BatchSource, OnlineConfig, Pairs, encode_online_prompts
 from flax_pref.training.step import Independent, TrainState, make_step, new_state
@@ -170,6 +170,11 @@ class TrainConfig:
         if online != (self.online is not None) or online == (self.data is not None and self.input is not None):
             needed = "online, and neither data nor input" if online else "data and input, and not online"
             raise ValueError(f"method {name} needs {needed}: see the configs of this method")
+        if self.online is not None:
+            assert isinstance(self.method, OnlineMethod)
+            check_update(self.method, self.online.rollouts)
+            for reward in self.online.rewards:
+                check_gradients(self.method, reward.name, has_gradients(reward))
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"a batch of {self.batch_size} cannot be divided into accumulation={self.accumulation} parts; choose a "

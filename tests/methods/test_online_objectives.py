@@ -209,6 +209,23 @@ def test_the_closed_form_of_a_pair_is_the_difference_of_its_log_densities():
         assert -np.log(np.expm1(loss)) == pytest.approx(2.0 * (ratios[0] - ratios[1]), rel=1e-9, abs=1e-12)
 
 
+def direction(objective):
+    """Cosine of each pair's `-dL / dmu(x_t)` with `x^w - x^l`, of the winner's x_t where each has its own."""
+    found = jax.grad(loss_of(objective, {"beta": 0.1}))(jax.tree.map(jnp.asarray, PREDICTIONS))["policy"]
+    # The prediction for the prompt has s times the gradient of the guided one, and mu = a x_t + k_t eps.
+    step = -np.asarray(found)[:, 0, 1] / wide(K) / S
+    pair = CANDIDATES if objective is TailorPO else NEXT
+    apart = pair[:, 0] - pair[:, 1]
+    cosine = (step * apart).sum(axis=(1, 2, 3)) / np.sqrt((step**2).sum((1, 2, 3)) * (apart**2).sum((1, 2, 3)))
+    return cosine[REWARDS[:, 0] > REWARDS[:, 1]]
+
+
+def test_tailorpo_moves_the_mean_from_the_loser_to_the_winner_and_d3po_elsewhere():
+    """Sections 3.1 and 3.2 of arXiv:2502.01667: latents of two trajectories have no common mean to move."""
+    np.testing.assert_allclose(direction(TailorPO), 1, rtol=1e-12)
+    assert (np.abs(direction(D3PO)) < 0.99).all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes that the comparison finds
 

@@ -88,7 +88,8 @@ def test_a_table_has_the_fastest_first_and_what_does_not_fit_last():
         ("sd15/dpo", 4, (2048, 128)),
         ("sd15/dpo", 256, (2048, 8)),
         ("sd15/chats", 256, (256, 1)),
-        ("sd15/tailorpo", 64, (192, 3)),
+        ("sdxl/tailorpo", 64, (192, 3)),
+        ("sd15/tailorpo", 64, (64, 1)),  # weights change in a trajectory: a batch is one step of all prompts
     ],
 )
 def test_a_plan_has_a_batch_that_the_chips_of_the_slice_can_share_and_says_which(config, chips, planned, capsys):

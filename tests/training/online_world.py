@@ -22,8 +22,9 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 SCHEDULER["set_alpha_to_one"] = False  # so that the last step draws noise too
 FEATURES, CHANNELS, SIZE, S = 6, 2, (8, 4), 3.0
 METHODS = {
-    "tailorpo": TailorPO(steps=4, guidance_scale=S),
-    "tailorpo-g": TailorPO(steps=4, guidance_scale=S, rate=20.0),
+    "tailorpo": TailorPO(steps=4, guidance_scale=S, train_steps=4),
+    "tailorpo-some": TailorPO(steps=4, guidance_scale=S, train_steps=(3, 2)),
+    "tailorpo-g": TailorPO(steps=4, guidance_scale=S, train_steps=2, rate=(4.0, 8.0)),
     "spo": SPO(steps=4, guidance_scale=S, pool=3, skip=1),
     "d3po": D3PO(steps=4, guidance_scale=S),
     "ddpo": DDPO(steps=4, guidance_scale=S, images_per_prompt=3),

@@ -63,8 +63,8 @@ def solver_row(method, i):
     return jax.tree.map(lambda x: np.asarray(x)[i], solver_from_config(SCHEDULER, method.steps, name="ddim", eta=1.0))
 
 
-def guided(method, x, t, hidden):
-    trained = jax.tree.map(np.add, weights(), PARAMS)
+def guided(method, x, t, hidden, params=PARAMS):
+    trained = jax.tree.map(np.add, weights(), params)
     t = np.full(len(x), t)
     text, empty = network(trained, x, t, hidden), network(trained, x, t, np.zeros_like(hidden))
     return (1 - method.guidance_scale) * empty + method.guidance_scale * text
@@ -73,86 +73,141 @@ def guided(method, x, t, hidden):
 def scores(latents, captions):
     images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(latents / 0.18215)
     reward = Brightness()
-    return np.asarray(reward.score(reward.view(jnp.clip((images + 1) / 2, 0, 1)), reward.prepare(captions)))
+    return reward.score(reward.view(jnp.clip((images + 1) / 2, 0, 1)), reward.prepare(captions))
 
 
 def normals(key, i, shape):
     return np.asarray(jax.random.normal(jax.random.fold_in(key, i), shape))
 
 
-def drawn_one_by_one(method, prompt, place, follow, pool=2):
-    """Latents, winners, losers and rewards of the steps of one trajectory, with networks called for one at a time."""
+def drawn_one_by_one(method, prompt, place, params_of=lambda number: PARAMS):
+    """Experience of one trajectory, as Algorithm 1 of the paper has it, with networks called for one at a time.
+
+    params_of: the weights by the number of trained steps before.
+    """
     key = jax.random.fold_in(image_keys(0, [PROMPTS.ids[prompt]])[0], place)
     hidden, caption = PROMPTS.text["hidden"][prompt][None], PROMPTS.captions[prompt]
-    abars = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod
-    x, steps = normals(key, 0, SHAPE)[None], []
-    for i in range(method.steps):
+    abars, pool = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod, getattr(method, "pool", 2)
+    follow = getattr(method, "follow", "random")
+    x, found = normals(key, 0, SHAPE)[None], []
+
+    def promise(x, i, params):  # of latents at the end of step i
+        if i + 1 == method.steps:
+            return x
+        t = int(solver_row(method, i + 1).timesteps)
+        eps = guided(method, x, t, np.repeat(hidden, len(x), axis=0), params)
+        return (x - jnp.sqrt(1 - abars[t]) * eps) / jnp.sqrt(abars[t])
+
+    def squared(x, i, constant, goal, params):
+        clean = promise(x, i, params) if method.through_network else by_r(x, i) + constant
+        return jnp.square(goal - scores(clean, [caption])).sum()
+
+    for i in range(method.trained[-1] + 1):
+        params = params_of(len(found))
         row = solver_row(method, i)
-        mean = row.latents_coef * x + row.estimate_coefs[0] * guided(method, x, row.timesteps, hidden)
-        count = 1 if i < method.skip else pool
+        mean = row.latents_coef * x + row.estimate_coefs[0] * guided(method, x, row.timesteps, hidden, params)
+        count = pool if i in method.trained else 1
         candidates = mean + row.fresh_noise_coef * normals(key, i + 1, (count, *SHAPE))
-        if i < method.skip:
+        if i not in method.trained:
             x = candidates
             continue
-        promised = candidates
-        if i + 1 < method.steps:
-            t = int(solver_row(method, i + 1).timesteps)
-            eps = guided(method, candidates, t, np.repeat(hidden, count, axis=0))
-            promised = (candidates - np.sqrt(1 - abars[t]) * eps) / np.sqrt(abars[t])
-        rewards = scores(promised.astype(np.float32), [caption] * count)
+        rewards = scores(promise(candidates, i, params), [caption] * count)
         best, worst = rewards.argmax(), rewards.argmin()
-        steps.append((x[0], candidates[best], candidates[worst], rewards[[best, worst]]))
+        winner, reward, raised = candidates[best], rewards[best], 0.0
+        if method.needs_gradients:
+            t = method.steps - i
+            low, high = method.rate
+            eta = low + (high - low) * (1 + np.cos(np.pi * t / method.steps)) / 2
+            goal = reward + method.rise
+
+            constant = promise(winner[None], i, params) - by_r(winner[None], i)
+            moved = winner - eta * jax.grad(squared)(winner[None], i, constant, goal, params)[0]
+            after = scores(promise(moved[None], i, params), [caption])[0]
+            if after > reward:
+                winner, reward, raised = moved, after, 1.0
+        found.append((x[0], winner, candidates[worst], np.array([reward, rewards[worst]]), raised, rewards.mean()))
         choice = int(jax.random.randint(jax.random.fold_in(key, method.steps + i + 1), (), 0, pool))
-        x = candidates[{"winner": best, "loser": worst, "random": choice}[follow]][None]
-    return [np.stack(column) for column in zip(*steps, strict=True)], rewards.mean()
+        x = np.asarray({"winner": winner, "loser": candidates[worst], "random": candidates[choice]}[follow])[None]
+    columns = [np.stack(column) for column in zip(*found, strict=True)]
+    return dict(zip(("latents", "winner", "loser", "rewards", "raised"), columns[:-1], strict=True)), columns[-1]
+
+
+def by_r(x, i):
+    """The part of a promise that comes from the latents."""
+    method = METHODS["tailorpo-g"]
+    if i + 1 == method.steps:
+        return x
+    abar = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod[int(solver_row(method, i + 1).timesteps)]
+    return x / np.sqrt(abar)
+
+
+def check(source, method):
+    from_the_start(source).next(PARAMS)
+    experience = jax.device_get(source.arrays())
+    for place in (0, CONFIG.prompts - 1):
+        expected, rewards = drawn_one_by_one(method, source.prompt_order(0)[place], place)
+        if not method.needs_gradients:
+            assert "raised" not in experience
+            del expected["raised"]
+        for name, value in expected.items():
+            np.testing.assert_allclose(experience[name][place], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert experience["reward"][place] == pytest.approx(rewards[-1], rel=1e-4)
+    assert (experience["rewards"][..., 0] > experience["rewards"][..., 1]).all()
+    return experience
 
 
 def test_tailorpo_draws_pairs_from_one_point_and_goes_on_from_the_winner(drawn):
-    check(drawn("tailorpo")[0], METHODS["tailorpo"], "winner", pool=2)
+    check(drawn("tailorpo")[0], METHODS["tailorpo"])
+
+
+def test_tailorpo_learns_from_the_steps_that_it_is_told_and_walks_through_the_others(drawn):
+    method = METHODS["tailorpo-some"]
+    assert method.trained == (1, 2), "t = 3 and 2 of 4"
+    check(drawn("tailorpo-some")[0], method)
+
+
+@pytest.mark.parametrize(
+    ("given", "t"),
+    [(5, (20, 16, 12, 8, 4)), (20, tuple(range(20, 0, -1))), (3, (20, 14, 7)), ((4, 20, 12), (20, 12, 4))],
+)
+def test_trained_steps_are_counted_as_in_the_paper(given, t):
+    assert TailorPO(train_steps=given).trained == tuple(20 - each for each in t)
 
 
 @pytest.mark.parametrize("follow", ["random", "loser"])
 def test_tailorpo_goes_on_from_another_one_where_it_should(follow):
     method = dataclasses.replace(METHODS["tailorpo"], follow=follow)
-    check(rollouts(method), method, follow, pool=2)
+    check(rollouts(method), method)
 
 
 def test_spo_skips_steps_and_takes_the_best_and_the_worst_of_a_pool(drawn):
-    check(drawn("spo")[0], METHODS["spo"], "random", pool=3)
+    check(drawn("spo")[0], METHODS["spo"])
 
 
-def check(source, method, follow, pool):
-    from_the_start(source).next(PARAMS)
-    experience = jax.device_get(source.arrays())
-    for place in (0, CONFIG.prompts - 1):
-        expected, reward = drawn_one_by_one(method, source.prompt_order(0)[place], place, follow, pool)
-        for name, value in zip(("latents", "winner", "loser", "rewards"), expected, strict=True):
-            np.testing.assert_allclose(experience[name][place], value, rtol=1e-3, atol=1e-4, err_msg=name)
-        assert experience["reward"][place] == pytest.approx(reward, rel=1e-4)
-    assert (experience["rewards"][..., 0] > experience["rewards"][..., 1]).all()
+def test_tailorpo_g_moves_winners_up_their_reward_and_goes_on_from_where_it_rose(drawn):
+    raised = check(drawn("tailorpo-g")[0], METHODS["tailorpo-g"])["raised"]
+    assert set(raised.ravel()) <= {0.0, 1.0} and raised.mean() > 0.5
 
 
-def test_tailorpo_g_moves_winners_up_their_reward_and_nothing_else(drawn):
-    plain, guided_ones = drawn("tailorpo")[1], drawn("tailorpo-g")[1]
-    for name in ("latents", "loser", "rewards"):
-        np.testing.assert_allclose(guided_ones[name], plain[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    order = rollouts("tailorpo").prompt_order(0)
-    captions = [PROMPTS.captions[n] for n in order]
-    # The last candidates are images: their reward tells.
-    before, after = (scores(experience["winner"][:, -1], captions) for experience in (plain, guided_ones))
-    assert (after > before).all()
+def test_a_move_that_lowers_the_reward_is_not_kept():
+    far = dataclasses.replace(METHODS["tailorpo-g"], rate=(4000.0, 4000.0))
+    experience = check(rollouts(far), far)
+    assert 0 < experience["raised"].mean() < 1
 
-    # By -rate times the gradient of (r_high - r)^2.
-    def distance(winner):
-        reward = Brightness()
-        images = nnx.merge(online_world.vae().graphdef, online_world.vae().params).decode(winner / 0.18215)
-        score = reward.score(reward.view(jnp.clip((images + 1) / 2, 0, 1)), reward.prepare(captions))
-        return jnp.square(before + METHODS["tailorpo-g"].rise - score).sum()
 
-    moved = guided_ones["winner"][:, -1] - plain["winner"][:, -1]
-    np.testing.assert_allclose(
-        moved, -METHODS["tailorpo-g"].rate * jax.grad(distance)(plain["winner"][:, -1]), rtol=1e-2, atol=1e-6
-    )
+def test_the_gradient_may_pass_through_the_network_too(drawn):
+    method = dataclasses.replace(METHODS["tailorpo-g"], through_network=True)
+    through = check(rollouts(method), method)
+    assert np.abs(through["winner"] - drawn("tailorpo-g")[1]["winner"]).max() > 1e-3
+
+
+def test_rates_rise_on_a_cosine_towards_small_t():
+    rates = TailorPO(rate=(0.1, 0.2), rise=0.5).choice.ascent.rates
+    assert rates[0] == pytest.approx(0.1), "t = 20: 2 rise eta = eta"
+    assert rates[10] == pytest.approx(0.15), "t = 10"
+    assert rates[19] == pytest.approx(0.1 + 0.1 * (1 + np.cos(np.pi / 20)) / 2), "t = 1"
+    assert (np.diff(rates) > 0).all()
+    np.testing.assert_allclose(TailorPO(rate=0.1, rise=1.0).choice.ascent.rates, 0.2)
 
 
 def test_d3po_draws_two_images_from_one_noise_and_puts_the_better_one_first(drawn):
@@ -199,9 +254,7 @@ def test_every_example_comes_once_in_an_iteration_with_its_own_prompt_and_step(m
     )
     steps = np.concatenate([batch["row"].timesteps for batch in batches])
     own = METHODS[method]
-    np.testing.assert_array_equal(
-        np.unique(steps), np.sort([solver_row(own, i).timesteps for i in range(own.skip, own.steps)])
-    )
+    np.testing.assert_array_equal(np.unique(steps), np.sort([solver_row(own, i).timesteps for i in own.trained]))
     latents = np.concatenate([batch["latents"] for batch in batches])
     assert len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0)) >= len(latents) - CONFIG.prompts
     np.testing.assert_array_equal(first["latents"], batches[0]["latents"])
@@ -258,6 +311,57 @@ def test_prompts_come_in_turn_and_each_time_with_other_noise(drawn):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Weights that change inside a trajectory
+
+WITHIN = RolloutConfig(prompts=8, at_once=8, batch_size=8, update="step")
+
+
+@pytest.mark.parametrize("method", ["tailorpo", "tailorpo-some", "tailorpo-g", "spo"])
+def test_with_weights_that_stay_both_forms_learn_from_the_same_pairs(method, drawn):
+    source, whole = rollouts(method, config=WITHIN), drawn(method)[1]
+    trained = METHODS[method].trained
+    assert source.minibatches == len(trained)
+    for number, step in enumerate(trained):
+        batch = source.next(PARAMS)
+        for name in ("latents", "winner", "loser", "rewards"):
+            np.testing.assert_allclose(batch[name], whole[name][:, number], rtol=1e-4, atol=1e-4, err_msg=name)
+        assert (np.asarray(batch["row"].timesteps) == solver_row(METHODS[method], step).timesteps).all()
+        np.testing.assert_array_equal(batch["text"]["hidden"], PROMPTS.text["hidden"][source.prompt_order(0)])
+    before = whole["latents"][:, 0]
+    assert np.abs(source.next(PARAMS)["latents"] - before).max() > 0.1, "the next iteration begins with new noise"
+
+
+def test_each_trained_step_is_drawn_with_the_weights_that_the_one_before_has_made():
+    method = METHODS["tailorpo"]
+    source = rollouts(method, config=WITHIN)
+
+    def params_of(number):
+        return jax.tree.map(lambda x: x * np.float32(1 + number), PARAMS)
+
+    batches = [source.next(params_of(number)) for number in range(len(method.trained))]
+    expected, _ = drawn_one_by_one(method, source.prompt_order(0)[3], 3, params_of)
+    for number, batch in enumerate(batches):
+        for name in ("latents", "winner", "loser", "rewards"):
+            np.testing.assert_allclose(batch[name][3], expected[name][number], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_run_restored_inside_a_trajectory_goes_on_bit_by_bit():
+    source = rollouts("tailorpo-some", config=dataclasses.replace(WITHIN, at_once=4))
+    saved, batches = [], []
+    for _ in range(5):
+        saved.append((json.loads(json.dumps(source.position())), jax.tree.map(np.array, source.arrays())))
+        batches.append(jax.device_get(source.next(PARAMS)))
+    for step in (4, 1, 2, 0):
+        source.restore(*saved[step])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(source.next(PARAMS)), batches[step])
+
+
+def test_methods_that_judge_whole_images_cannot_learn_inside_a_trajectory():
+    with pytest.raises(ValueError, match=r"D3PO judges whole images and cannot learn inside .*expected 'iteration'"):
+        rollouts("d3po", config=WITHIN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Devices and batches
 
 
@@ -294,7 +398,9 @@ def test_experience_does_not_depend_on_the_number_of_devices():
 
 
 def test_gradients_of_a_reward_that_has_none_are_refused():
-    with pytest.raises(ValueError, match=r"rate=20 \(TailorPO-G\) follows the gradient .*'compressibility' has none"):
+    with pytest.raises(
+        ValueError, match=r"TailorPO with a rate \(TailorPO-G\) follows the gradient .*'compressibility' has none"
+    ):
         rollouts("tailorpo-g", reward=JpegSize("compressibility", -1.0))
 
 
@@ -307,7 +413,12 @@ def test_gradients_of_a_reward_that_has_none_are_refused():
         (TailorPO, {"guidance_scale": float("nan")}, "TailorPO: guidance_scale is nan"),
         (TailorPO, {"margin": -1.0}, "TailorPO: margin is -1.0; expected a number from 0 up"),
         (TailorPO, {"follow": "best"}, "TailorPO: follow is 'best'; expected 'winner', 'random' or 'loser'"),
+        (TailorPO, {"train_steps": 21}, "TailorPO: train_steps is 21; expected 1 to 20, the steps"),
+        (TailorPO, {"train_steps": (4, 0)}, "TailorPO: train_steps is .4, 0.; expected different numbers from 20 down"),
+        (TailorPO, {"train_steps": ()}, "TailorPO: train_steps is ..; expected different numbers from 20 down to 1"),
+        (TailorPO, {"through_network": True}, "TailorPO: through_network is True; expected False without a rate"),
         (TailorPO, {"rate": -1.0}, "TailorPO: rate is -1.0"),
+        (TailorPO, {"rate": (0.1, float("inf"))}, "TailorPO: rate is .0.1, inf.; expected one or two numbers from 0"),
         (TailorPO, {"rise": 0.0}, "TailorPO: rise is 0.0"),
         (D3PO, {"ratio_clip": 1.0}, "D3PO: ratio_clip is 1.0; expected None, or between 0 and 1"),
         (SPO, {"pool": 1}, "SPO: pool is 1; expected 2 or more"),
@@ -316,6 +427,8 @@ def test_gradients_of_a_reward_that_has_none_are_refused():
         (DDPO, {"ratio_clip": 0.0}, "DDPO: ratio_clip is 0.0"),
         (DDPO, {"advantage_clip": 0.0}, "DDPO: advantage_clip is 0.0"),
         (RolloutConfig, {"epochs": 0}, "rollouts: epochs is 0; expected 1 or more"),
+        (RolloutConfig, {"update": "never"}, "rollouts: update is 'never'; expected 'iteration' or 'step'"),
+        (RolloutConfig, {"update": "step", "batch_size": 32}, "one step of all prompts, used once: expected 64 and 1"),
         (
             RolloutConfig,
             {"prompts": 6, "at_once": 4},

@@ -76,7 +76,8 @@ class Run:
 
 
 METHODS = {
-    "tailorpo-g": partial(TailorPO, rate=0.05),
+    "tailorpo": partial(TailorPO, train_steps=3),
+    "tailorpo-g": partial(TailorPO, train_steps=2, rate=(0.1, 0.2), through_network=True),
     "spo": partial(SPO, pool=3, skip=1),
     "d3po": D3PO,
     "ddpo": partial(DDPO, images_per_prompt=2),
@@ -105,9 +106,21 @@ def test_an_iteration_of_every_method_gives_a_loss_that_can_be_learned_from(name
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("through_network", [False, True])
+def test_the_gradient_raises_the_reward_of_most_winners_at_every_t(through_network):
+    """Table 1 of arXiv:2502.01667, which counts moves that raise and that lower the reward, by t."""
+    method = TailorPO(guidance_scale=S, rate=(0.1, 0.2), through_network=through_network)
+    run = Run(method, 32, RolloutConfig(prompts=32, at_once=32, batch_size=32))
+    run.source.next(run.lora)
+    raised = np.asarray(run.source.arrays()["raised"]).mean(axis=0)
+    print({f"t = {method.steps - i}": f"{share:.0%}" for i, share in zip(method.trained, raised, strict=True)})
+    assert (raised > 0.5).all()
+
+
+@pytest.mark.long
 def test_tailorpo_raises_the_judges_mean_reward():
     config = RolloutConfig(prompts=16, at_once=16, batch_size=32)
-    run = Run(TailorPO(steps=8, guidance_scale=S), 16, config)
+    run = Run(TailorPO(steps=8, guidance_scale=S, train_steps=8), 16, config)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     @jax.jit
