@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from flax_pref.methods import CHATS as CHATS
     from flax_pref.methods import D3PO as D3PO
     from flax_pref.methods import DDPO as DDPO
+    from flax_pref.methods import DMPO as DMPO
+    from flax_pref.methods import DSPO as DSPO
     from flax_pref.methods import KTO as KTO
     from flax_pref.methods import NPO as NPO
     from flax_pref.methods import SDPO as SDPO
@@ -79,7 +81,8 @@ _NAMES_OF = {
     "evaluation.run_report": "compare",
     "evaluation.run_scoring": "score",
     "images.grid": "image_grid",
-    "methods": "CHATS D3PO DDPO KTO NPO SDPO SNPO SPO DiffusionDPO MaPO PositiveNegative PositiveNegativeDPO TailorPO",
+    "methods": "CHATS D3PO DDPO DMPO DSPO KTO NPO SDPO SNPO SPO DiffusionDPO MaPO PositiveNegative "
+    "PositiveNegativeDPO TailorPO",
     "models.lora": "combine_lora stack_lora",
     "rewards.reward": "Weighted",
     "serving.sampler": "load_sampler",

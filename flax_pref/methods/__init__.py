@@ -7,6 +7,8 @@ from flax_pref.methods.chats import CHATS
 from flax_pref.methods.d3po import D3PO
 from flax_pref.methods.ddpo import DDPO
 from flax_pref.methods.diffusion_dpo import DiffusionDPO
+from flax_pref.methods.dmpo import DMPO
+from flax_pref.methods.dspo import DSPO
 from flax_pref.methods.errors import PairMethod
 from flax_pref.methods.kto import KTO
 from flax_pref.methods.mapo import MaPO
@@ -27,6 +29,8 @@ Method = (
     | PositiveNegativeDPO
     | CHATS
     | SNPO
+    | DSPO
+    | DMPO
     | KTO
     | MaPO
     | TailorPO
@@ -39,6 +43,8 @@ __all__ = [
     "CHATS",
     "D3PO",
     "DDPO",
+    "DMPO",
+    "DSPO",
     "KTO",
     "NPO",
     "SDPO",

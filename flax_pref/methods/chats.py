@@ -12,6 +12,7 @@ from flax_pref.diffusion.guidance import Rule, chats
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import (
+    LogisticMethod,
     PairMethod,
     errors,
     logistic_loss,
@@ -25,7 +26,7 @@ from flax_pref.shapes import Bool, Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CHATS(PairMethod):
+class CHATS(LogisticMethod, PairMethod):
     """The positive module learns from winners and the negative one from losers, together.
 
         loss = mean over pairs of -log sigmoid(-beta ((L_w(pos) - L_w^ref) + (L_l(neg) - L_l^ref)))
@@ -47,6 +48,7 @@ class CHATS(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("pos", "neg")
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "beta")
         check_share(self, "dropout")
 
@@ -71,7 +73,7 @@ class CHATS(PairMethod):
         noisy = noisy._replace(text=drop_loser_prompts(batch, dropped, empty))
         winner, loser = errors(predict, self.modules, noisy) - reference_errors(predict, noisy)
         logits = -self.beta * (winner + loser)
-        loss = logistic_loss(logits)
+        loss = logistic_loss(logits, self.poly_alpha)
         return loss, pair_metrics(loss, logits, winner, loser)
 
     def rule(self, w: float, guidance_scale: float) -> Rule:

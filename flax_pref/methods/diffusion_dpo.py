@@ -10,6 +10,7 @@ from flax_pref.config import check_positive
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import (
+    LogisticMethod,
     PairMethod,
     errors,
     logistic_loss,
@@ -21,7 +22,7 @@ from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionDPO(PairMethod):
+class DiffusionDPO(LogisticMethod, PairMethod):
     """Diffusion-DPO (arXiv:2311.12908, equation 14), PGD's module.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_w - L_w^ref) - (L_l - L_l^ref)))
@@ -39,6 +40,7 @@ class DiffusionDPO(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("dpo",)
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "beta")
 
     def loss(
@@ -59,5 +61,5 @@ class DiffusionDPO(PairMethod):
         noisy = noisy_images(batch, key, schedule)
         winner, loser = errors(predict, (policy, policy), noisy) - reference_errors(predict, noisy)
         logits = -self.beta / 2 * (winner - loser)
-        loss = logistic_loss(logits)
+        loss = logistic_loss(logits, self.poly_alpha)
         return loss, pair_metrics(loss, logits, winner, loser)

@@ -6,12 +6,14 @@ adapters the backbone without them, no second copy of the weights.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, pgd
 from flax_pref.diffusion.sampler import Predict, predict_rows
 from flax_pref.diffusion.schedule import NoiseSchedule
@@ -78,6 +80,18 @@ class PairMethod:
     def rule(self, w: float, guidance_scale: float) -> Rule:
         """The rule that samples with the trained modules; by default PGD, where w = 1 is the module itself."""
         return pgd(w, guidance_scale, self.modules[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogisticMethod:
+    """What methods share whose loss is `-log p` of each pair, p the sigmoid of its logit; see `preference_losses`."""
+
+    poly_alpha: float = 0.0
+    """Weight of Poly-DPO's term 1 - p (arXiv:2604.24953); 0: the plain loss. Its authors take 8 for Pick-a-Pic v2,
+    whose pairs contradict each other, less than 0 for pairs that are trivially easy, about 0 for clean ones."""
+
+    def __post_init__(self):
+        check_field(self, "poly_alpha", math.isfinite(self.poly_alpha), "a finite number")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,9 +192,19 @@ def reference_errors(predict: Predict, noisy: NoisyImages) -> PerRow:
     return jax.lax.stop_gradient(errors(predict, (BASE,) * noisy.latents.shape[1], noisy))
 
 
-def logistic_loss(logits: PerImage) -> Scalar:
-    """`-log sigmoid` of each pair's logit, then the mean over pairs: in this order (Jensen's inequality)."""
-    return -jax.nn.log_sigmoid(logits).mean()
+def preference_losses(logits: PerImage, poly_alpha: float = 0.0) -> PerImage:
+    """`-log p + poly_alpha (1 - p)` of each pair, p the sigmoid of its logit (Poly-DPO, arXiv:2604.24953).
+
+    The gradient of DPO's loss counts `1 + poly_alpha p` times: above 0, a pair that is ranked right counts more than
+    one that is not; below 0, less, and below -1 a pair with a high p is even pushed back.
+    """
+    losses = -jax.nn.log_sigmoid(logits)
+    return losses + poly_alpha * jax.nn.sigmoid(-logits) if poly_alpha else losses
+
+
+def logistic_loss(logits: PerImage, poly_alpha: float = 0.0) -> Scalar:
+    """`preference_losses`, then the mean over pairs: in this order (Jensen's inequality)."""
+    return preference_losses(logits, poly_alpha).mean()
 
 
 def pair_metrics(loss: Scalar, logits: PerImage, winner: PerImage, loser: PerImage) -> dict[str, Scalar]:

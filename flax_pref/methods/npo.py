@@ -16,6 +16,7 @@ from flax_pref.diffusion.guidance import Rule, npo
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import (
+    LogisticMethod,
     PairMethod,
     errors,
     logistic_loss,
@@ -27,7 +28,7 @@ from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NPO(PairMethod):
+class NPO(LogisticMethod, PairMethod):
     """A negative module that prefers losers.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_l - L_l^ref) - (L_w - L_w^ref)))
@@ -45,6 +46,7 @@ class NPO(PairMethod):
     modules: ClassVar[tuple[str, ...]] = ("neg",)
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "beta")
 
     def loss(
@@ -65,7 +67,7 @@ class NPO(PairMethod):
         noisy = noisy_images(batch, key, schedule)
         winner, loser = errors(predict, (policy, policy), noisy) - reference_errors(predict, noisy)
         logits = -self.beta / 2 * (loser - winner)
-        loss = logistic_loss(logits)
+        loss = logistic_loss(logits, self.poly_alpha)
         return loss, pair_metrics(loss, logits, winner, loser)
 
     def rule(self, w: float, guidance_scale: float) -> Rule:

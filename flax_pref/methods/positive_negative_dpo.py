@@ -12,6 +12,7 @@ from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import (
     PAIR,
+    LogisticMethod,
     PairMethod,
     errors,
     logistic_loss,
@@ -23,7 +24,7 @@ from flax_pref.shapes import Key, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PositiveNegativeDPO(PairMethod):
+class PositiveNegativeDPO(LogisticMethod, PairMethod):
     """Diffusion-DPO of the positive module plus NPO of the negative one; each gets the gradient of its own loss.
 
     Timesteps, noise and the reference's prediction serve both, and both modules run in one batched prediction.
@@ -41,6 +42,7 @@ class PositiveNegativeDPO(PairMethod):
     independent: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "beta")
 
     def loss(
@@ -60,7 +62,7 @@ class PositiveNegativeDPO(PairMethod):
         metrics = {}
         for module, sign, (winner, loser) in zip(("positive", "negative"), (1, -1), changes, strict=True):
             logits = -self.beta / 2 * sign * (winner - loser)
-            own = pair_metrics(logistic_loss(logits), logits, winner, loser)
+            own = pair_metrics(logistic_loss(logits, self.poly_alpha), logits, winner, loser)
             metrics |= {f"{module}_{name}": value for name, value in own.items()}
         loss = metrics["positive_loss"] + metrics["negative_loss"]
         return loss, {"loss": loss, **metrics}

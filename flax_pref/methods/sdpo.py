@@ -60,7 +60,7 @@ class SDPO(DiffusionDPO):
         # The value is that of `loser`, the gradient is `weight` times as large.
         guarded = jax.lax.stop_gradient(loser) + weight * (loser - jax.lax.stop_gradient(loser))
         logits = -self.beta / 2 * (winner - guarded)
-        loss = logistic_loss(logits)
+        loss = logistic_loss(logits, self.poly_alpha)
         return loss, {**pair_metrics(loss, logits, winner, loser), "safeguard": weight.mean()}
 
 

@@ -11,6 +11,7 @@ from flax_pref.config import check_positive, check_share
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.methods.errors import (
+    LogisticMethod,
     PairMethod,
     errors,
     logistic_loss,
@@ -23,8 +24,12 @@ from flax_pref.shapes import Key, PerImage, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SNPO(PairMethod):
+class SNPO(LogisticMethod, PairMethod):
     """Diff-SNPO (openreview.net/forum?id=CU5EHe1KUt). Its formula is known second-hand; not compared with its code.
+
+    Two public notes on the paper give the same mixture, mix, beta and errors T omega(t) |eps_theta - eps|^2, but not
+    the same sign before beta: with the minus here the winner's error falls. That omega is 1 and |.|^2 a mean over a
+    latent is a choice of this project, as is the factor 1/2.
 
     loss = mean over pairs of -log sigmoid(-beta / 2 ((L_w - L_w^ref) - bounded(L_l - L_l^ref)))
 
@@ -44,11 +49,13 @@ class SNPO(PairMethod):
     mix: float = 0.9
     """Share of the module in the mixture with the reference that losers are compared with; 1: Diffusion-DPO's loss."""
     dropout: float = 0.5
-    """Share of pairs that teach the empty prompt; a choice of this project."""
+    """Share of pairs that teach the empty prompt; a choice of this project. One note has the share of captions that
+    are dropped for classifier-free guidance, without its value, the other one half."""
 
     modules: ClassVar[tuple[str, ...]] = ("snpo",)
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "beta")
         check_share(self, "mix", "dropout")
 
@@ -72,7 +79,7 @@ class SNPO(PairMethod):
         first, second = errors(predict, (policy, policy), noisy) - reference_errors(predict, noisy)
         winner, loser = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
         logits = -self.beta / 2 * (winner - self.bounded(loser, schedule.num_train_timesteps))
-        loss = logistic_loss(logits)
+        loss = logistic_loss(logits, self.poly_alpha)
         return loss, pair_metrics(loss, logits, winner, loser)
 
     def bounded(self, change: PerImage, timesteps: int) -> PerImage:

@@ -46,14 +46,19 @@ def dpo_logits(error, network, beta):
     return -beta / 2 * (change(error, network, "winner") - change(error, network, "loser"))
 
 
-def dpo(error, network="dpo", beta=1.0):
-    return -np.log(sigmoid(dpo_logits(error, network, beta))).mean()
+def poly(logits, alpha):
+    """As Poly-DPO's authors write it, with the probability that the winner is preferred."""
+    probability = sigmoid(logits)
+    return (-np.log(probability) + alpha * (1 - probability)).mean()
 
 
-def swapped_dpo(error, beta, network="neg"):
+def dpo(error, network="dpo", beta=1.0, alpha=0.0):
+    return poly(dpo_logits(error, network, beta), alpha)
+
+
+def swapped_dpo(error, beta, network="neg", alpha=0.0):
     # As its authors write it, without the factor 1/2 and so with half the beta.
-    logits = (beta / 2) * (-change(error, network, "loser") + change(error, network, "winner"))
-    return -np.log(sigmoid(logits)).mean()
+    return poly((beta / 2) * (-change(error, network, "loser") + change(error, network, "winner")), alpha)
 
 
 def safeguards(predictions, noise, mu):
@@ -67,13 +72,13 @@ def safeguards(predictions, noise, mu):
     return np.array(found)
 
 
-def sdpo(error, beta, weights):
+def sdpo(error, beta, weights, alpha=0.0):
     loser = error["dpo", "loser"]
     scaled = loser.real + weights * (loser - loser.real)
-    return dpo({**error, ("dpo", "loser"): scaled}, beta=beta)
+    return dpo({**error, ("dpo", "loser"): scaled}, beta=beta, alpha=alpha)
 
 
-def snpo(error, beta, mix, swapped, timesteps):
+def snpo(error, beta, mix, swapped, timesteps, alpha=0.0):
     first, second = (change(error, "snpo", image) for image in ("winner", "loser"))
     winner, loser = np.where(swapped, second, first), np.where(swapped, first, second)
     # -log(mix exp(-T x) + 1 - mix) / T, with an exponent that is never above 0.
@@ -82,11 +87,34 @@ def snpo(error, beta, mix, swapped, timesteps):
     bounded = (
         np.where(rises, -np.log(mix * small + 1 - mix), timesteps * loser - np.log(mix + (1 - mix) * small)) / timesteps
     )
-    return -np.log(sigmoid(-beta / 2 * (winner - bounded))).mean()
+    return poly(-beta / 2 * (winner - bounded), alpha)
 
 
-def chats(error, beta):
-    return -np.log(sigmoid(-beta * (change(error, "pos", "winner") + change(error, "neg", "loser")))).mean()
+def chats(error, beta, alpha=0.0):
+    return poly(-beta * (change(error, "pos", "winner") + change(error, "neg", "loser")), alpha)
+
+
+def dspo(predictions, noise, beta):
+    wrong = 1 - sigmoid(dpo_logits(squared_errors(predictions, noise), "dspo", beta))
+    winner = predictions["dspo"][:, 0]
+    from_reference = winner - predictions["base"][:, 0].real
+    return (((winner - noise) - beta * wrong[:, None, None, None] * from_reference) ** 2).mean()
+
+
+def dspo_of_sdxl(predictions, noise, beta, far):
+    wrong = 1 - sigmoid(dpo_logits(squared_errors(predictions, noise), "dspo", beta))
+    each = []
+    for weight, (winner, _), (reference, _) in zip(wrong, predictions["dspo"], predictions["base"].real, strict=True):
+        distance = ((winner - reference) ** 2).mean()
+        each.append(weight**2 * distance if distance.real >= far else weight**2)
+    return np.mean(each)
+
+
+def dmpo(error, beta, alpha):
+    """KL(model || labels) of the two outcomes: the winner is preferred, or the loser."""
+    probability = sigmoid(dpo_logits(error, "dmpo", beta))
+    of_model, of_labels = (probability, 1 - probability), (1 - alpha, alpha)
+    return sum(x * (np.log(x) - np.log(y)) for x, y in zip(of_model, of_labels, strict=True)).mean()
 
 
 def kto(error, beta):

@@ -1,5 +1,8 @@
 """Losses and gradients of every preference objective against transcriptions in float64, and of DPO against torch."""
 
+import math
+import re
+import sys
 from functools import partial
 
 import jax
@@ -11,22 +14,26 @@ from preference_formulas import IMAGES, SCHEDULE, gradients, safeguards, squared
 
 from flax_pref.methods import (
     CHATS,
+    DMPO,
+    DSPO,
     KTO,
     NPO,
     SDPO,
     SNPO,
     DiffusionDPO,
     MaPO,
+    PairMethod,
     PositiveNegative,
     PositiveNegativeDPO,
 )
-from flax_pref.methods.errors import draw_noise
+from flax_pref.methods.errors import LogisticMethod, draw_noise, preference_losses
 from flax_pref.methods.mapo import likelihood
 
 KEY = jax.random.key(7)
 PAIRS, SHAPE = 6, (2, 2, 2)
 TOLERANCE = 1e-6  # relative: of the loss, and of the largest gradient of a network
 MU = 0.6
+FAR = 1.0  # some pairs are farther from the reference, some are not
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +110,10 @@ def of_errors(formula):
     return lambda predictions: formula(squared_errors(predictions, known_noise()))
 
 
-def sdpo(predictions, beta):
+def sdpo(predictions, beta, alpha=0.0):
     predictions = {"base": predictions["base"], "dpo": predictions["sdpo"]}
     weights = safeguards(predictions, known_noise(), MU)
-    return formulas.sdpo(squared_errors(predictions, known_noise()), beta, weights)
+    return formulas.sdpo(squared_errors(predictions, known_noise()), beta, weights, alpha)
 
 
 def swapped(share=0.5):
@@ -147,6 +154,58 @@ CASES = {
         of_errors(lambda error: formulas.snpo(error, 3.0, 0.6, swapped(), SCHEDULE.num_train_timesteps)),
         ("base", "snpo"),
     ),
+    "dspo": (
+        DSPO(beta=0.7).loss,
+        lambda predictions: formulas.dspo(predictions, known_noise(), 0.7),
+        ("base", "dspo"),
+    ),
+    "dspo of sdxl": (
+        DSPO(beta=3.0, form="margin", far=FAR).loss,
+        lambda predictions: formulas.dspo_of_sdxl(predictions, known_noise(), 3.0, FAR),
+        ("base", "dspo"),
+    ),
+    "dmpo": (
+        DMPO(beta=3.0, alpha=0.05).loss,
+        of_errors(partial(formulas.dmpo, beta=3.0, alpha=0.05)),
+        ("base", "dmpo"),
+    ),
+    "poly dpo": (
+        DiffusionDPO(beta=3.0, poly_alpha=8.0).loss,
+        of_errors(partial(formulas.dpo, beta=3.0, alpha=8.0)),
+        ("base", "dpo"),
+    ),
+    "poly dpo of easy data": (
+        DiffusionDPO(beta=3.0, poly_alpha=-0.5).loss,
+        of_errors(partial(formulas.dpo, beta=3.0, alpha=-0.5)),
+        ("base", "dpo"),
+    ),
+    "poly sdpo": (
+        SDPO(beta=3.0, mu=MU, poly_alpha=8.0).loss,
+        partial(sdpo, beta=3.0, alpha=8.0),
+        ("base", "sdpo"),
+    ),
+    "poly npo": (
+        NPO(beta=3.0, poly_alpha=8.0).loss,
+        of_errors(partial(formulas.swapped_dpo, beta=3.0, alpha=8.0)),
+        ("base", "neg"),
+    ),
+    "poly dpo and npo": (
+        PositiveNegativeDPO(beta=3.0, poly_alpha=8.0).loss,
+        of_errors(
+            lambda error: formulas.dpo(error, "pos", 3.0, 8.0) + formulas.swapped_dpo(error, beta=3.0, alpha=8.0)
+        ),
+        ("base", "pos", "neg"),
+    ),
+    "poly chats": (
+        partial(CHATS(beta=3.0, poly_alpha=8.0).loss, empty=EMPTY),
+        of_errors(partial(formulas.chats, beta=3.0, alpha=8.0)),
+        ("base", "pos", "neg"),
+    ),
+    "poly snpo": (
+        partial(SNPO(beta=3.0, mix=0.6, poly_alpha=8.0).loss, empty=EMPTY),
+        of_errors(lambda error: formulas.snpo(error, 3.0, 0.6, swapped(), SCHEDULE.num_train_timesteps, 8.0)),
+        ("base", "snpo"),
+    ),
     "kto": (KTO(beta=3.0).loss, of_errors(partial(formulas.kto, beta=3.0)), ("base", "kto")),
     "mapo": (MaPO(beta=0.1).loss, of_errors(partial(formulas.mapo, beta=0.1)), ("mapo",)),
 }
@@ -159,7 +218,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_formula(case, float64, tolerance):
     objective, formula, networks = CASES[case]
-    if case in ("chats", "snpo"):  # noise and dropout have keys of their own
+    if case.endswith(("chats", "snpo")):  # noise and dropout have keys of their own
         objective = with_key_of_noise(objective)
     compared = compare(partial(objective, schedule=SCHEDULE), formula, predictions_of(*networks))
     assert max(compared.values()) < tolerance
@@ -183,6 +242,12 @@ def with_key_of_noise(objective):
 def test_the_data_has_pairs_of_every_kind_that_the_safeguard_tells_apart():
     weights = safeguards(predictions_of("base", "dpo"), known_noise(), MU)
     assert (weights == 1).any() and ((weights > 0) & (weights < 0.9)).any()
+
+
+def test_the_data_has_pairs_on_either_side_of_what_is_far_for_dspo():
+    predictions = predictions_of("base", "dspo")
+    distances = ((predictions["dspo"] - predictions["base"])[:, 0] ** 2).mean(axis=(1, 2, 3))
+    assert (distances > FAR).any() and (distances < FAR).any()
 
 
 @pytest.mark.parametrize(("spread", "positive"), [((0.1, 0.3), True), ((2.0, 3.0), False)])
@@ -233,6 +298,98 @@ def test_no_pair_loses_its_gradient_however_far_it_is_from_the_reference():
         return DiffusionDPO(beta=3.0).loss(predict_with(predictions), BATCH, KEY, schedule=SCHEDULE)[0]
 
     assert (jnp.abs(jax.grad(loss)(predictions)["dpo"]).max(axis=(2, 3, 4)) > 1e-6).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What docstrings say of the losses
+
+LOGITS = np.array([-300.0, -2.0, 0.0, 0.5, 3.0, 300.0])
+LOGISTIC = {
+    **{"dpo": DiffusionDPO, "sdpo": partial(SDPO, mu=MU), "npo": NPO, "dpo and npo": PositiveNegativeDPO},
+    **{"chats": CHATS, "snpo": SNPO},
+}
+
+
+def test_every_method_with_a_logistic_loss_is_compared_with_the_formula_of_poly_dpo():
+    assert {type(make()) for make in LOGISTIC.values()} == {
+        kind for kind in PairMethod.__subclasses__() + DiffusionDPO.__subclasses__() if issubclass(kind, LogisticMethod)
+    }
+    assert all(f"poly {name}" in CASES for name in LOGISTIC)
+
+
+@pytest.mark.parametrize("name", LOGISTIC)
+def test_without_its_term_poly_dpo_is_the_loss_of_the_method_to_the_bit(name, monkeypatch):
+    method, (_, _, networks) = LOGISTIC[name](beta=3.0), CASES[name]
+    predictions = jax.tree.map(jnp.asarray, predictions_of(*networks))
+
+    def value_and_gradient():
+        options = {"schedule": SCHEDULE, "empty": EMPTY}
+        return jax.value_and_grad(lambda x: method.loss(predict_with(x), BATCH, KEY, **options)[0])(predictions)
+
+    found = value_and_gradient()
+    plain = lambda logits, poly_alpha: -jax.nn.log_sigmoid(logits).mean()  # noqa: E731
+    monkeypatch.setattr(sys.modules[type(method).__module__], "logistic_loss", plain)
+    assert method.poly_alpha == 0
+    jax.tree.map(np.testing.assert_array_equal, found, value_and_gradient())
+
+
+@pytest.mark.parametrize("alpha", [8.0, -0.5, -3.0])
+def test_poly_dpo_weighs_the_gradient_of_a_pair_by_its_probability(alpha):
+    logits, probability = jnp.asarray(LOGITS), formulas.sigmoid(LOGITS)
+    slopes = jax.grad(lambda logits: preference_losses(logits, alpha).sum())(logits)
+    np.testing.assert_allclose(slopes, -(1 - probability) * (1 + alpha * probability), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.5, 3.0])
+def test_the_first_gradient_of_dspo_is_a_multiple_of_that_of_denoising_winners(beta):
+    base = predictions_of("base")["base"]
+    method = DSPO(beta=min(beta, 1.0))
+    object.__setattr__(method, "beta", beta)  # from 2 on it is refused, for what is shown here
+
+    def loss(module):
+        predict = predict_with({"base": jnp.asarray(base), "dspo": module})
+        return method.loss(predict, BATCH, KEY, schedule=SCHEDULE)[0]
+
+    winners = 2 * (base[:, 0] - known_noise()) / base[:, 0].size
+    found = jax.grad(loss)(jnp.asarray(base))
+    np.testing.assert_allclose(found[:, 0], (1 - beta / 2) * winners, rtol=1e-9, atol=1e-12)
+    assert not np.any(found[:, 1])
+
+
+def test_the_divergence_of_dmpo_is_least_at_the_log_odds_of_the_labels_and_finite_everywhere():
+    alpha = 0.01
+    method, odds = DMPO(alpha=alpha), math.log((1 - alpha) / alpha)
+    logits, probability = jnp.asarray([*LOGITS, odds]), formulas.sigmoid(np.array([*LOGITS, odds]))
+    values = method.divergence(logits)
+    slopes = jax.grad(lambda logits: method.divergence(logits).sum())(logits)
+    assert odds == pytest.approx(4.6, abs=0.01) and float(values[-1]) == pytest.approx(0, abs=1e-15)
+    assert np.isfinite(values).all() and (values[:-1] > 0).all()
+    np.testing.assert_allclose(slopes, probability * (1 - probability) * (logits - odds), rtol=1e-9, atol=1e-12)
+    with jax.enable_x64(False):
+        assert np.isfinite(jax.grad(lambda u: method.divergence(u).sum())(jnp.float32([-1e4, 1e4]))).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *(
+            (partial(make, poly_alpha=math.nan), "poly_alpha is nan; expected a finite number")
+            for make in LOGISTIC.values()
+        ),
+        (lambda: DiffusionDPO(poly_alpha=-math.inf), "DiffusionDPO: poly_alpha is -inf; expected a finite number"),
+        (lambda: DSPO(beta=0.0), "DSPO: beta is 0.0; expected a positive number"),
+        (lambda: DSPO(beta=5000.0), "DSPO: beta is 5000.0; expected less than 2 in the form 'denoising', or"),
+        (lambda: DSPO(form="sdxl"), "DSPO: form is 'sdxl'; expected 'denoising' or 'margin'"),
+        (lambda: DSPO(far=math.inf), "DSPO: far is inf; expected a positive number"),
+        (lambda: DMPO(beta=-1.0), "DMPO: beta is -1.0; expected a positive number"),
+        (lambda: DMPO(alpha=0.0), "DMPO: alpha is 0.0; expected above 0 and below 0.5"),
+        (lambda: DMPO(alpha=0.5), "DMPO: alpha is 0.5; expected above 0 and below 0.5"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_one_line(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make()
+    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,12 +448,19 @@ def test_dpo_is_that_of_torch_on_the_same_tensors(beta):
         (partial(CHATS(beta=1000.0).loss, empty=EMPTY), np.log(2)),
         (partial(SNPO(beta=2000.0).loss, empty=EMPTY), np.log(2)),
         (KTO(beta=1000.0).loss, 0.5),
+        (DiffusionDPO(beta=5000.0, poly_alpha=8.0).loss, np.log(2) + 4),
+        (DSPO(beta=0.001).loss, "the winner's error"),
+        (DSPO(beta=5000.0, form="margin").loss, 0.25),
+        (DMPO(beta=2000.0, alpha=0.01).loss, -np.log(4 * 0.01 * 0.99) / 2),
     ],
-    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "snpo", "kto"],
+    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "snpo", "kto", "poly dpo", "dspo", "dspo of sdxl", "dmpo"],
 )
 def test_an_untrained_module_is_undecided(objective, loss):
     base = predictions_of("base")["base"]
-    same = dict.fromkeys(("base", "dpo", "sdpo", "pos", "neg", "snpo", "kto"), jnp.asarray(base))
+    if isinstance(loss, str):
+        loss = squared_errors({"base": base}, known_noise())["base", "winner"].mean()
+    modules = ("dpo", "sdpo", "pos", "neg", "snpo", "kto", "dspo", "dmpo")
+    same = dict.fromkeys(("base", *modules), jnp.asarray(base))
     found, metrics = objective(predict_with(same), BATCH, KEY, schedule=SCHEDULE)
     assert float(found) == pytest.approx(loss, rel=1e-12)
     decided = {name: float(value) for name, value in metrics.items() if name.endswith("accuracy")}

@@ -13,7 +13,18 @@ from preference_formulas import SCHEDULE
 
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.demo.loop import fit
-from flax_pref.methods import CHATS, KTO, NPO, SDPO, DiffusionDPO, MaPO, PositiveNegative, PositiveNegativeDPO
+from flax_pref.methods import (
+    CHATS,
+    DMPO,
+    DSPO,
+    KTO,
+    NPO,
+    SDPO,
+    DiffusionDPO,
+    MaPO,
+    PositiveNegative,
+    PositiveNegativeDPO,
+)
 from flax_pref.models.layers import Linear
 from flax_pref.models.lora import DEFAULT_TARGETS, bank_predict, join_lora, split_lora
 from flax_pref.models.network import Network
@@ -28,7 +39,7 @@ CONFIG = UNetConfig(
     attention_head_dim=2,
     norm_num_groups=4,
 )
-MODULES = ("dpo", "sdpo", "kto", "mapo", "pos", "neg")
+MODULES = ("dpo", "sdpo", "kto", "mapo", "dspo", "dmpo", "pos", "neg")
 PAIRS, STEPS = 16, 30
 
 
@@ -105,8 +116,9 @@ def falls(history, name):
         (PositiveNegative().loss, {"pos", "neg"}, lambda h: falls(h, "winner") and falls(h, "loser")),
         (PositiveNegative(train="neg").loss, {"neg"}, lambda h: falls(h, "loser")),
         (MaPO(beta=0.1).loss, {"mapo"}, lambda h: last(h, "winner") < last(h, "loser")),
+        (DSPO(beta=0.001).loss, {"dspo"}, lambda h: last(h, "winner") < 0 < last(h, "distance")),
     ],
-    ids=["positive and negative", "negative alone", "mapo"],
+    ids=["positive and negative", "negative alone", "mapo", "dspo"],
 )
 def test_training_moves_what_it_is_meant_to_and_only_its_modules(objective, trained, learned, bank):
     history, moved = train(bank, objective)
@@ -148,8 +160,26 @@ def test_training_moves_what_it_is_meant_to_and_only_its_modules(objective, trai
             0.5,
             lambda h: last(h, "winner") < last(h, "loser"),
         ),
+        (
+            DiffusionDPO(beta=20.0, poly_alpha=8.0).loss,
+            {"dpo"},
+            np.log(2) + 4,
+            lambda h: last(h, "winner") < last(h, "loser"),
+        ),
+        (
+            DSPO(beta=20.0, form="margin", far=10.0).loss,
+            {"dspo"},
+            0.25,
+            lambda h: last(h, "winner") < last(h, "loser"),
+        ),
+        (
+            DMPO(beta=20.0, alpha=0.01).loss,
+            {"dmpo"},
+            -np.log(4 * 0.01 * 0.99) / 2,
+            lambda h: last(h, "winner") < last(h, "loser"),
+        ),
     ],
-    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "kto"],
+    ids=["dpo", "sdpo", "npo", "dpo and npo", "chats", "kto", "poly dpo", "dspo of sdxl", "dmpo"],
 )
 def test_training_moves_modules_from_the_base_as_it_is_meant_to(objective, trained, start, learned, bank):
     history, moved = train(bank, objective)
