@@ -60,7 +60,7 @@ class D3PO(Preferences):
             log_ratio = mean_product(batch["next_latents"][:, image] - middle, shift) / safe_variance(row)
             log_ratios.append(clip_ratio(log_ratio, self.ratio_clip))
         winner, loser = log_ratios
-        return pair_loss(self.beta * (winner - loser), batch, self.margin)
+        return pair_loss(self.beta * (winner - loser), batch, self)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

@@ -26,6 +26,7 @@ from flax_pref.config import check_field
 from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
 from flax_pref.diffusion.solvers import Solver
+from flax_pref.methods.errors import LogisticMethod, preference_losses
 from flax_pref.models.lora import BASE
 from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Key, Latents, PerImage, Scalar, Tree
 
@@ -140,7 +141,7 @@ class OnlineMethod:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preferences(OnlineMethod):
+class Preferences(LogisticMethod, OnlineMethod):
     """What methods with a reference and pairs have in common."""
 
     beta: float = 0.1
@@ -151,7 +152,8 @@ class Preferences(OnlineMethod):
     """Limit of the ratios to the reference (0.1 in the code of D3PO and SPO), beyond which gradients are zero."""
 
     def __post_init__(self):
-        super().__post_init__()
+        LogisticMethod.__post_init__(self)
+        OnlineMethod.__post_init__(self)
         self.expect("beta", 0 < self.beta < math.inf, "a number above 0")
         self.expect("margin", 0 <= self.margin < math.inf, "a number from 0 up")
         self.expect("ratio_clip", self.ratio_clip is None or 0 < self.ratio_clip < 1, "None, or between 0 and 1")
@@ -218,10 +220,10 @@ def clip_ratio(log_ratio: PerImage, ratio_clip: float | None) -> PerImage:
     return jnp.clip(log_ratio, jnp.log1p(-ratio_clip), jnp.log1p(ratio_clip))
 
 
-def pair_loss(logits: PerImage, batch: Mapping[str, Any], margin: float) -> tuple[Scalar, dict[str, Scalar]]:
+def pair_loss(logits: PerImage, batch: Mapping[str, Any], method: "Preferences") -> tuple[Scalar, dict[str, Scalar]]:
     """`-log sigmoid` of each pair's logit, then the mean over the pairs that count; zero if none does.
 
-    A pair counts if the gap of its rewards is above the margin, and if its step has drawn noise.
+    A pair counts if the gap of its rewards is above the method's margin, and if its step has drawn noise.
 
     Returns:
       loss, and the metrics `loss`; `accuracy`, the share of pairs that the policy ranks right against the reference,
@@ -229,12 +231,12 @@ def pair_loss(logits: PerImage, batch: Mapping[str, Any], margin: float) -> tupl
       of the gaps of all pairs; `reward`, the mean over the batch.
     """
     gap = batch["rewards"][:, 0] - batch["rewards"][:, 1]
-    used = (gap > margin) & (batch["row"].fresh_noise_coef > 0)
+    used = (gap > method.margin) & (batch["row"].fresh_noise_coef > 0)
 
     def mean_of_used(values):
         return jnp.where(used, values, 0).sum() / jnp.maximum(used.sum(), 1)
 
-    loss = mean_of_used(-jax.nn.log_sigmoid(logits))
+    loss = mean_of_used(preference_losses(logits, method.poly_alpha))
     return loss, {
         "loss": loss,
         "accuracy": mean_of_used((logits > 0) + 0.5 * (logits == 0)),

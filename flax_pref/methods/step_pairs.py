@@ -103,7 +103,7 @@ class StepPairs(Preferences):
                 for image in ("winner", "loser")
             )
             logits = self.beta * (winner - loser)
-        loss, metrics = pair_loss(logits, batch, self.margin)
+        loss, metrics = pair_loss(logits, batch, self)
         return loss, metrics | ({"raised": batch["raised"].mean()} if "raised" in batch else {})
 
     # Experience

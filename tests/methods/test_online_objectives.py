@@ -131,10 +131,11 @@ def mean_of(values, used):
     return values[used].mean() if used.any() else 0.0
 
 
-def step_pairs(predictions, beta, margin=0.0, clip=None, rewards=REWARDS):
+def step_pairs(predictions, beta, margin=0.0, clip=None, poly_alpha=0.0):
     ratios = [log_ratio(predictions, CANDIDATES[:, image], 0) for image in (0, 1)]
     winner, loser = ratios if clip is None else (clipped(ratio, clip) for ratio in ratios)
-    return mean_of(-np.log(sigmoid(beta * (winner - loser))), rewards[:, 0] - rewards[:, 1] > margin)
+    p = sigmoid(beta * (winner - loser))
+    return mean_of(-np.log(p) + poly_alpha * (1 - p), REWARDS[:, 0] - REWARDS[:, 1] > margin)
 
 
 def trajectories(predictions, beta, margin=0.0, clip=None):
@@ -161,6 +162,7 @@ CASES = {
     "tailorpo": (TailorPO, step_pairs, {"beta": 3.0}),
     "tailorpo with a margin": (TailorPO, step_pairs, {"beta": 3.0, "margin": 0.06}),
     "tailorpo with a clip": (TailorPO, step_pairs, {"beta": 3.0, "ratio_clip": CLIP}),
+    "tailorpo as poly-dpo": (TailorPO, step_pairs, {"beta": 3.0, "poly_alpha": 8.0}),
     "spo": (SPO, step_pairs, {"beta": 10.0}),
     "spo with a clip": (SPO, step_pairs, {"beta": 10.0, "ratio_clip": CLIP}),
     "d3po": (D3PO, trajectories, {"beta": 3.0}),
@@ -213,11 +215,11 @@ def direction(objective):
     """Cosine of each pair's `-dL / dmu(x_t)` with `x^w - x^l`, of the winner's x_t where each has its own."""
     found = jax.grad(loss_of(objective, {"beta": 0.1}))(jax.tree.map(jnp.asarray, PREDICTIONS))["policy"]
     # The prediction for the prompt has s times the gradient of the guided one, and mu = a x_t + k_t eps.
-    step = -np.asarray(found)[:, 0, 1] / wide(K) / S
-    pair = CANDIDATES if objective is TailorPO else NEXT
+    used = REWARDS[:, 0] > REWARDS[:, 1]
+    step = (-np.asarray(found)[:, 0, 1] / wide(K) / S)[used]
+    pair = (CANDIDATES if objective is TailorPO else NEXT)[used]
     apart = pair[:, 0] - pair[:, 1]
-    cosine = (step * apart).sum(axis=(1, 2, 3)) / np.sqrt((step**2).sum((1, 2, 3)) * (apart**2).sum((1, 2, 3)))
-    return cosine[REWARDS[:, 0] > REWARDS[:, 1]]
+    return (step * apart).sum(axis=(1, 2, 3)) / np.sqrt((step**2).sum((1, 2, 3)) * (apart**2).sum((1, 2, 3)))
 
 
 def test_tailorpo_moves_the_mean_from_the_loser_to_the_winner_and_d3po_elsewhere():
