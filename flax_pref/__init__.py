@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from flax_pref.methods import SNPO as SNPO
     from flax_pref.methods import SPO as SPO
     from flax_pref.methods import DiffusionDPO as DiffusionDPO
+    from flax_pref.methods import DiffusionNFT as DiffusionNFT
     from flax_pref.methods import MaPO as MaPO
     from flax_pref.methods import PositiveNegative as PositiveNegative
     from flax_pref.methods import PositiveNegativeDPO as PositiveNegativeDPO
@@ -81,7 +82,7 @@ _NAMES_OF = {
     "evaluation.run_report": "compare",
     "evaluation.run_scoring": "score",
     "images.grid": "image_grid",
-    "methods": "CHATS D3PO DDPO DMPO DSPO KTO NPO SDPO SNPO SPO DiffusionDPO MaPO PositiveNegative "
+    "methods": "CHATS D3PO DDPO DMPO DSPO KTO NPO SDPO SNPO SPO DiffusionDPO DiffusionNFT MaPO PositiveNegative "
     "PositiveNegativeDPO TailorPO",
     "models.lora": "combine_lora stack_lora",
     "rewards.reward": "Weighted",

@@ -12,6 +12,7 @@ from flax_pref.methods.dspo import DSPO
 from flax_pref.methods.errors import PairMethod
 from flax_pref.methods.kto import KTO
 from flax_pref.methods.mapo import MaPO
+from flax_pref.methods.nft import DiffusionNFT
 from flax_pref.methods.npo import NPO
 from flax_pref.methods.online import OnlineMethod
 from flax_pref.methods.positive_negative import PositiveNegative
@@ -37,6 +38,7 @@ Method = (
     | SPO
     | D3PO
     | DDPO
+    | DiffusionNFT
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "SNPO",
     "SPO",
     "DiffusionDPO",
+    "DiffusionNFT",
     "MaPO",
     "Method",
     "OnlineMethod",

@@ -8,8 +8,10 @@ from it, every step of every trajectory being an example. Methods differ in what
     D3PO       two images from one initial noise; the better one's steps are preferred
     DDPO       several images for each prompt, judged against each other: a policy gradient
 
-They learn from steps that the policy itself has taken: `x_{t-1} = mu(x_t) + sigma_t z`, the stochastic DDIM step of
-`diffusion.solvers`.
+    NFT        several images for each prompt, judged against each other, and noised again for the loss
+
+All but NFT learn from steps that the policy itself has taken: `x_{t-1} = mu(x_t) + sigma_t z`, the stochastic DDIM step
+of `diffusion.solvers`.
 """
 
 import dataclasses
@@ -73,6 +75,8 @@ class OnlineMethod:
     """Names of what is trained."""
     reference: ClassVar[bool] = True
     """Whether it is compared with the base."""
+    old: ClassVar[str | None] = None
+    """Name of a slowly updated copy of the policy that draws and that the loss sees; None: the policy itself draws."""
 
     steps: int = 20
     """Of DDIM, for each image."""
@@ -91,6 +95,15 @@ class OnlineMethod:
         check_field(self, field, holds, expected)
 
     @property
+    def solver_name(self) -> str:
+        """What draws; see `solvers.solver_from_config`."""
+        return "ddim"
+
+    def kept(self, number: Scalar) -> Scalar:
+        """Share of the old policy that stays when it is updated, after the step of this number, from 1."""
+        raise NotImplementedError
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the reward must be differentiable."""
         return False
@@ -102,9 +115,9 @@ class OnlineMethod:
 
         Args:
             predict: the networks, "base" and that of `modules`.
-            batch: what `batch` gives, and `row`, the solver's row of each example; `text` and `empty`, conditioning on
-                the prompt and on none, pytrees of `[B, ...]` arrays.
-            key: for methods that draw; those here draw nothing.
+            batch: what `batch` gives, and `row`, the solver's row of each example; `signal [B]`, abar at its timestep;
+                `text` and `empty`, conditioning on the prompt and on none, pytrees of `[B, ...]` arrays.
+            key: for methods that draw noise.
         """
         raise NotImplementedError
 

@@ -151,14 +151,14 @@ def examples_of(config: TrainConfig, family: Family, mesh: Mesh) -> Any:
     height, width = (size // vae.downscale_factor for size in online.size)
     shapes = {name: (1, *shape) for name, shape in method.shapes((height, width, vae.latent_channels)).items()}
     text = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
-    solver = solver_from_config(family.scheduler_config, method.steps, name="ddim", eta=method.eta)
+    solver = solver_from_config(family.scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
 
     def one():
         zeros = {name: jnp.zeros(shape) for name, shape in shapes.items()}
         told = {name: jnp.zeros((1, *shape)) for name, shape in text.items()}
         empty = {name: jnp.zeros(shape) for name, shape in text.items()}
         index = [jnp.zeros(1, jnp.int32) for _ in range(1 + len(method.examples))]
-        return take_batch(method, zeros, told, empty, solver, index, index[-1])
+        return take_batch(method, zeros, told, empty, (solver, jnp.ones(method.steps)), index, index[-1])
 
     sharding = batch_sharding(mesh)
     return jax.tree.map(

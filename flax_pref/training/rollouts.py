@@ -147,9 +147,11 @@ class Rollouts:
             vae = replicated(vae, sharding.mesh)
             reward = jax.device_put(reward, NamedSharding(sharding.mesh, PartitionSpec()))
         self._vae, self._reward = vae, reward
-        solver = solver_from_config(scheduler_config, method.steps, name="ddim", eta=method.eta)
+        solver = solver_from_config(scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
         self._solver = jax.tree.map(np.asarray, solver)  # of the host: what all processes know alike
-        self._clean = clean_estimate(NoiseSchedule.from_dict(scheduler_config), self._solver.timesteps)
+        schedule = NoiseSchedule.from_dict(scheduler_config)
+        self._clean = clean_estimate(schedule, self._solver.timesteps)
+        self._signal = schedule.alphas_cumprod[np.asarray(self._solver.timesteps, int)].astype(np.float32)
         factor = vae.config.downscale_factor
         if any(side < 1 or side % factor for side in size):
             raise ValueError(f"online: size is {size}; expected height and width that are multiples of {factor}")
@@ -194,7 +196,7 @@ class Rollouts:
     @property
     def minibatches(self) -> int:
         """Of an iteration."""
-        return self._examples * self._config.epochs // self._config.batch_size
+        return minibatches(self._method, self._config)
 
     def next(self, params: Any) -> dict[str, Any]:
         """The next minibatch; where an iteration begins, its experience is drawn with these weights first."""
@@ -206,7 +208,8 @@ class Rollouts:
         if self._told is None or number == 0:
             self._told = self._told_of(self.prompt_order(iteration))
         chosen, rows = self._examples_of(iteration, number)
-        batch = self._take(self._experience, self._told, self._empty, self._solver, chosen, rows)
+        steps = self._solver, self._signal
+        batch = self._take(self._experience, self._told, self._empty, steps, chosen, rows)
         self._step += 1
         return batch
 
@@ -334,7 +337,7 @@ class Rollouts:
 
 
 def take_batch(
-    method: OnlineMethod, experience: Any, text: Any, empty: Any, solver: Any, index: Any, rows: Any
+    method: OnlineMethod, experience: Any, text: Any, empty: Any, steps: Any, index: Any, rows: Any
 ) -> dict[str, Any]:
     """Examples of the experience, as the objective of a method takes them; to be jitted.
 
@@ -343,13 +346,19 @@ def take_batch(
         experience: of N prompts.
         text: conditioning on these, `[N, ...]` each.
         empty: conditioning on no prompt.
-        solver: of the method's steps.
+        steps: the method's solver, and abar at its timesteps.
         index: of each of B examples its prompt, then where it is among the prompt's: `[B]` each.
         rows: of the solver, of each example: `[B]`.
     """
     text = jax.tree.map(lambda x: x[index[0]], text)
-    row = jax.tree.map(lambda x: x[rows], solver)
-    return {**method.batch(experience, tuple(index)), "row": row, "text": text, "empty": _for_each(empty, text)}
+    row, signal = jax.tree.map(lambda x: x[rows], steps)
+    told = {"text": text, "empty": _for_each(empty, text)}
+    return {**method.batch(experience, tuple(index)), "row": row, "signal": signal, **told}
+
+
+def minibatches(method: OnlineMethod, config: RolloutConfig) -> int:
+    """Of an iteration."""
+    return config.prompts * math.prod(method.examples) * config.epochs // config.batch_size
 
 
 def check_gradients(method: OnlineMethod, reward: str, differentiable: bool) -> None:

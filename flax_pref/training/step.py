@@ -78,7 +78,8 @@ def make_step(
     rate: optax.Schedule | None = None,
     *,
     accumulation: int = 1,
-    average_decay: float = 0.0,
+    average_decay: float | Callable[[jax.Array], jax.Array] = 0.0,
+    sees_average: bool = False,
     shardings: Any = None,
     independent: Independent | None = None,
     modules: Sequence[str] = (),
@@ -93,7 +94,8 @@ def make_step(
         optimizer: turns gradients into updates.
         rate: learning rate of an update, for the metrics; None: they do not have it.
         accumulation: number of equal parts of the batch whose gradients are computed one after another and averaged.
-        average_decay: of the moving average, if the state has one.
+        average_decay: of the moving average, if the state has one: a number, or a function of the number of the step.
+        sees_average: whether the objective takes the average too, as `(frozen, average)` in the place of frozen.
         shardings: of the gradients, a pytree like params; None: left to the compiler.
         independent: how params hold modules whose gradients depend on one module each; None: one update for all.
         modules: their names.
@@ -124,7 +126,8 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        gradients, metrics = gradients_of(state.params, frozen, batch, key)
+        given = (frozen, state.average) if sees_average else frozen
+        gradients, metrics = gradients_of(state.params, given, batch, key)
         if shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, shardings)
         # The loss of several independent modules says nothing of one of them: its own gradient does.
@@ -137,7 +140,8 @@ def make_step(
             new_params = optax.apply_updates(params, updates)
             new_average = average
             if average is not None:
-                new_average = optax.incremental_update(new_params, average, 1.0 - average_decay)
+                decay = average_decay(state.step + 1) if callable(average_decay) else average_decay
+                new_average = optax.incremental_update(new_params, average, 1.0 - decay)
             kept = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
                 (new_params, new_optimizer_state, new_average),

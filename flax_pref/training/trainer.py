@@ -53,7 +53,7 @@ from flax_pref.training.export import ExportConfig, export_modules, load_exporte
 from flax_pref.training.networks import LoRA, Weights, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Profile, Recorder
-from flax_pref.training.rollouts import Rollouts, check_gradients, check_update
+from flax_pref.training.rollouts import Rollouts, check_gradients, check_update, minibatches
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import BatchSource, OnlineConfig, Pairs, encode_online_prompts
 from flax_pref.training.step import Independent, TrainState, make_step, new_state
@@ -175,6 +175,10 @@ class TrainConfig:
             check_update(self.method, self.online.rollouts)
             for reward in self.online.rewards:
                 check_gradients(self.method, reward.name, has_gradients(reward))
+            if self.method.old is not None and self.average_decay:
+                raise ValueError(
+                    f"average_decay is {self.average_decay}; expected 0: {name} keeps an average of its own"
+                )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"a batch of {self.batch_size} cannot be divided into accumulation={self.accumulation} parts; choose a "
@@ -339,7 +343,10 @@ class Program:
         self.base = with_remat(with_attention(base, config.attention), config.remat)
         self.optimizer = config.optimizer.build(config.steps)
         modules = config.method.modules
-        self.trained, self._first_params = trained_networks(self.base, modules, config.weights, config.lora)
+        self.old = config.method.old if isinstance(config.method, OnlineMethod) else None
+        self.trained, self._first_params = trained_networks(
+            self.base, modules, config.weights, config.lora, old=self.old
+        )
         several = len(modules) > 1
         apart = isinstance(config.method, PairMethod) and config.method.independent
         self.independent: Independent | None = self.trained.independent if several and apart else None
@@ -360,7 +367,7 @@ class Program:
             self._first_params(params, key),
             self.optimizer,
             key,
-            averaged=self.config.average_decay > 0,
+            averaged=self.config.average_decay > 0 or self.old is not None,
             independent=self.independent,
         )
 
@@ -402,7 +409,29 @@ class Program:
         """The same of examples that the run draws itself."""
         method = self.config.method
         assert isinstance(method, OnlineMethod)  # one with `TrainConfig.online`
-        return lambda params, frozen, *rest: method.loss(self.trained.predict(params, frozen), *rest)
+
+        def objective(params, frozen, batch, key):
+            frozen, old = (frozen, None) if self.old is None else frozen
+            return method.loss(self.trained.predict(params, frozen, old), batch, key)
+
+        return objective
+
+    def average_decay(self) -> float | Callable[[jax.Array], jax.Array]:
+        """Of the moving average; that of an old policy changes after each iteration."""
+        config, method = self.config, self.config.method
+        if self.old is None:
+            return config.average_decay
+        assert isinstance(method, OnlineMethod) and config.online is not None
+        every = minibatches(method, config.online.rollouts)
+        return lambda number: jnp.where(number % every == 0, method.kept(number), 1.0)
+
+    def drawn_with(self, state: TrainState) -> Any:
+        """The modules that an online method draws its images with."""
+        return state.params if self.old is None else state.average
+
+    def result(self, state: TrainState) -> Any:
+        """The modules that are shown and written: their moving average, if the config asks for one."""
+        return state.params if not self.config.average_decay else state.average
 
     def step(self, objective: Callable) -> Any:
         """`(state, frozen, batch) -> (state, metrics)`, jitted; to be called while the mesh is set."""
@@ -412,7 +441,8 @@ class Program:
             self.optimizer,
             config.optimizer.rate(config.steps),
             accumulation=config.accumulation,
-            average_decay=config.average_decay,
+            average_decay=self.average_decay(),
+            sees_average=self.old is not None,
             shardings=self.shardings.params,
             independent=self.independent,
             modules=self.trained.modules,
@@ -556,7 +586,7 @@ class Run:
     def train(self, state: TrainState, first: int, source: BatchSource) -> TrainState:
         """The loop, from step `first` to the last."""
         config = self.config
-        batch = source.next(state.params)
+        batch = source.next(self.program.drawn_with(state))
         step, flops = self.compile(state, batch)
         samples = self.samples()
         recorder = Recorder(
@@ -575,7 +605,7 @@ class Run:
             stopping = StopTogether(come)
             for number in range(first + 1, config.steps + 1):
                 if batch is None:
-                    batch = source.next(state.params)
+                    batch = source.next(self.program.drawn_with(state))
                 profile.at(number, state)
                 state, metrics = step(state, self.frozen, batch)
                 batch = None
@@ -593,7 +623,7 @@ class Run:
                     self.checkpoints.save(number, {"train": state, "source": source.arrays()}, source.position())
                 if samples is not None and due(number, config.samples.every):
                     recorder.flush()
-                    images = samples.draw(self.program.trained.predict(average_of(state), self.frozen))
+                    images = samples.draw(self.program.trained.predict(self.program.result(state), self.frozen))
                     recorder.images(number, np.asarray(to_bytes(images)), config.samples.prompts)
                 if due(number, config.export.every) and not last:
                     recorder.flush()
@@ -626,7 +656,7 @@ class Run:
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes the modules."""
         config = self.config
-        params = average_of(state)
+        params = self.program.result(state)
         with writing(folder, "which resumes from the last checkpoint"):
             written = export_modules(
                 folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export
@@ -669,11 +699,6 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
             f"a batch of {config.batch_size} cannot be divided over accumulation={config.accumulation} and the "
             f"mesh {config.mesh!r}; choose a multiple of {parts}"
         )
-
-
-def average_of(state: TrainState) -> Any:
-    """What is drawn from and written: the moving average, where there is one."""
-    return state.params if state.average is None else state.average
 
 
 def due(number: int, every: int | None) -> bool:
