@@ -117,7 +117,7 @@ class PairEncoder:
         """
         batch, computing = [], None
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for row, fitted in _in_order(pool, self._fit, read, ahead=4 * self._pairs):
+            for row, fitted in in_order(pool, self._fit, read, ahead=4 * self._pairs):
                 if isinstance(fitted, Drop):
                     yield row, fitted
                     continue
@@ -208,7 +208,7 @@ def encode_pixels(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: 
     return jnp.stack(moments, axis=1).reshape(*pixels.shape[:2], len(moments), *moments[0].shape[1:])
 
 
-def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
     """`map` in threads that are at most `ahead` items ahead of what is taken."""
     running = collections.deque()
     for item in items:

@@ -89,6 +89,18 @@ class _Shard(NamedTuple):
     number: int
 
 
+def _part_file(folder: Path, shard: _Shard) -> Path:
+    """The record of a finished shard."""
+    return folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
+
+
+def noted_images(folder: Path, number: int) -> list[str] | None:
+    """Digests of the images that a shard of pairs was made of, see `image_digest`; None: no record of it is there."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        return read_json(_part_file(folder, _Shard(PAIRS, number)), expected="the record of a shard")["images"]
+    return None
+
+
 class Preparation:
     """One prepared set that is being written, by this process and perhaps by others.
 
@@ -304,7 +316,7 @@ class Preparation:
         return self._noted.get(shard)
 
     def _part_file(self, shard: _Shard) -> Path:
-        return self.folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
+        return _part_file(self.folder, shard)
 
     def _file(self, shard: _Shard) -> Path:
         return self.folder / shard.name / shard_name(shard.name, shard.number, self.counts[shard.name])

@@ -205,6 +205,10 @@ def _ends(shard: Path) -> str:
 class PreparedSet(Records):
     """A prepared set on disk; see `Records`. Its files are read by many threads and processes at the same time.
 
+    Attributes:
+        folder: of the set.
+        metadata: settings, counts and hashes, see `preparation.Preparation`.
+
     Example:
         >>> records = fp.PreparedSet("runs/prepared")
         >>> len(records), records.image_size
@@ -218,7 +222,7 @@ class PreparedSet(Records):
             FileNotFoundError: there is none, or a file of it is missing.
             ValueError: a file is damaged.
         """
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         expected = f"{folder} to be a prepared set, finished by {command('encode')}"
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         if read_json(folder / CAPTIONS / "metadata.json", expected=expected) != self.metadata:
@@ -250,6 +254,11 @@ class PreparedSet(Records):
         """Number of pairs."""
         return len(self._pairs)
 
+    @property
+    def shard_lengths(self) -> list[int]:
+        """Number of pairs in each shard."""
+        return self._pairs.lengths
+
     def pair(self, index: int) -> dict[str, np.ndarray]:
         """See `Records`."""
         record = self._pairs[index]
@@ -271,7 +280,8 @@ class _DataSet:
 
     def __init__(self, builder: tfds.core.DatasetBuilder):
         split = builder.info.splits[SPLIT]
-        self._files, self._ends = list(map(str, split.filepaths)), list(itertools.accumulate(split.shard_lengths))
+        self.lengths = list(split.shard_lengths)
+        self._files, self._ends = list(map(str, split.filepaths)), list(itertools.accumulate(self.lengths))
         self._records = builder.as_data_source(SPLIT)  # pyright: ignore[reportCallIssue] (its decorator)
 
     def __len__(self) -> int:
