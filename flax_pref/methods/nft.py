@@ -89,7 +89,7 @@ class DiffusionNFT(OnlineMethod):
         """See `OnlineMethod`."""
         return tuple(range(int(self.steps * self.trained_share)))
 
-    def kept(self, number: Scalar) -> Scalar:
+    def kept(self, number: jax.Array) -> jax.Array:
         """See `OnlineMethod`."""
         return jnp.minimum(self.ramp * number, self.limit)
 

@@ -99,7 +99,7 @@ class OnlineMethod:
         """What draws; see `solvers.solver_from_config`."""
         return "ddim"
 
-    def kept(self, number: Scalar) -> Scalar:
+    def kept(self, number: jax.Array) -> jax.Array:
         """Share of the old policy that stays when it is updated, after the step of this number, from 1."""
         raise NotImplementedError
 

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Brightness, network, rollouts, weights
 
-from flax_pref.diffusion.sampler import image_keys
+from flax_pref.diffusion.guidance import cfg, tabulate
+from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import log_prob, solver_from_config
 from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
@@ -238,6 +239,29 @@ def test_ddpo_knows_the_probability_of_its_steps_and_judges_images_within_a_prom
     np.testing.assert_allclose(batch["log_prob"], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_nft_judges_the_images_that_a_sampler_draws(drawn):
+    source, experience, batch = drawn("nft")
+    method, place = METHODS["nft"], 3
+    prompt = source.prompt_order(0)[place]
+    key = jax.random.fold_in(image_keys(0, [PROMPTS.ids[prompt]])[0], place)
+    solver = solver_from_config(SCHEDULER, method.steps, name="dpm++")
+    trained = jax.tree.map(np.add, weights(), PARAMS)
+    images = sample(
+        online_world.predict_of(jax.tree.map(np.subtract, trained, weights()), weights()),
+        tabulate(cfg(method.guidance_scale, "nft"), method.steps, 2),
+        solver,
+        jnp.stack([jax.random.fold_in(key, i) for i in (0, 1)]),
+        {"hidden": np.stack([PROMPTS.text["hidden"][prompt]] * 2)},
+        PROMPTS.empty,
+        SHAPE,
+    )
+    np.testing.assert_allclose(experience["clean"][place], images, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(experience["reward"][place], scores(images, [PROMPTS.captions[prompt]] * 2), rtol=1e-4)
+    rewards = experience["reward"]
+    expected = (rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std() + 1e-4)
+    assert np.abs(np.asarray(batch["advantage"])[:, None] - expected.ravel()).min(axis=1).max() < 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Minibatches
 
@@ -254,11 +278,17 @@ def test_every_example_comes_once_in_an_iteration_with_its_own_prompt_and_step(m
     )
     steps = np.concatenate([batch["row"].timesteps for batch in batches])
     own = METHODS[method]
-    np.testing.assert_array_equal(np.unique(steps), np.sort([solver_row(own, i).timesteps for i in own.trained]))
-    latents = np.concatenate([batch["latents"] for batch in batches])
-    assert len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0)) >= len(latents) - CONFIG.prompts
-    np.testing.assert_array_equal(first["latents"], batches[0]["latents"])
-    loss, metrics = own.loss(online_world.predict_of(PARAMS, weights()), batches[0], None)
+    solver = solver_from_config(SCHEDULER, own.steps, name=own.solver_name, eta=own.eta)
+    np.testing.assert_array_equal(np.unique(steps), np.sort(np.asarray(solver.timesteps)[list(own.trained)]))
+    abars = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod
+    for batch in batches:
+        np.testing.assert_allclose(batch["signal"], abars[np.asarray(batch["row"].timesteps, int)], rtol=1e-6)
+    name = "clean" if method == "nft" else "latents"
+    latents = np.concatenate([batch[name] for batch in batches])
+    different = len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0))
+    assert different >= (len(latents) // len(own.trained) if method == "nft" else len(latents) - CONFIG.prompts)
+    np.testing.assert_array_equal(first[name], batches[0][name])
+    loss, metrics = own.loss(online_world.predict_of(PARAMS, weights()), batches[0], jax.random.key(0))
     assert np.isfinite(loss) and "reward" in metrics
 
 
@@ -365,7 +395,7 @@ def test_methods_that_judge_whole_images_cannot_learn_inside_a_trajectory():
 # Devices and batches
 
 
-@pytest.mark.parametrize("method", ["tailorpo-g", "spo", "ddpo"])
+@pytest.mark.parametrize("method", ["tailorpo-g", "spo", "ddpo", "nft"])
 def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
     source = rollouts(method, config=dataclasses.replace(CONFIG, at_once=2))
     source.next(PARAMS)
@@ -376,7 +406,7 @@ def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
 @pytest.mark.program
 def test_experience_does_not_depend_on_the_number_of_devices():
     done = subprocess.run(
-        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo"],
+        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo", "nft"],
         env={
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "8",

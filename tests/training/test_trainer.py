@@ -23,14 +23,17 @@ from flax_pref.data.pair_scores import PairScores, scores_file, write_scores
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
 from flax_pref.files import one_writer
-from flax_pref.methods import CHATS, SDPO, DiffusionDPO, PairMethod, PositiveNegative
+from flax_pref.methods import CHATS, SDPO, DiffusionDPO, DiffusionNFT, PairMethod, PositiveNegative
 from flax_pref.models.lora import split_lora
+from flax_pref.rewards.reward import Weighted
 from flax_pref.training import trainer
 from flax_pref.training.export import ExportConfig
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Recorder
+from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.samples import SampleConfig
+from flax_pref.training.sources import OnlineConfig
 from flax_pref.training.trainer import CheckpointConfig, ProfileConfig, train
 from train import modules
 
@@ -233,6 +236,47 @@ def test_the_average_is_what_is_written(run):
     written = load_file(config.output / "modules" / "pos.safetensors")
     found = np.concatenate([x.ravel() for name, x in written.items() if "lora_B" in name or "up" in name.split(".")])
     np.testing.assert_allclose(np.sort(found), np.sort(averages))
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_old_policy_of_nft_draws_and_follows_after_each_iteration(world, tmp_path, weights):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    config = tiny_run(
+        tmp_path / "run",
+        world,
+        method=DiffusionNFT(steps=2, images_per_prompt=2, trained_share=1.0, ramp=0.1, limit=0.3),
+        **{"data": None, "input": None, "weights": weights},
+        online=OnlineConfig(
+            prompts=str(prompts),
+            rewards=(Weighted("compressibility"),),
+            rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=4),  # two minibatches of eight examples
+            size=(16, 16),
+        ),
+        steps=4,
+        checkpoints=CheckpointConfig(every=1, keep=4),
+    )
+    train(config)
+    saved = {step: saved_arrays(config.output, step) for step in (1, 2, 3, 4)}
+    names = [name for name in saved[1] if ".params" in name]
+    changed = 0
+    for name in names:
+        old = name.replace(".params", ".average")
+        new = {step: saved[step][name] for step in saved}
+        np.testing.assert_allclose(saved[2][old], 0.2 * saved[1][old] + 0.8 * new[2], rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(saved[3][old], saved[2][old])
+        np.testing.assert_allclose(saved[4][old], 0.3 * saved[3][old] + 0.7 * new[4], rtol=1e-5, atol=1e-7)
+        changed += not np.array_equal(new[4], new[1])
+    assert changed
+    # The new policy is what is written.
+    if weights == "lora":
+        written = load_file(config.output / "modules" / "nft.safetensors")
+        found = np.concatenate([x.ravel() for name, x in written.items() if "lora_B" in name])
+        news = np.concatenate([saved[4][name].ravel() for name in names if "lora_b" in name])
+        np.testing.assert_allclose(np.sort(found), np.sort(news))
+    lines = recorded(config.output)
+    assert lines[0]["old_distance"] < 1e-12 < lines[1]["old_distance"], "before the first update both are the base"
+    assert all(np.isfinite(line["loss"]) for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
