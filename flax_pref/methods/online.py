@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.config import check_field
-from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
+from flax_pref.diffusion.guidance import NOTHING, Rule, cfg, eps, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.methods.errors import LogisticMethod, preference_losses
@@ -263,6 +263,14 @@ def pair_loss(logits: PerImage, batch: Mapping[str, Any], method: "Preferences")
 # Drawing
 
 
+def policy_rule(method: OnlineMethod) -> Rule:
+    """What the policy draws with: classifier-free guidance, or where s = 1 its prediction for the prompt alone."""
+    (network,) = method.modules
+    if method.guidance_scale == 1:
+        return Rule(formula=lambda s: (eps(network, "text"), NOTHING))
+    return cfg(method.guidance_scale, network)
+
+
 def draw_trajectories(
     drawing: RolloutInputs, method: OnlineMethod, *, images: int, one_start: bool
 ) -> tuple[
@@ -281,13 +289,13 @@ def draw_trajectories(
     Returns:
         latents of S + 1 visits, log-densities of S steps, and rewards.
     """
-    count, (network,) = len(drawing.keys), method.modules
+    count = len(drawing.keys)
     # Number 0 of a prompt's key is the common start.
     keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(1, images + 1)))(drawing.keys)
     starting = jnp.broadcast_to(drawing.keys[:, None], keys.shape) if one_start else keys
     latents, log_probs = sample_trajectory(
         drawing.predict,
-        tabulate(cfg(method.guidance_scale, network), method.steps, count * images),
+        tabulate(policy_rule(method), method.steps, count * images),
         drawing.solver,
         keys.reshape(-1),
         jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), drawing.text),

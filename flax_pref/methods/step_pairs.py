@@ -45,7 +45,7 @@ class Ascent(NamedTuple):
     through_network: bool
 
 
-class Choice(NamedTuple):
+class CandidateChoice(NamedTuple):
     """How candidates are chosen.
 
     Attributes:
@@ -72,7 +72,7 @@ class StepPairs(Preferences):
     """
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> CandidateChoice:
         """How the pair of a step is chosen."""
         raise NotImplementedError
 

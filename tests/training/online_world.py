@@ -102,7 +102,14 @@ class Brightness:
 
 
 def rollouts(
-    method: str | OnlineMethod, *, config=CONFIG, reward=None, seed=0, sharding=None, prompts=PROMPTS
+    method: str | OnlineMethod,
+    *,
+    config=CONFIG,
+    reward=None,
+    seed=0,
+    sharding=None,
+    prompts=PROMPTS,
+    predict_of=predict_of,
 ) -> Rollouts:
     return Rollouts(
         METHODS.get(method, method),

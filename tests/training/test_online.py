@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import log_prob, solver_from_config
-from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
+from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, TailorPO
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
@@ -421,6 +423,72 @@ def test_experience_does_not_depend_on_the_number_of_devices():
     print(found)
     assert max(method["difference"] for method in found.values()) < 1e-4
     assert all(method["on_each_device"] == [1] for method in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an example costs
+
+
+def counted(method, update="iteration"):
+    """Predicted images for each example, counted while the compiled programs run: drawing, policy, constants.
+
+    Rewards of decoded images are counted apart.
+    """
+    counts = {"drawing": 0, "policy": 0, "constant": 0, "rewards": 0}
+    place = ["drawing"]
+
+    def add(kind, count):
+        counts[kind if place[0] == "loss" or kind == "rewards" else "drawing"] += int(count)
+
+    def counting(params, frozen):
+        predict = online_world.predict_of(params, frozen)
+
+        def counted_predict(networks, latents, timesteps, text):
+            for name in networks:
+                kind = "policy" if name in method.modules else "constant"
+                jax.debug.callback(add, kind, len(latents))
+            return predict(networks, latents, timesteps, text)
+
+        return counted_predict
+
+    class Counted(Brightness):
+        def score(self, view, prepared):
+            jax.debug.callback(add, "rewards", len(view))
+            return super().score(view, prepared)
+
+    jax.tree_util.register_dataclass(Counted, ["colour"], [])
+    config = RolloutConfig(prompts=2, at_once=2, batch_size=2, update=update)
+    source = rollouts(method, config=config, reward=Counted(), predict_of=counting)
+    examples = 2 * math.prod(method.examples)
+    batches = [source.next(PARAMS) for _ in range(source.minibatches)]
+    jax.effects_barrier()
+    place[0] = "loss"
+    loss = jax.jit(lambda batch, key: method.loss(counting(PARAMS, weights()), batch, key)[0])
+    loss(batches[0], jax.random.key(0))
+    jax.effects_barrier()
+    return [counts["drawing"] / examples, counts["policy"] / 2, counts["constant"] / 2, counts["rewards"] / examples]
+
+
+COSTS = {  # of 20 steps with guidance, NFT of 10 without: drawing, policy, constants, rewards, for each example
+    "TailorPO": (TailorPO(), "iteration", (9.2, 2, 2, 2)),
+    "TailorPO, updates inside": (TailorPO(), "step", (10.8, 2, 2, 2)),
+    "TailorPO, all steps": (TailorPO(train_steps=20), "iteration", (3.9, 2, 2, 2)),
+    "TailorPO-G": (TailorPO(rate=(0.1, 0.2)), "iteration", (11.2, 2, 2, 4)),
+    "SPO": (SPO(), "iteration", (8.125, 2, 2, 4)),
+    "D3PO": (D3PO(), "iteration", (4, 4, 4, 0.1)),
+    "DDPO": (DDPO(images_per_prompt=2), "iteration", (2, 2, 0, 0.05)),
+    "DiffusionNFT": (DiffusionNFT(images_per_prompt=2), "iteration", (10 / 9, 1, 2, 1 / 9)),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_an_example_costs_what_the_page_says(name):
+    method, update, expected = COSTS[name]
+    assert counted(method, update) == pytest.approx(expected)
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} | ")]
+    told = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert told == [f"{number:.3g}" for number in expected]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
