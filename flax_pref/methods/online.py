@@ -67,6 +67,27 @@ class RolloutInputs(NamedTuple):
     ascent: Callable[[Latents], Latents]
 
 
+class Cost(NamedTuple):
+    """What an example takes: images that the UNet predicts, and images that are decoded and scored.
+
+    Attributes:
+        drawing: predicted while images are drawn.
+        policy: predicted in the loss with gradients.
+        constant: predicted in the loss without, by the reference or the old policy.
+        rewards: scored.
+    """
+
+    drawing: float
+    policy: float
+    constant: float
+    rewards: float
+
+    @property
+    def predictions(self) -> float:
+        """In all."""
+        return self.drawing + self.policy + self.constant
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineMethod:
     """A method that draws its own images, with a reward; its fields are its hyper-parameters."""
@@ -134,6 +155,15 @@ class OnlineMethod:
     def examples(self) -> tuple[int, ...]:
         """Shape of the examples that a prompt gives; the last axis is that of the trained steps."""
         return (len(self.trained),)
+
+    @property
+    def guided_rows(self) -> int:
+        """Predictions that make a guided one."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    def cost(self, *, within: bool = False) -> Cost:
+        """What an example takes; within: weights change inside trajectories."""
+        raise NotImplementedError
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of what `draw` returns of one prompt; all arrays are float32."""
