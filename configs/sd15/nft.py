@@ -5,8 +5,8 @@
 Draws the prompts of configs/animals.txt; PickScore v1 is downloaded from the Hub once (4 GB), or is a folder that
 `path` of its `Weighted` names; docs/rewards.md has other rewards. Settings: config/nft.py and config/base.py of the
 authors' code (NVlabs/DiffusionNFT, arXiv:2509.16117), which trains SD3.5 Medium: 48 prompts with 24 images each an
-iteration, drawn in 10 steps without guidance, learned from at 9 of them, one update for all. Prompts and
-the number of iterations are our choice.
+iteration, drawn in 10 steps without guidance, learned from at 9 of them, one update for all. Prompts and the number of
+iterations are our choice.
 
 Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
 
