@@ -56,7 +56,7 @@ CHIPS = {
 }
 # Without it the devices of a v4 would be cores, which share no memory.
 OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-EXAMPLES = "v5e:2x2, v5e:16x16, v6e:16x16, v5p:4x4x4, v4:4x4x4 or tpu7x:4x4x4"
+EXAMPLES = "v5e:1x1, v5e:2x2, v5e:16x16, v6e:16x16, v5p:4x4x4, v4:4x4x4 or tpu7x:4x4x4"
 
 
 class Topology(NamedTuple):
@@ -92,7 +92,7 @@ def topology(name: str) -> Topology:
     Raises:
         UserError: libtpu is not installed, or there is no such slice.
     """
-    chips_of(name)
+    chips = chips_of(name)
     kind = name.partition(":")[0]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the compiler of TPUs, is not installed: pip install -e '.[tpu]' installs it")
@@ -110,8 +110,9 @@ def topology(name: str) -> Topology:
     # What is compiled for a slice that is not there cannot be read from the cache again.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
+    options = OPTIONS.get(kind, {}) | ({"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {})  # else 2 x 2
     try:
-        devices = topologies.get_topology_desc(name, "tpu", **OPTIONS.get(kind, {})).devices
+        devices = topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise UserError(f"--topology {name}: there is no such slice ({reason}); expected e.g. {EXAMPLES}") from error

@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
 
     def pairs(self, name: str, **settings: Any) -> TrainConfig:
         """Trains on the encoded Pick-a-Pic v2; settings are those of `TrainConfig`."""
-        return self._config(name, data=Path(f"runs/pick_a_pic_{self.name}"), **settings)
+        return self._config(name, **{"data": Path(f"runs/pick_a_pic_{self.name}")} | settings)
 
     def online(self, name: str, *, reward: str, rollouts: RolloutConfig, **settings: Any) -> TrainConfig:
         """Trains on images that it draws of the 45 animals, towards one reward; settings are those of `TrainConfig`."""
