@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 from test_trainer import Pull, world  # noqa: F401
-from tiny import tiny_run
+from tiny import tiny_run, tiny_set
 
 from flax_pref.checkpoints.abstract import describe
 from flax_pref.checkpoints.hub import DEMO
@@ -38,6 +38,18 @@ def test_a_plan_compiles_the_step_of_the_run(world, tmp_path, family):  # noqa: 
         with jax.set_mesh(run.mesh):
             run_text = run.program.step(run.objective()).lower(state, run.frozen, batch).as_text()
             assert planned.program.lower(*planned.arguments).as_text() == run_text
+
+
+def test_of_a_set_with_several_sizes_the_largest_is_planned(world, tmp_path):  # noqa: F811
+    config = tiny_run(tmp_path / "run", world, method=Pull(), input=InputConfig(batch_size=4))
+    data = tiny_set(tmp_path / "set", "sd15", size=(12, 20), buckets=((16, 16), (10, 24)))
+    run = Run(dataclasses.replace(config, data=data), None)
+    planned = step_job(run.config, run.mesh)
+    assert planned.name == "train step of Pull, 16 x 16 pixels, the largest of 3 sizes"
+    with run.open_source() as source:
+        while (batch := source.next(None))["winner"].shape[1:3] != (8, 8):
+            pass
+    assert shapes(planned.arguments[-1]) == shapes(batch)
 
 
 def test_a_set_that_is_not_there_is_taken_to_be_of_the_checkpoints_resolution(world, tmp_path):  # noqa: F811
