@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 PROGRAMS = {
     "sample": Command("sample.images", "Draws images from a Stable Diffusion checkpoint."),
-    "score": Command("sample.score", "Scores finished folders of images with rewards."),
+    "score": Command("sample.score", "Scores folders of images, or the pairs of prepared sets, with rewards."),
     "report": Command("sample.report", "Compares methods on the same prompts and seeds."),
     "encode": Command(
         "train.encode", "Encodes a preference set for training.", "flax_pref.data.preparation:EncodeConfig"

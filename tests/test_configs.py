@@ -77,6 +77,7 @@ PUBLISHED = {
     "demo/modules": ("PositiveNegative", {"train": "both"}, "adamw", 5e-4, 10, 16, 100, 0.2),
 }
 TAILORPO = {"beta": 0.1, "steps": 20, "eta": 1.0, "guidance_scale": 5.0, "train_steps": 5}
+NFT = {"steps": 10, "guidance_scale": 1.0, "beta": 1.0, "kl": 1e-4, "advantage_clip": 5.0, "ramp": 1e-3, "limit": 0.5}
 # The same of online methods: method, numbers that its authors' code has, learning rate, rank.
 PUBLISHED_ONLINE = {
     # arXiv:2502.01667, and github.com/yk7333/d3po, config/base.py, which it takes the others from; [all of sdxl, ranks]
@@ -93,6 +94,9 @@ PUBLISHED_ONLINE = {
     # github.com/kvablack/ddpo-pytorch, config/dgx.py, and arXiv:2305.13301; [learning rates and ranks, all of sdxl]
     "sd15/ddpo": ("DDPO", {"steps": 50, "guidance_scale": 5.0, "ratio_clip": 1e-4}, 3e-4, 4),
     "sdxl/ddpo": ("DDPO", {"steps": 50, "guidance_scale": 5.0, "ratio_clip": 1e-4}, 3e-4, 4),
+    # github.com/NVlabs/DiffusionNFT, config/nft.py and config/base.py, and the rank in its trainer; [images of sdxl]
+    "sd15/nft": ("DiffusionNFT", {**NFT, "images_per_prompt": 24}, 3e-4, 32),
+    "sdxl/nft": ("DiffusionNFT", {**NFT, "images_per_prompt": 8}, 3e-4, 32),
     # ours
     "demo/tailorpo": ("TailorPO", {"beta": 0.1, "steps": 10, "guidance_scale": 3.0}, 3e-4, 16),
 }
@@ -211,7 +215,7 @@ def test_an_online_config_trains_two_steps_of_a_tiny_network_and_writes_its_modu
     config = load(f"configs/{name}.py")["config"]
     model, _ = tiny["sdxl" if name.startswith("sdxl/") else "sd15"]
     scorer = str(tiny_scorer(tmp_path / "scorer"))
-    rewards = {"aesthetic": Weighted("pickscore", path=scorer)}  # a network too, with gradients
+    rewards = dict.fromkeys(("aesthetic", "pickscore"), Weighted("pickscore", path=scorer))  # with gradients, both
     fewer = {"images_per_prompt": 2, "train_steps": 2}
     changes = {field: value for field, value in fewer.items() if hasattr(config.method, field)}
     update = config.online.rollouts.update

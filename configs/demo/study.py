@@ -9,7 +9,8 @@ two CPU cores, in as many pieces as you like: a cell that is in the table is not
 import dataclasses
 
 from flax_pref.config import shipped_config
-from flax_pref.demo.study import Cell, StudyConfig
+from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, Budget
+from flax_pref.demo.study import TUNING, Cell, StudyConfig
 
 METHODS = ("base", "tuned CFG", "DPO", "PGD", "cPGD")
 MERGED = ("PGD, merged", "cPGD, merged")
@@ -22,6 +23,7 @@ ALL = (
     *("cPGD, early", "cPGD, late", "cPGD, prompt only", "preset light", "preset late"),
     *(*NORMS, "cPGD, capped", "cPGD, orthogonal"),
 )
+ONLINE_WAYS = [f"{name}, {budget}" for budget in (CALLS, PREDICTIONS) for name in ONLINE]
 
 config = StudyConfig(
     demo=dataclasses.replace(
@@ -44,5 +46,13 @@ config = StudyConfig(
         Cell(name="several pairs, roles unique", images=4, unique_roles=True, ways=METHODS, held_out_prompts=256),
         Cell(name="pairs of the base", generators=("base",), ways=METHODS, held_out_prompts=256),
         Cell(name="pairs of one generator", generators=("faulty",), ways=METHODS, held_out_prompts=256),
+        Cell(name="online tuning", budget=Budget(0, 20_000), seeds=1, ways=("base", *TUNING), held_out_prompts=64),
+        Cell(
+            name="online",
+            budget=Budget(2_000, 60_000),
+            ways=("base", *ONLINE_WAYS),
+            held_out_prompts=256,
+            every_strength=("base", *ONLINE_WAYS),
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Scores finished folders of images with rewards."""
+"""Scores finished folders of images, or the pairs of prepared sets, with rewards."""
 
 from flax_pref.config import parse_flags
 from flax_pref.evaluation.score_flags import ScoreFlags

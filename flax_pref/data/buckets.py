@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: sizes of about one area, which one a pair is cut to, and whose batch comes at which step."""
 
 import math
+import string
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 Numbers = Sequence[int] | np.ndarray
 """Of pairs, ascending."""
+LETTERS = string.digits + string.ascii_letters
+"""Each is the number of a size, so that a short text tells the sizes of many pairs."""
+MOST_SIZES = len(LETTERS)
 
 
 def bucket_sizes(size: Size, step: int, aspect: float = 2.0) -> tuple[Size, ...]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.config import UserError
-from flax_pref.data.buckets import Numbers, Size, bucket_sizes, nearest_size
+from flax_pref.data.buckets import MOST_SIZES, Numbers, Size, bucket_sizes, nearest_size
 from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import Records, Shapes
@@ -68,9 +68,15 @@ class Encoding:
             raise ValueError(f"encoding: size={self.size}, batch_size={self.batch_size}; expected positive numbers")
         if any(min(bucket) < 1 for bucket in self.buckets):
             raise ValueError(f"encoding: buckets={self.buckets}; expected positive heights and widths")
-        step = self.bucket_step
-        if step is None:
-            return
+        if self.bucket_step is not None:
+            self._check_rule(self.bucket_step)
+        if len(self.sizes) > MOST_SIZES:
+            raise ValueError(
+                f"encoding: {len(self.sizes)} sizes; expected at most {MOST_SIZES}: choose a larger bucket_step, or "
+                "fewer buckets"
+            )
+
+    def _check_rule(self, step: int) -> None:
         if self.buckets:
             raise ValueError("encoding: buckets and bucket_step are both set; choose a list of sizes or the rule")
         if step < 1 or any(side % step for side in self.size) or not self.bucket_aspect >= 1:
@@ -147,13 +153,26 @@ class PairEncoder:
             read: rows with their pairs.
 
         Yields:
-            the same rows with what became of them, those of a batch one after another; rows that are dropped, and those
-            of another size, may come before others that were read before them.
+            the same rows in the same order, with what became of them.
         """
+        order, done = collections.deque(), {}
+
+        def noted():
+            for row, pair in read:
+                order.append(row)
+                yield row, pair
+
+        for row, result in self._in_batches(noted()):
+            done[row] = result
+            while order and order[0] in done:
+                yield order[0], done.pop(order.popleft())
+
+    def _in_batches(self, read: Iterable[tuple[int, PreferencePair | Drop]]) -> Iterator[tuple[int, Any]]:
+        """`pairs`, but as the devices finish them: those of a batch, which is of one size, one after another."""
         batches: dict[Size, list[_Decoded]] = {size: [] for size in self.sizes}
         computing = None
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for row, fitted in _in_order(pool, self._fit, read, ahead=4 * self._pairs):
+            for row, fitted in in_order(pool, self._fit, read, ahead=4 * self._pairs):
                 if isinstance(fitted, Drop):
                     yield row, fitted
                     continue
@@ -270,7 +289,7 @@ def encode_pixels(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: 
     return jnp.stack(moments, axis=1).reshape(*pixels.shape[:2], len(moments), *moments[0].shape[1:])
 
 
-def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
     """`map` in threads that are at most `ahead` items ahead of what is taken."""
     running = collections.deque()
     for item in items:

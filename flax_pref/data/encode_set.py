@@ -21,7 +21,7 @@ from flax_pref.data.images import decode_image
 from flax_pref.data.inspection import write_inspection
 from flax_pref.data.pairs import PairReader
 from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
-from flax_pref.data.prepared import BUCKETS, PAIRS, PreparedSet
+from flax_pref.data.prepared import BUCKETS, PreparedSet
 from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import Layout, Source, open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
@@ -149,8 +149,9 @@ def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: i
         )
         for reason, count in metadata["dropped"].items():
             print(f"  {count} dropped: {reason}")
-        for bucket in metadata.get(BUCKETS, ()):
-            print(f"  {sum(bucket[PAIRS])} pairs of {size_text(bucket['size'])} pixels (height x width)")
+        if BUCKETS in metadata:
+            for size, pairs in PreparedSet(config.output).buckets().items():
+                print(f"  {len(pairs)} pairs of {size_text(size)} pixels (height x width)")
 
 
 def _selection(reader: PairReader, config: EncodeConfig, process: int) -> Selection:

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import shutil
@@ -27,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_pref.config import UserError
+from flax_pref.data.buckets import LETTERS
 from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, image_digest, numbered
 from flax_pref.data.pairs import Drop, PairReader, pairs
 from flax_pref.data.prepared import (
@@ -89,6 +89,18 @@ class EncodeConfig:
 class _Shard(NamedTuple):
     name: str  # PAIRS or CAPTIONS
     number: int
+
+
+def _part_file(folder: Path, shard: _Shard) -> Path:
+    """The record of a finished shard."""
+    return folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
+
+
+def noted_images(folder: Path, number: int) -> list[str] | None:
+    """Digests of the images that a shard of pairs was made of, see `image_digest`; None: no record of it is there."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        return read_json(_part_file(folder, _Shard(PAIRS, number)), expected="the record of a shard")["images"]
+    return None
 
 
 class Preparation:
@@ -260,7 +272,8 @@ class Preparation:
         used = self._used(shard)
         rows = self.selection.rows[used].tolist()
         caption_of = dict(zip(rows, (1 + self.selection.caption_of[used]).tolist(), strict=True))
-        drops, images, counts = {}, [], dict.fromkeys(encoder.sizes, 0)
+        letter_of = dict(zip(encoder.sizes, LETTERS, strict=False))
+        drops, images, letters = {}, [], []
         marks = _marks(self.reader.image_files(rows))  # before the files are read
 
         def read():
@@ -274,23 +287,14 @@ class Preparation:
                 if isinstance(result, Drop):
                     drops[row] = result
                     continue
-                counts[result.size] += 1
+                letters.append(letter_of[result.size])
                 record = numbered(result, caption_of[row])
                 known = {name: getattr(result.pair, name) for name in ("winner_id", "loser_id", "confidence", "margin")}
                 moments = {name: bits(record[name]) for name in ("winner", "loser")}
-                known = {name: math.nan if value is None else value for name, value in known.items()}
-                yield result.size, record | known | moments
+                yield record | {name: math.nan if value is None else value for name, value in known.items()} | moments
 
-        def by_size():
-            """Records of one size after another; those of a shard are in memory until then."""
-            found = {size: [] for size in encoder.sizes}
-            for size, record in records():
-                found[size].append(record)
-            return itertools.chain(*found.values())
-
-        ordered = by_size() if self._several else (record for _, record in records())
-        count = write_shard(self._file(shard), pair_features(encoder.shapes, several=self._several), ordered)
-        sizes = {BUCKETS: list(counts.items())} if self._several else {}
+        count = write_shard(self._file(shard), pair_features(encoder.shapes, several=self._several), records())
+        sizes = {BUCKETS: "".join(letters)} if self._several else {}
         self._record(shard, count, drops=sorted(drops.items()), images=images, marks=marks, **sizes)
         if drops:
             self._check_damage(self._own())
@@ -318,7 +322,7 @@ class Preparation:
         return self._noted.get(shard)
 
     def _part_file(self, shard: _Shard) -> Path:
-        return self.folder / PARTS / f"{shard.name}-{shard.number:05d}.json"
+        return _part_file(self.folder, shard)
 
     def _file(self, shard: _Shard) -> Path:
         return self.folder / shard.name / shard_name(shard.name, shard.number, self.counts[shard.name])
@@ -409,11 +413,7 @@ class Preparation:
             },
         }
         if self._several:
-            counts = [[count for _, count in part[BUCKETS]] for part in parts[PAIRS]]
-            metadata[BUCKETS] = [
-                {"size": size, PAIRS: list(of_size)}
-                for size, of_size in zip(self.settings[BUCKETS], zip(*counts, strict=True), strict=True)
-            ]
+            metadata[BUCKETS] = {"sizes": self.settings[BUCKETS], "shards": [part[BUCKETS] for part in parts[PAIRS]]}
         describe(self.folder / CAPTIONS, caption_features(shapes), lengths[CAPTIONS], metadata)
         describe(self.folder / PAIRS, pair_features(shapes, several=self._several), lengths[PAIRS], metadata)
         return metadata

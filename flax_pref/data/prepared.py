@@ -5,8 +5,8 @@ pair, with the number of its caption; in `captions` each is one distinct caption
 that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16, which tensorflow-datasets does not
 know: they are stored as the bytes of uint16.
 
-Where pairs have several sizes, each record of `pairs` has the shape of its moments, and in a shard those of one size
-follow each other, in the order of `Encoding.sizes`. metadata.json counts the pairs of each size in each shard.
+Where pairs have several sizes, each record of `pairs` has the shape of its moments, and metadata.json has the size of
+each pair: a letter for each, see `buckets.LETTERS`.
 """
 
 import bisect
@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, splits
 
-from flax_pref.data.buckets import Numbers, Size
+from flax_pref.data.buckets import LETTERS, Numbers, Size
 from flax_pref.files import read_json, replacing, write_json
 from flax_pref.programs import command
 
@@ -221,6 +221,10 @@ def _ends(shard: Path) -> str:
 class PreparedSet(Records):
     """A prepared set on disk; see `Records`. Its files are read by many threads and processes at the same time.
 
+    Attributes:
+        folder: of the set.
+        metadata: settings, counts and hashes, see `preparation.Preparation`.
+
     Example:
         >>> records = fp.PreparedSet("runs/prepared")
         >>> len(records), records.image_size
@@ -234,7 +238,7 @@ class PreparedSet(Records):
             FileNotFoundError: there is none, or a file of it is missing.
             ValueError: a file is damaged.
         """
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         expected = f"{folder} to be a prepared set, finished by {command('encode')}"
         self.metadata = read_json(folder / PAIRS / "metadata.json", expected=expected)
         if read_json(folder / CAPTIONS / "metadata.json", expected=expected) != self.metadata:
@@ -267,6 +271,11 @@ class PreparedSet(Records):
         """Number of pairs."""
         return len(self._pairs)
 
+    @property
+    def shard_lengths(self) -> list[int]:
+        """Number of pairs in each shard."""
+        return self._pairs.lengths
+
     def pair(self, index: int) -> dict[str, np.ndarray]:
         """See `Records`."""
         record = self._pairs[index]
@@ -292,19 +301,16 @@ class PreparedSet(Records):
             return super().buckets()
         wrong = f"{file}: its buckets are not those of the pairs beside it; copy the whole folder again"
         try:
-            sizes = [(int(height), int(width)) for height, width in (bucket["size"] for bucket in listed)]
-            table = np.array([bucket[PAIRS] for bucket in listed], np.int64)  # pairs of each size in each shard
-            whole = table.shape == (len(set(sizes)), len(self._pairs.lengths)) and table.min() >= 0
-        except (KeyError, TypeError, ValueError) as error:
+            sizes = [(int(height), int(width)) for height, width in listed["sizes"]]
+            lengths = [len(letters) for letters in listed["shards"]]
+            letters = np.frombuffer("".join(listed["shards"]).encode(), np.uint8)
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(wrong) from error
-        if not whole or self.image_size not in sizes or table.sum(0).tolist() != self._pairs.lengths:
+        numbers = [np.flatnonzero(letters == ord(letter)) for letter, _ in zip(LETTERS, sizes, strict=False)]
+        whole = lengths == self._pairs.lengths and sum(map(len, numbers)) == len(letters)
+        if not whole or self.image_size not in sizes or len(set(sizes)) < len(sizes) or len(sizes) > len(numbers):
             raise ValueError(wrong)
-        ends = table.ravel("F").cumsum().reshape(table.shape, order="F")  # of each size in each shard
-        numbers = {
-            size: np.concatenate([np.arange(end - n, end) for end, n in zip(*of_size, strict=True)])
-            for size, *of_size in zip(sizes, ends.tolist(), table.tolist(), strict=True)
-        }
-        return {size: found for size, found in numbers.items() if len(found)}
+        return {size: found for size, found in zip(sizes, numbers, strict=True) if len(found)}
 
     def _base_shape(self) -> tuple[int, int, int, int]:
         """Shape of the moments of an image of `image_size`, of which there may be none."""

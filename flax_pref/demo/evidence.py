@@ -176,7 +176,7 @@ def write_page(
         "number of comparisons: of a hundred without any difference about five would show one.",
         "",
         f"`{command}` measures and writes all of this; {config.takes or 'its time was not measured'}. "
-        f"{len(cells)} of {len(config.cells) * len(config.seeds)} trainings are in "
+        f"{len(cells)} of {sum(len(config.seeds_of(cell)) for cell in config.cells)} trainings are in "
         f"`{config.results.name}/{TABLE}`" + ("." if not _missing(found) else "; the page leaves out what is missing."),
     ]
     figures = []
@@ -206,7 +206,7 @@ def write_page(
 
 def _missing(found: Evidence) -> bool:
     config = found.config
-    wanted = {(cell.name, way): set(config.seeds) for cell in config.cells for way in cell.ways}
+    wanted = {(cell.name, way): set(config.seeds_of(cell)) for cell in config.cells for way in cell.ways}
     return any(seeds - set(found.chosen.get(key, ())) for key, seeds in wanted.items())
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_pref.demo.evidence import COLOURS, GREY, Evidence, Section, bars, course, estimate, figure_of
+from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, RATES
 from flax_pref.demo.study import WAYS
 
 MAIN = "main"
@@ -380,6 +381,81 @@ def distance(found: Evidence) -> Section | None:
     )
 
 
+def online(found: Evidence) -> Section | None:
+    """Methods that draw their own images, at equal numbers of scored images and of predictions."""
+    cell = "online"
+    names = [name for name in ONLINE if found.has(cell, f"{name}, {CALLS}", f"{name}, {PREDICTIONS}")]
+    if len(names) < 2:
+        return None
+    figure, axes = figure_of(2, width=9.0)
+    for axis, x in zip(axes, ("calls", "predictions"), strict=True):
+        for colour, name in zip(COLOURS, names, strict=False):
+            kinds = {"split": "training"}
+            reward = found.values(cell, f"{name}, {PREDICTIONS}", term="reward", **kinds).mean(axis=0)
+            places = found.values(cell, f"{name}, {PREDICTIONS}", term=x, **kinds)[0]
+            parts = np.array_split(np.arange(len(reward)), min(20, len(reward)))
+            axis.plot([places[p].mean() for p in parts], [reward[p].mean() for p in parts], color=colour, label=name)
+        axis.set_xscale("log")
+    axes[0].set_xlabel("scored images")
+    axes[1].set_xlabel("predicted images")
+    axes[0].set_ylabel("judge's score while training")
+    axes[0].legend(frameon=False, fontsize=8)
+    tables, answers = [], []
+    for budget, of in ((CALLS, "scored images"), (PREDICTIONS, "predicted images")):
+        rows = [[f"at equal numbers of {of}", "gain over base", "wins", "gain on training prompts", "spread of images"]]
+        for name in names:
+            way = f"{name}, {budget}"
+            gains = str(found.gain(cell, way)), found.wins(cell, way).percent, str(found.gain(cell, way, split="train"))
+            rows.append([name, *gains, str(found.gain(cell, way, term="spread"))])
+        tables.append(rows)
+        pairs = [("TailorPO", "D3PO"), ("TailorPO-G", "TailorPO"), ("TailorPO-G through UNet", "TailorPO-G")]
+        pairs += [("TailorPO, updates inside", "TailorPO"), ("DiffusionNFT", "TailorPO")]
+        answers += [
+            f"At equal numbers of {of}: " + found.says(cell, f"{one}, {budget}", f"{other}, {budget}")
+            for one, other in pairs
+            if {one, other} <= set(names)
+        ]
+    return Section(
+        "Online methods",
+        "What do methods that draw their own images gain, with the judge as reward, on prompts that they did not draw? "
+        "Learning rates were chosen on training prompts, from the same three, with a third of the budget and one seed: "
+        "the next section.",
+        answers,
+        tables,
+        figure,
+    )
+
+
+def online_tuning(found: Evidence) -> Section | None:
+    """How the learning rates of online methods were chosen."""
+    cell = "online tuning"
+    names = [name for name in ONLINE if found.has(cell, *(f"{name}, rate {rate:g}" for rate in RATES))]
+    if not names:
+        return None
+    figure, (axis,) = figure_of(1, width=6.0)
+    rows = [["gain on training prompts", *(f"rate {rate:g}" for rate in RATES), "chosen"]]
+    for colour, name in zip(COLOURS, names, strict=False):
+        gained = {rate: found.gain(cell, f"{name}, rate {rate:g}", split="train") for rate in RATES}
+        rows.append([name, *map(str, gained.values()), f"{ONLINE[name].learning_rate:g}"])
+        course(axis, gained, colour, name)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("gain over base, training prompts")
+    axis.legend(frameon=False, fontsize=8)
+    best = {
+        name: max(RATES, key=lambda rate: found.gain(cell, f"{name}, rate {rate:g}", split="train").mean)
+        for name in names
+    }
+    ends = [name for name, rate in best.items() if rate in (min(RATES), max(RATES))]
+    return Section(
+        "Learning rates of online methods",
+        "Which learning rate does each method take, of the same three?",
+        [f"At an end of the rates, whose best may lie beyond: {', '.join(ends) or 'none'}."],
+        [rows],
+        figure,
+    )
+
+
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's, with mean ranks for ties."""
 
@@ -434,4 +510,6 @@ QUESTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     ),
     one_strength,
     distance,
+    online,
+    online_tuning,
 )

@@ -30,6 +30,7 @@ from flax_pref.checkpoints.modules import Guided, load_modules, merge_modules
 from flax_pref.config import check_least
 from flax_pref.data.prepared import Records
 from flax_pref.demo.experiment import EVALUATION_SEED, VALIDATION_SEED, Demo, DemoConfig, ModuleTraining
+from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, RATES, Budget, OnlineArm, curve, train_online
 from flax_pref.demo.report import Sweep
 from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, pgd
 from flax_pref.diffusion.sampler import draw_normal, image_keys
@@ -85,6 +86,8 @@ class Way(NamedTuple):
         merged: whether the modules are merged into the weights.
         steps: how many times the steps of the demo it takes.
         best_of: how many images of a prompt it draws, to keep that which the judge likes best.
+        budget: of a method that trains online: that of its modules, see `demo.online`.
+        rate: of such a method: its learning rate (default: the one that was chosen for it).
     """
 
     arm: str | None
@@ -94,6 +97,8 @@ class Way(NamedTuple):
     merged: bool = False
     steps: int = 1
     best_of: int = 1
+    budget: str = ""
+    rate: float | None = None
 
 
 EARLY, LATE = (0.0, 0.5), (0.5, 1.0)
@@ -137,6 +142,16 @@ WAYS = {
 }
 
 
+def online_way(name: str, budget: str, rate: float | None = None) -> Way:
+    """Guidance by the prompt, with the module of a method that trains online."""
+    (module,) = ONLINE[name].method.modules
+    return Way(name, lambda w, s: cfg(s, module), budget=budget, rate=rate)
+
+
+WAYS |= {f"{name}, {budget}": online_way(name, budget) for name in ONLINE for budget in (CALLS, PREDICTIONS)}
+TUNING = {f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name in ONLINE for rate in RATES}
+WAYS |= TUNING
+
 QUICK = (
     "base",
     "tuned CFG",
@@ -168,6 +183,10 @@ class Cell:
     ways: tuple[str, ...]
     """How images are drawn: names in `WAYS`."""
     held_out_prompts: int
+    budget: Budget | None = None
+    """Of methods that train online."""
+    seeds: int | None = None
+    """How many of the study's seeds (default: all)."""
     every_strength: tuple[str, ...] = ()
     """Ways by which held-out prompts are drawn at every candidate strength, not only at the one chosen."""
 
@@ -175,6 +194,8 @@ class Cell:
         check_least(self, 2, "held_out_prompts")
         if unknown := {*self.ways, *self.every_strength} - set(WAYS):
             raise ValueError(f"cell {self.name!r}: no way {sorted(unknown)[0]!r}; expected {', '.join(WAYS)}")
+        if self.budget is None and any(WAYS[way].budget for way in self.ways):
+            raise ValueError(f"cell {self.name!r}: has methods that train online; expected a budget of them")
         if "base" not in self.ways:
             raise ValueError(f"cell {self.name!r}: expected 'base' among its ways, which the others are compared with")
 
@@ -224,6 +245,10 @@ class StudyConfig:
         if unknown := set(self.only) - set(names):
             raise ValueError(f"only: no cell {sorted(unknown)[0]!r}; expected some of {', '.join(names)}")
 
+    def seeds_of(self, cell: Cell) -> tuple[int, ...]:
+        """Training seeds of a cell."""
+        return self.seeds[: cell.seeds]
+
     def demo_of(self, cell: Cell, seed: int) -> DemoConfig:
         """The settings of a cell's training with one seed."""
         folder = re.sub(r"\W+", "_", f"{cell.name} {seed}")
@@ -239,6 +264,8 @@ class StudyConfig:
     def settings_of(self, cell: Cell) -> str:
         """SHA-256 of what a cell's measurements depend on, but for the seed."""
         settings = dataclasses.asdict(self.demo_of(cell, 0)) | {"w": self.w}
+        if cell.budget is not None:
+            settings["budget"] = cell.budget
         # Neither where files lie nor what the demo alone does.
         for name in ("output", "quick", "w_pgd", "w_cpgd"):
             del settings[name]
@@ -271,8 +298,10 @@ class Measurement(NamedTuple):
         way: its name.
         strength: w or guidance scale; None where there is none to choose.
         chosen: whether it is the strength that the validation prompts have chosen.
-        split: of the prompts: "validation", "held_out" or "train"; "trajectory" for what steps have.
-        term: of the judge, such as "score"; "spread", see `spread`, or "change", see `change`.
+        split: of the prompts: "validation", "held_out" or "train"; "trajectory" for what sampling steps have,
+            "training" for what training steps have.
+        term: of the judge, such as "score"; "spread", see `spread`, "change", see `change`; of training, see
+            `demo.online.curve`.
         values: `[N]`, or of each step.
     """
 
@@ -338,7 +367,8 @@ class Study:
         done = {(row.cell, row.seed, row.way) for row in self.rows}
         found = []
         for cell in self.config.cells:
-            for seed in self.config.seeds if not self.config.only or cell.name in self.config.only else ():
+            chosen = not self.config.only or cell.name in self.config.only
+            for seed in self.config.seeds_of(cell) if chosen else ():
                 ways = [way for way in cell.ways if (cell.name, seed, way) not in done]
                 if ways:
                     found.append((cell, seed, sorted(ways, key=lambda way: way != "base")))
@@ -361,12 +391,19 @@ class Study:
         config = self.config.demo_of(cell, seed)
         config.output.mkdir(parents=True, exist_ok=True)
         demo = Demo(config)
-        pairs = demo.read_back(demo.draw_pairs())
-        arms = dict.fromkeys(WAYS[way].arm for way in ways)
-        modules = {arm: train_arm(demo, arm, pairs) for arm in arms if arm is not None}
+        offline = dict.fromkeys(WAYS[way].arm for way in ways if WAYS[way].arm in ARMS)
+        modules: dict[Any, dict[str, Path]] = {(None, None, ""): {}}
+        if offline:
+            pairs = demo.read_back(demo.draw_pairs())
+            modules |= {(arm, None, ""): train_arm(demo, arm, pairs) for arm in offline if arm is not None}
         for name in ways:
-            arm = WAYS[name].arm
-            measured = self.measure_way(demo, cell, name, {} if arm is None else modules[arm])
+            way = WAYS[name]
+            if (way.arm, way.rate, way.budget) not in modules:
+                assert cell.budget is not None  # see `Cell`
+                trained = train_online_arm(demo, way, cell.budget)
+                modules |= {(way.arm, way.rate, budget): files for budget, files in trained.items()}
+            files = modules[way.arm, way.rate, way.budget]
+            measured = self.measure_way(demo, cell, name, files)
             common = (cell.name, self.config.settings_of(cell), seed, name)
             yield [Measurement(*common, *what) for what in measured]
         shutil.rmtree(config.output)
@@ -394,6 +431,8 @@ class Study:
                 found["train"] = drawn_terms(demo, way, draw, "train", label)
             if chosen and way.rule in (pgd, cpgd) and not way.merged:
                 found["trajectory"] = {"change": change(demo, way, files)}
+            if way.budget:
+                found["training"] = curve(*online_run(demo, way))
             for split, terms in found.items():
                 for term, values in terms.items():
                     yield strength, chosen, split, term, values
@@ -410,6 +449,18 @@ def train_arm(demo: Demo, name: str, pairs: Records) -> dict[str, Path]:
     output = config.output / name.replace(", ", "_").replace(" ", "_")
     seed = list(ARMS).index(name)
     return demo.train_modules(arm.method(config), arm.training(config), pairs, output, seed=seed, weights=arm.weights)
+
+
+def online_run(demo: Demo, way: Way) -> tuple[Path, OnlineArm]:
+    """Folder of a run that trains online, and what it trains."""
+    assert way.arm is not None
+    return demo.config.output / re.sub(r"\W+", "_", f"{way.arm} {way.rate or ''}"), ONLINE[way.arm]
+
+
+def train_online_arm(demo: Demo, way: Way, budget: Budget) -> dict[str, dict[str, Path]]:
+    """Modules of a method that trains online, by the name of the budget."""
+    output, arm = online_run(demo, way)
+    return train_online(demo, arm, way.rate or arm.learning_rate, budget, output)
 
 
 SPLITS: dict[world.Split, int] = {"validation": VALIDATION_SEED, "held_out": EVALUATION_SEED, "train": EVALUATION_SEED}

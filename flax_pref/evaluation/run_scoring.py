@@ -1,6 +1,7 @@
-"""Scores finished folders of images with rewards, in one process or several.
+"""Scores finished folders of images, or the pairs of prepared sets, with rewards, in one process or several.
 
-Each folder gets `scores.parquet`: a row per image with a column for each reward, to which later calls add.
+Each folder of images gets `scores.parquet`: a row per image with a column for each reward, to which later calls add. A
+prepared set gets a file for each reward, see `pair_scoring`.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.evaluation.pair_scoring import is_prepared_set, score_set
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run, several
 from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
@@ -38,7 +40,7 @@ from flax_pref.rewards.reward import REWARDS, load_reward
 EMBEDDED = (*CLIP_SCORES, "aesthetic")  # rewards that have image embeddings
 
 # What may differ between hosts: where inputs lie, of which the content is compared.
-FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts")
+FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts", "source")
 
 
 def score(
@@ -48,12 +50,13 @@ def score(
     prompts: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Scores folders of images with rewards, what is not scored yet, and stores the scores in the folders.
+    """Scores folders of images, or the pairs of prepared sets, and stores the scores in the folders.
 
-    Prints what it loads and the means. `score_runs` takes every other setting.
+    Scores only what is not scored yet. Prints what it loads and the means. `score_runs` takes every other setting.
 
     Args:
-        runs: one or several folders of images, as `sample.images` writes them, or any others with prompts.
+        runs: one or several folders of images, as `sample.images` writes them, or any others with prompts; or prepared
+            sets, whose images are read from their source.
         rewards: one or several, each a name such as "pickscore" with its published weights, NAME=PATH with a file,
             folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
         prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
@@ -62,7 +65,8 @@ def score(
 
     Returns:
         scores by folder and reward, float32 `[N]` in the order of scores.parquet, without images that are missing or
-        damaged; NaN or infinite where the reward is.
+        damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where the reward
+        is.
 
     Raises:
         UserError, ValueError, OSError: a folder or a reward cannot be read, or not be scored.
@@ -92,10 +96,30 @@ def score_runs(flags: ScoreFlags) -> dict[str, dict[str, np.ndarray]]:
 
 
 def score_part(flags: ScoreFlags, process: int, processes: int) -> dict[str, dict[str, np.ndarray]]:
-    """Scores every `processes`-th folder: the part of one of several processes, or all of it; see `score_runs`."""
+    """Scores the part of one of several processes, or all of it; see `score_runs`.
+
+    A process scores every `processes`-th folder of images, or every `processes`-th shard of each prepared set.
+    """
     begin_together(flags, FREE_OF_HOSTS)
     work = resolve_scoring(flags)
     agree(lambda: _contents_of(work))
+    return _score_sets(work, process, processes) if work.prepared else _score_folders(work, process, processes)
+
+
+def _score_sets(work: "ScoringWork", process: int, processes: int) -> dict[str, dict[str, np.ndarray]]:
+    columns, found = {one.name: one for one in work.columns}, {}
+    with stopped_by(signal.SIGTERM) as stop:
+        for folder in work.folders:
+            found[folder] = score_set(
+                *(folder, {name: one.of for name, one in columns.items()}, lambda name: _scorer(columns[name], work)),
+                **{"source": work.flags.source, "process": process, "processes": processes, "stop": stop},
+            )
+            if stop():
+                break
+    return found
+
+
+def _score_folders(work: "ScoringWork", process: int, processes: int) -> dict[str, dict[str, np.ndarray]]:
     folders = work.folders[process::processes]
     if not folders:
         print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
@@ -153,12 +177,14 @@ class ScoringWork(NamedTuple):
         columns: to be computed.
         folders: of images, each once.
         prompts: of foreign images; None: they are with the images.
+        prepared: the folders are prepared sets.
     """
 
     flags: ScoreFlags
     columns: Sequence[ScoreColumn]
     folders: Sequence[str]
     prompts: Sequence[Prompt] | None
+    prepared: bool = False
 
 
 def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
@@ -180,12 +206,30 @@ def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
         raise UserError(
             f"{missing[0]}: no such folder; expected a finished one of {title('sample')}, or one with images"
         )
+    prepared = _are_prepared(flags)
     prompts = None if flags.prompts is None else read_prompts(flags.prompts, column=flags.column)
     columns = [
         ScoreColumn(column, name, path, tokenizers.get(name, tokenizers.get("")), identity(name, path, flags))
         for column, name, path in rewards
     ]
-    return ScoringWork(flags, columns, list(dict.fromkeys(str(epath.Path(run)) for run in flags.runs)), prompts)
+    folders = list(dict.fromkeys(str(epath.Path(run)) for run in flags.runs))
+    return ScoringWork(flags, columns, folders, prompts, prepared)
+
+
+def _are_prepared(flags: ScoreFlags) -> bool:
+    """Whether the folders are prepared sets; none of them is or all are, and the flags fit."""
+    sets = [folder for folder in flags.runs if is_prepared_set(folder)]
+    others = [folder for folder in flags.runs if folder not in sets]
+    if sets and others:
+        raise UserError(f"{sets[0]} is a prepared set, and {others[0]} is not; score them in two calls")
+    given = {"--diversity": flags.diversity, "--prompts": flags.prompts}
+    if sets and (unfit := [flag for flag, value in given.items() if value is not None]):
+        raise UserError(f"{unfit[0]} {given[unfit[0]]}: is for folders of images, and {sets[0]} is a prepared set")
+    if others and flags.source is not None:
+        raise UserError(f"--source {flags.source}: is for a prepared set, and {others[0]} is none; leave it out")
+    if flags.source is not None and len(sets) > 1:
+        raise UserError(f"--source {flags.source}: is of one prepared set; score {sets[0]} and others in a call each")
+    return bool(sets)
 
 
 def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
@@ -269,17 +313,7 @@ def _score_column(tables: Sequence[Scores], wanted: ScoreColumn, work: ScoringWo
     tables = [scores for scores in tables if len(scores.pending(wanted.column, wanted.of))]
     if not tables:
         return
-    devices = jax.local_devices()
-    print(f"loading {wanted.name} on {len(devices)} x {devices[0].device_kind} in {wanted.of['dtype']}")
-    mesh = make_mesh(work.flags.mesh, devices)
-    reward = load_reward(
-        *(wanted.name, wanted.path),
-        clip=work.flags.clip,
-        tokenizer=wanted.tokenizer,
-        dtype=jnp.dtype(wanted.of["dtype"]),
-    )
-    scorer = Scorer(reward, mesh, batch_size=work.flags.batch_size, embedding=wanted.column == EMBEDDING)
-    del reward  # its weights are those of the scorer now
+    scorer = _scorer(wanted, work)
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     for scores in tables:
         before = scores.of(wanted.column)
@@ -291,6 +325,20 @@ def _score_column(tables: Sequence[Scores], wanted: ScoreColumn, work: ScoringWo
             score_images(scorer, scores, wanted.column, wanted.of, stop=stop, done=progress.update)
         if stop():
             return
+
+
+def _scorer(wanted: ScoreColumn, work: ScoringWork) -> Scorer:
+    """Loads a reward onto the devices."""
+    devices = jax.local_devices()
+    print(f"loading {wanted.name} on {len(devices)} x {devices[0].device_kind} in {wanted.of['dtype']}")
+    reward = load_reward(
+        *(wanted.name, wanted.path),
+        clip=work.flags.clip,
+        tokenizer=wanted.tokenizer,
+        dtype=jnp.dtype(wanted.of["dtype"]),
+    )
+    mesh = make_mesh(work.flags.mesh, devices)
+    return Scorer(reward, mesh, batch_size=work.flags.batch_size, embedding=wanted.column == EMBEDDING)
 
 
 def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Flags of the scoring of finished folders of images. `evaluation.run_scoring` follows them."""
+"""Flags of the scoring of folders of images and of prepared sets. `evaluation.run_scoring` follows them."""
 
 import dataclasses
 from typing import Literal
@@ -10,10 +10,11 @@ from flax_pref.config import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
-    """Scores finished folders of images with rewards."""
+    """Scores finished folders of images, or the pairs of prepared sets, with rewards."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Folders of images, local or in a bucket (gs://...): those of sample.images, or any others."""
+    """Folders of images, local or in a bucket (gs://...): those of sample.images, or any others. Or prepared sets of
+    train.encode, both images of each pair."""
     rewards: tuple[str, ...] = ()
     """Rewards as NAME (weights as published), NAME=PATH (file, folder or Hub id of the weights), NAME=http://... or
     NAME=python:MODULE:FUNCTION. They use the devices one after the other."""
@@ -24,6 +25,9 @@ class ScoreFlags:
     """File or folder with the prompts of images that are not from sample.images (default: beside or in the images)."""
     column: str | None = None
     """Prompt column (default: prompt, caption or text)."""
+    source: str | None = None
+    """Path of the preference set that a prepared set was encoded from, whose images are scored (default: as it was
+    encoded)."""
     tokenizer: tuple[str, ...] = ()
     """Tokenizer as FOLDER, or NAME=FOLDER for one of the rewards (default: beside the weights, or as published)."""
     clip: str | None = None

@@ -278,6 +278,11 @@ class Scorer:
             except ValueError as error:
                 raise ValueError(f"prompt {caption[:80]!r}: {error}") from error
 
+    def seen_as(self, size: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What the network sees of an image of this height and width; images that it sees alike can share a batch."""
+        pixels = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+        return tuple(jax.tree.leaves(jax.eval_shape(self._view_one, self._reward, pixels)))
+
     def batches(self, sizes: Sequence[tuple[int, int]]) -> list[Batch]:
         """All images in batches, which depend on nothing but sizes: so does the last bit of a score.
 
@@ -287,11 +292,7 @@ class Scorer:
         Args:
             sizes: height and width of N images; those without any are left out.
         """
-        seen = {}
-        for size in dict.fromkeys(sizes):
-            if all(size):
-                pixels = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-                seen[size] = tuple(jax.tree.leaves(jax.eval_shape(self._view_one, self._reward, pixels)))
+        seen = {size: self.seen_as(size) for size in dict.fromkeys(sizes) if all(size)}
         groups = collections.defaultdict(list)
         for index in sorted(range(len(sizes)), key=sizes.__getitem__):
             if sizes[index] in seen:
@@ -353,7 +354,11 @@ def score_images(
         raise UserError(f"{scores.folder}: {column.removeprefix(SCORE)}: {error}") from error
     scores.begin(column, of)
     try:
-        with _told(scores, column), remote_errors(), ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        with (
+            reward_errors(scores.folder, column.removeprefix(SCORE)),
+            remote_errors(),
+            ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool,
+        ):
             batches = scorer.batches([(image.height, image.width) for image in scores.images])
             batches = [batch for batch in batches if not pending.isdisjoint(batch.indices)]
 
@@ -422,17 +427,17 @@ def _ahead(items: Iterable, begin: Callable, most: int) -> Iterator[tuple[Any, A
 
 
 @contextlib.contextmanager
-def _told(scores: Scores, column: str) -> Iterator[None]:
-    """Makes whatever a reward raises a line for the user."""
+def reward_errors(folder: os.PathLike, name: str) -> Iterator[None]:
+    """Makes whatever a reward raises while it scores a folder a line for the user."""
     try:
         yield
     except Exception as error:
         # What JAX tells of an error in a callback ends with that error; other messages begin with what matters.
-        lines, name = str(error).strip().splitlines() or [""], column.removeprefix(SCORE)
+        lines = str(error).strip().splitlines() or [""]
         reason = lines[-1 if "Traceback" in str(error) else 0].strip().removeprefix(f"{name}: ")
         kind = "" if isinstance(error, (UserError, ValueError)) else f"{type(error).__name__}: "
         advice = "take a smaller --batch-size" if "RESOURCE_EXHAUSTED" in reason else "the same command resumes there"
-        raise UserError(f"{scores.folder}: {name}: {kind}{reason}; what is scored is kept, {advice}") from error
+        raise UserError(f"{folder}: {name}: {kind}{reason}; what is scored is kept, {advice}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import step
 from flax_pref.methods.online import (
+    Cost,
     Preferences,
     RolloutInputs,
     clip_ratio,
@@ -61,6 +62,10 @@ class D3PO(Preferences):
             log_ratios.append(clip_ratio(log_ratio, self.ratio_clip))
         winner, loser = log_ratios
         return pair_loss(self.beta * (winner - loser), batch, self)
+
+    def cost(self, *, within: bool = False) -> Cost:
+        """See `OnlineMethod`."""
+        return Cost(2 * self.guided_rows, 2 * self.guided_rows, 2 * self.guided_rows, 2 / self.steps)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import log_prob
-from flax_pref.methods.online import OnlineMethod, RolloutInputs, draw_trajectories, guided
+from flax_pref.methods.online import Cost, OnlineMethod, RolloutInputs, draw_trajectories, guided
 from flax_pref.shapes import Float, Key, Scalar
 
 
@@ -70,6 +70,10 @@ class DDPO(OnlineMethod):
     def examples(self) -> tuple[int, ...]:
         """See `OnlineMethod`."""
         return self.images_per_prompt, self.steps
+
+    def cost(self, *, within: bool = False) -> Cost:
+        """See `OnlineMethod`."""
+        return Cost(self.guided_rows, self.guided_rows, 0, 1 / self.steps)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

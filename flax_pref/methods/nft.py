@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from flax_pref.diffusion.guidance import cfg, tabulate
+from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.sampler import Predict, predict_rows, sample
-from flax_pref.methods.online import OnlineMethod, RolloutInputs
+from flax_pref.methods.online import Cost, OnlineMethod, RolloutInputs, policy_rule
 from flax_pref.models.lora import BASE
 from flax_pref.shapes import GivenLatents, Key, Latents, PerImage, Scalar
 
@@ -89,7 +89,7 @@ class DiffusionNFT(OnlineMethod):
         """See `OnlineMethod`."""
         return tuple(range(int(self.steps * self.trained_share)))
 
-    def kept(self, number: Scalar) -> Scalar:
+    def kept(self, number: jax.Array) -> jax.Array:
         """See `OnlineMethod`."""
         return jnp.minimum(self.ramp * number, self.limit)
 
@@ -139,18 +139,22 @@ class DiffusionNFT(OnlineMethod):
         """See `OnlineMethod`."""
         return self.images_per_prompt, len(self.trained)
 
+    def cost(self, *, within: bool = False) -> Cost:
+        """See `OnlineMethod`."""
+        return Cost(self.guided_rows * self.steps / len(self.trained), 1, 2, 1 / len(self.trained))
+
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""
         return {"clean": (self.images_per_prompt, *latent), "reward": (self.images_per_prompt,)}
 
     def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
         """See `OnlineMethod`."""
-        count, images, (network,) = len(drawing.keys), self.images_per_prompt, self.modules
+        count, images = len(drawing.keys), self.images_per_prompt
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images)))(drawing.keys)
         text, empty = (
             jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), told) for told in (drawing.text, drawing.empty)
         )
-        table = tabulate(cfg(self.guidance_scale, network), self.steps, count * images)
+        table = tabulate(policy_rule(self), self.steps, count * images)
         clean = sample(drawing.predict, table, drawing.solver, keys.reshape(-1), text, empty, drawing.shape)
         rewards = drawing.score(clean).reshape(count, images)
         return {"clean": clean.reshape(count, images, *drawing.shape), "reward": rewards}

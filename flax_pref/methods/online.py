@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.config import check_field
-from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
+from flax_pref.diffusion.guidance import NOTHING, Rule, cfg, eps, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.methods.errors import LogisticMethod, preference_losses
@@ -67,6 +67,27 @@ class RolloutInputs(NamedTuple):
     ascent: Callable[[Latents], Latents]
 
 
+class Cost(NamedTuple):
+    """What an example takes: images that the UNet predicts, and images that are decoded and scored.
+
+    Attributes:
+        drawing: predicted while images are drawn.
+        policy: predicted in the loss with gradients.
+        constant: predicted in the loss without, by the reference or the old policy.
+        rewards: scored.
+    """
+
+    drawing: float
+    policy: float
+    constant: float
+    rewards: float
+
+    @property
+    def predictions(self) -> float:
+        """In all."""
+        return self.drawing + self.policy + self.constant
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineMethod:
     """A method that draws its own images, with a reward; its fields are its hyper-parameters."""
@@ -99,7 +120,7 @@ class OnlineMethod:
         """What draws; see `solvers.solver_from_config`."""
         return "ddim"
 
-    def kept(self, number: Scalar) -> Scalar:
+    def kept(self, number: jax.Array) -> jax.Array:
         """Share of the old policy that stays when it is updated, after the step of this number, from 1."""
         raise NotImplementedError
 
@@ -134,6 +155,15 @@ class OnlineMethod:
     def examples(self) -> tuple[int, ...]:
         """Shape of the examples that a prompt gives; the last axis is that of the trained steps."""
         return (len(self.trained),)
+
+    @property
+    def guided_rows(self) -> int:
+        """Predictions that make a guided one."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    def cost(self, *, within: bool = False) -> Cost:
+        """What an example takes; within: weights change inside trajectories."""
+        raise NotImplementedError
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of what `draw` returns of one prompt; all arrays are float32."""
@@ -263,6 +293,14 @@ def pair_loss(logits: PerImage, batch: Mapping[str, Any], method: "Preferences")
 # Drawing
 
 
+def policy_rule(method: OnlineMethod) -> Rule:
+    """What the policy draws with: classifier-free guidance, or where s = 1 its prediction for the prompt alone."""
+    (network,) = method.modules
+    if method.guidance_scale == 1:
+        return Rule(formula=lambda s: (eps(network, "text"), NOTHING))
+    return cfg(method.guidance_scale, network)
+
+
 def draw_trajectories(
     drawing: RolloutInputs, method: OnlineMethod, *, images: int, one_start: bool
 ) -> tuple[
@@ -281,13 +319,13 @@ def draw_trajectories(
     Returns:
         latents of S + 1 visits, log-densities of S steps, and rewards.
     """
-    count, (network,) = len(drawing.keys), method.modules
+    count = len(drawing.keys)
     # Number 0 of a prompt's key is the common start.
     keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(1, images + 1)))(drawing.keys)
     starting = jnp.broadcast_to(drawing.keys[:, None], keys.shape) if one_start else keys
     latents, log_probs = sample_trajectory(
         drawing.predict,
-        tabulate(cfg(method.guidance_scale, network), method.steps, count * images),
+        tabulate(policy_rule(method), method.steps, count * images),
         drawing.solver,
         keys.reshape(-1),
         jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), drawing.text),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from flax_pref.methods.step_pairs import Choice, StepPairs
+from flax_pref.methods.step_pairs import CandidateChoice, StepPairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,6 @@ class SPO(StepPairs):
         return tuple(range(self.skip, self.steps))
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> CandidateChoice:
         """See `StepPairs`."""
-        return Choice(self.pool, "random")
+        return CandidateChoice(self.pool, "random")

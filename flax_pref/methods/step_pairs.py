@@ -17,6 +17,7 @@ from flax_pref.diffusion.sampler import Predict, draw_normal
 from flax_pref.diffusion.solvers import Solver, step
 from flax_pref.methods.online import (
     Candidates,
+    Cost,
     Preferences,
     RolloutInputs,
     clip_ratio,
@@ -45,7 +46,7 @@ class Ascent(NamedTuple):
     through_network: bool
 
 
-class Choice(NamedTuple):
+class CandidateChoice(NamedTuple):
     """How candidates are chosen.
 
     Attributes:
@@ -72,7 +73,7 @@ class StepPairs(Preferences):
     """
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> CandidateChoice:
         """How the pair of a step is chosen."""
         raise NotImplementedError
 
@@ -105,6 +106,18 @@ class StepPairs(Preferences):
             logits = self.beta * (winner - loser)
         loss, metrics = pair_loss(logits, batch, self)
         return loss, metrics | ({"raised": batch["raised"].mean()} if "raised" in batch else {})
+
+    def cost(self, *, within: bool = False) -> Cost:
+        """See `OnlineMethod`."""
+        trained, rows, (pool, _, ascent) = self.trained, self.guided_rows, self.choice
+        # A prediction for the start, one for each candidate, and one for a winner that has moved; none for images.
+        # Other weights predict again what a part of the trajectory begins with.
+        starts = len(trained) if within else 1
+        walks = trained[-1] + 1 - len(trained)
+        pairs = len(trained) - (trained[-1] == self.steps - 1)
+        moved = 0 if ascent is None else 1 + ascent.through_network
+        predicted = starts + walks + pairs * (pool + moved)
+        return Cost(rows * predicted / len(trained), rows, rows, pool + (0 if ascent is None else 2))
 
     # Experience
 

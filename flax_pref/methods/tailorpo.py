@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from flax_pref.methods.step_pairs import Ascent, Choice, Follow, StepPairs
+from flax_pref.methods.step_pairs import Ascent, CandidateChoice, Follow, StepPairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,11 @@ class TailorPO(StepPairs):
         return tuple(sorted(self.steps - t for t in self.train_steps))
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> CandidateChoice:
         """See `StepPairs`."""
         first, last = self._rates
         if max(first, last) == 0:
-            return Choice(2, self.follow)
+            return CandidateChoice(2, self.follow)
         t = np.arange(self.steps, 0, -1)
         rates = first + (last - first) * (1 + np.cos(np.pi * t / self.steps)) / 2
-        return Choice(2, self.follow, Ascent(2 * self.rise * rates, self.through_network))
+        return CandidateChoice(2, self.follow, Ascent(2 * self.rise * rates, self.through_network))

@@ -30,6 +30,7 @@ from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import abstract_network, read_config
 from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
 from flax_pref.data.buckets import size_text
+from flax_pref.data.consensus import Consensus
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
 from flax_pref.data.prompts import Prompt, read_prompts
@@ -119,6 +120,8 @@ class TrainConfig:
     """Of methods that train on pairs: folder of a prepared set, as train.encode writes it."""
     input: InputConfig | None = None
     """Of methods that train on pairs: how these become batches."""
+    consensus: Consensus = dataclasses.field(default_factory=Consensus)
+    """Of methods that train on pairs: which to train on, by how many rewards agree with their label."""
     online: OnlineConfig | None = None
     """Of online methods: what is drawn and judged."""
 
@@ -182,6 +185,10 @@ class TrainConfig:
                 raise ValueError(
                     f"average_decay is {self.average_decay}; expected 0: {name} keeps an average of its own"
                 )
+        if online and self.consensus.rewards:
+            raise ValueError(
+                f"consensus: is of a prepared set, but method {name} trains on its own images; leave it out"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"a batch of {self.batch_size} cannot be divided into accumulation={self.accumulation} parts; choose a "
@@ -215,6 +222,8 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     if config.input is not None:
         settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
+    if not config.consensus.rewards:  # as before there was such a field
+        del settings["consensus"]
     settings["method"] = {"name": type(config.method).__name__, **settings["method"]}
     if config.optimizer.schedule == "constant":
         del settings["steps"]  # such a run can be made longer
@@ -475,13 +484,13 @@ class Run:
         self.config, self.checkpoints = config, checkpoints
         self.mesh = make_mesh(config.mesh, jax.devices(), TRAINING_AXES)
         check_batch(config, self.mesh)
+        self.records = open_records(config, records)
         if config.init_from is not None and not config.init_from.is_dir():
             raise UserError(f"{config.init_from}: no such folder; expected a run, or its exported modules: --init-from")
         if config.online is not None:
             check_rewards(config.online.rewards)
         self.folder = find_checkpoint(config.model, variant=config.variant)
         self.program = Program(config, self.mesh, component_config("unet", self.folder))
-        self.records = PreparedSet(config.data) if records is None and config.data is not None else records
         self.sizes = {} if self.records is None else self.records.buckets()
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
@@ -695,6 +704,25 @@ class Run:
                 folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export
             )
         tell(summary(written))
+
+
+def open_records(config: TrainConfig, records: Records | None = None) -> Records | None:
+    """The pairs of a run, those that a consensus keeps; prints what it keeps.
+
+    Args:
+        config: of the run.
+        records: pairs in memory, which replace those of `config.data`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such prepared set, or it is damaged.
+        UserError: rewards of the consensus have not scored the set, or it keeps no pair.
+    """
+    if records is None and config.data is not None:
+        records = PreparedSet(config.data)
+    if records is not None and config.consensus.rewards:
+        records = config.consensus.select(records)
+        tell(records.told)
+    return records
 
 
 def component_config(part: str, folder: Path) -> Any:

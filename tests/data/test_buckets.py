@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: their sizes, the size of a pair, and sets that are encoded in several."""
 
 import dataclasses
+import itertools
 import json
 import math
 from importlib import resources
@@ -14,6 +15,7 @@ from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.config import UserError, parse_flags
 from flax_pref.data import encode_set as encode_set_module
 from flax_pref.data.buckets import bucket_sizes, nearest_size, turns
+from flax_pref.data.consensus import AgreedPairs
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.encode_set import encode_set
 from flax_pref.data.images import decode_image, encode_jpeg
@@ -148,11 +150,9 @@ def test_each_pair_is_encoded_in_its_bucket_and_the_set_knows_which(tmp_path, pi
     metadata = prepare(tmp_path / "set", write_set(tmp_path / "a.parquet", damaged=(6,)), encoder)
     records = PreparedSet(tmp_path / "set")
     assert len(records) == 19 and records.image_size == (64, 64) and records.shapes.moments == (1, 8, 8, 16)
-    assert metadata["buckets"] == [
-        {"size": [48, 80], "pairs": [1, 1, 1]},
-        {"size": [64, 64], "pairs": [3, 4, 1]},
-        {"size": [80, 48], "pairs": [3, 3, 2]},
-    ]
+    # In each shard of eight rows the number of each pair's size.
+    assert metadata["buckets"] == {"sizes": [[48, 80], [64, 64], [80, 48]], "shards": ["1021212", "12102121", "0212"]}
+    assert [int(records.pair(i)["row"]) for i in range(19)] == [row for row in range(20) if row != 6]
     rows = {size: [int(records.pair(i)["row"]) for i in found] for size, found in records.buckets().items()}
     assert list(rows) == list(SIZES)
     kept = [row for row in range(20) if row != 6]
@@ -194,8 +194,9 @@ def test_a_set_in_memory_has_the_pairs_and_the_order_of_the_prepared_one(tmp_pat
     prepared, memory = PreparedSet(tmp_path / "set"), EncodedSet(encoder, *opened(file), max_drop_share=0.2)
     assert memory.shapes == prepared.shapes and list(memory.buckets()) == list(prepared.buckets())
     for size, found in memory.buckets().items():
-        for i, j in zip(found, prepared.buckets()[size], strict=True):
-            one, other = memory.pair(int(i)), prepared.pair(int(j))
+        assert list(found) == list(prepared.buckets()[size])
+        for i in map(int, found):
+            one, other = memory.pair(i), prepared.pair(i)
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
     config = InputConfig(batch_size=3)
@@ -227,6 +228,19 @@ def test_devices_and_processes_do_not_change_a_byte_and_a_kill_costs_one_shard(t
         process.encode(encoder)
     again[0].finish(encoder.shapes)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_consensus_of_rewards_keeps_the_size_of_each_pair(tmp_path, encoder):
+    prepare(tmp_path / "set", write_set(tmp_path / "a.parquet"), encoder)
+    records, indices = PreparedSet(tmp_path / "set"), np.array([0, 1, 1, 3, 5, 10, 10, 13])
+    agreed = AgreedPairs(records, indices, "")
+    assert {size: list(found) for size, found in agreed.buckets().items()} == {
+        SIZES[0]: [1, 2],
+        SIZES[1]: [0, 3, 4, 5, 6, 7],
+    }
+    batches = host_batches(agreed, InputConfig(batch_size=2), seed=0, rows=np.arange(2))
+    rows = [batches[step]["row"].tolist() for step in range(4)]  # as a pair each, of sizes 1, 1, 0, 1 in some order
+    assert sorted(itertools.chain(*rows)) == indices.tolist()
 
 
 def test_the_program_writes_buckets_by_rule_or_as_listed_and_continues_a_set(tmp_path, capsys):
@@ -262,13 +276,17 @@ def test_a_set_without_buckets_has_the_settings_and_features_of_sets_that_were_e
 @pytest.mark.parametrize(
     "buckets",
     [
+        {},
         [],
-        [{"size": [64, 64], "pairs": [8, 8]}],
-        [{"size": [64, 64], "pairs": [8, 8, 3]}],
-        [{"size": [48, 80], "pairs": [8, 8, 4]}],
-        [{"size": [64, 64], "pairs": [9, 8, 4]}, {"size": [80, 48], "pairs": [-1, 0, 0]}],
-        [{"size": [64], "pairs": [8, 8, 4]}],
-        [{"pairs": [8, 8, 4]}],
+        {"sizes": [[64, 64]], "shards": ["0" * 8, "0" * 8]},
+        {"sizes": [[64, 64]], "shards": ["0" * 8, "0" * 8, "0" * 3]},
+        {"sizes": [[48, 80]], "shards": ["0" * 8, "0" * 8, "0" * 4]},
+        {"sizes": [[64, 64]], "shards": ["0" * 8, "0" * 8, "0001"]},
+        {"sizes": [[64, 64]], "shards": ["0" * 8, "0" * 8, "000é"]},
+        {"sizes": [[64, 64], [64, 64]], "shards": ["0" * 8, "0" * 8, "0001"]},
+        {"sizes": [[64]], "shards": ["0" * 8, "0" * 8, "0" * 4]},
+        {"sizes": [[64, 64 + i] for i in range(63)], "shards": ["0" * 8, "0" * 8, "0" * 4]},
+        {"sizes": [[64, 64]], "shards": [8, 8, 4]},
         5,
         "none",
     ],
@@ -304,6 +322,7 @@ def whole(tmp_path_factory, encoder):
         ({"bucket_step": 16, "bucket_aspect": 0.5}, "an aspect of at least 1"),
         ({"bucket_step": 16, "buckets": ((48, 80),)}, "buckets and bucket_step are both set"),
         ({"buckets": ((0, 80),)}, "expected positive heights and widths"),
+        ({"bucket_step": 1, "bucket_aspect": 9}, "sizes; expected at most 62: choose a larger bucket_step"),
     ],
 )
 def test_buckets_that_cannot_be_are_one_line(encoding, message):

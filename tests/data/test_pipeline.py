@@ -141,27 +141,6 @@ def test_sizes_with_equally_many_pairs_have_orders_of_their_own():
     assert lines[1] != lines[4]
 
 
-def test_an_in_memory_set_with_another_place_of_its_records_has_the_same_order_of_rows():
-    """Prepared sets have the pairs of a size one after another in each shard: numbers differ, rows do not."""
-
-    class Sorted(BucketRecords):
-        def __init__(self, count, **how):
-            super().__init__(count, **how)
-            self._rows = np.concatenate(list(super().buckets().values()))
-
-        def buckets(self):
-            ends = np.cumsum([len(pairs) for pairs in super().buckets().values()])
-            return dict(zip(super().buckets(), np.split(np.arange(self.count), ends[:-1]), strict=True))
-
-        def pair(self, index):
-            return super().pair(int(self._rows[index]))
-
-    assert same(
-        undisturbed(20, records=Sorted, **read_pairs.CONFIG),
-        undisturbed(20, records=BucketRecords, **read_pairs.CONFIG),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is in a batch
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from flax_pref.config import shipped_config
 from flax_pref.demo import study
 from flax_pref.demo.evidence import Evidence, predictions, write_page
+from flax_pref.demo.online import BATCH, CALLS, ONLINE, PREDICTIONS, RATES, Budget
 from flax_pref.demo.questions import QUESTIONS, rank_correlation
 from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
 from flax_pref.evaluation.statistics import crossed_interval
 
+ROOT = Path(__file__).parents[2]
 CONFIG = shipped_config("demo/study")
 SETTINGS = {cell.name: CONFIG.settings_of(cell) for cell in CONFIG.cells}
 PROMPTS = 40
@@ -139,7 +142,7 @@ def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp
     assert re.search(
         rf"^\| PGD \| 2, 2, 2 \| {cost} \| \+0\.\d{{3}} \[\+0\.\d{{3}}, \+0\.\d{{3}}\] \| 100% ", page, re.MULTILINE
     )
-    assert "7 of 42 trainings" in page
+    assert "7 of 46 trainings" in page
     assert "| number of pairs | 64 |" in page and "| number of pairs | 4096 |" in page
     assert "- PGD scores higher than DPO: 64 pairs, as in the demo, 4096 pairs." in page
     assert "leaves out what is missing" in page
@@ -161,6 +164,47 @@ def test_merging_is_compared_at_equal_strength(tmp_path):
     page = write_page(rows, config, QUESTIONS, "make study").read_text()
     assert "- PGD, 1 times the demo's training: merging scores lower at w = 2, 3, 4, 6. Each " in page
     assert re.search(r"^\| cPGD \| 1 \| [+-]0\.00\d \[.*?\] \| -0\.05", page, re.MULTILINE)
+
+
+def test_online_methods_are_compared_at_equal_budgets(tmp_path):
+    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
+    config.results.mkdir()
+    rows = rows_of("online", ways=("base",))
+    rows += [
+        Measurement("online", SETTINGS["online"], seed, "base", None, True, "held_out", "spread", np.full(PROMPTS, 0.3))
+        for seed in (0, 1, 2)
+    ]
+    for name, gain in (("TailorPO", 0.25), ("D3PO", 0.1)):
+        for budget in (CALLS, PREDICTIONS):
+            for seed in (0, 1, 2):
+                way = f"{name}, {budget}"
+                rows += measured("online", seed, way, gain)
+                common = ("online", SETTINGS["online"], seed, way, None, True)
+                rows.append(Measurement(*common, "held_out", "spread", np.full(PROMPTS, 0.25)))
+                rows += [
+                    Measurement(*common, "training", term, np.linspace(1, 2, 5))
+                    for term in ("reward", "calls", "predictions")
+                ]
+    page = write_page(rows, config, QUESTIONS, "make study").read_text()
+    assert "At equal numbers of scored images: TailorPO, equal calls scores higher than D3PO, equal calls: +0.1" in page
+    assert re.search(r"^\| D3PO \| \+0\.\d+ \[.*-0\.050 \[-0\.050, -0\.050\] \|$", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_budget_pays_for_the_same_number_of_scored_images_and_of_predictions(name):
+    arm, budget = ONLINE[name], Budget(2_000, 60_000)
+    cost, steps = arm.method.cost(within=arm.within), budget.steps(arm)
+    assert steps[CALLS] * BATCH * cost.rewards == pytest.approx(2_000, rel=0.04)
+    assert steps[PREDICTIONS] * BATCH * cost.predictions == pytest.approx(60_000, rel=0.01)
+
+
+def test_the_learning_rates_of_online_methods_are_those_that_the_measurements_choose():
+    found = Evidence(read_measurements(ROOT / "docs" / "evidence" / study.TABLE), CONFIG)
+    for name, arm in ONLINE.items():
+        ways = {rate: f"{name}, rate {rate:g}" for rate in RATES}
+        if found.has("online tuning", *ways.values()):
+            gains = {rate: found.gain("online tuning", way, split="train").mean for rate, way in ways.items()}
+            assert arm.learning_rate == max(gains, key=lambda rate: gains[rate])
 
 
 def test_a_choice_at_an_end_of_the_candidates_is_marked():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_pref.methods import D3PO, DDPO, SPO, OnlineMethod, TailorPO
+from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, OnlineMethod, TailorPO
 from flax_pref.models.network import Network
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
@@ -28,6 +28,7 @@ METHODS = {
     "spo": SPO(steps=4, guidance_scale=S, pool=3, skip=1),
     "d3po": D3PO(steps=4, guidance_scale=S),
     "ddpo": DDPO(steps=4, guidance_scale=S, images_per_prompt=3),
+    "nft": DiffusionNFT(steps=3, guidance_scale=S, images_per_prompt=2, trained_share=0.7),
 }
 PROMPTS = Prompts(
     captions=[f"prompt {i}" for i in range(6)],
@@ -101,7 +102,14 @@ class Brightness:
 
 
 def rollouts(
-    method: str | OnlineMethod, *, config=CONFIG, reward=None, seed=0, sharding=None, prompts=PROMPTS
+    method: str | OnlineMethod,
+    *,
+    config=CONFIG,
+    reward=None,
+    seed=0,
+    sharding=None,
+    prompts=PROMPTS,
+    predict_of=predict_of,
 ) -> Rollouts:
     return Rollouts(
         METHODS.get(method, method),

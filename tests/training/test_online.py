@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,11 @@ import pytest
 from flax import nnx
 from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Brightness, network, rollouts, weights
 
-from flax_pref.diffusion.sampler import image_keys
+from flax_pref.diffusion.guidance import cfg, tabulate
+from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.solvers import log_prob, solver_from_config
-from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
+from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, TailorPO
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
@@ -238,6 +241,29 @@ def test_ddpo_knows_the_probability_of_its_steps_and_judges_images_within_a_prom
     np.testing.assert_allclose(batch["log_prob"], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_nft_judges_the_images_that_a_sampler_draws(drawn):
+    source, experience, batch = drawn("nft")
+    method, place = METHODS["nft"], 3
+    prompt = source.prompt_order(0)[place]
+    key = jax.random.fold_in(image_keys(0, [PROMPTS.ids[prompt]])[0], place)
+    solver = solver_from_config(SCHEDULER, method.steps, name="dpm++")
+    trained = jax.tree.map(np.add, weights(), PARAMS)
+    images = sample(
+        online_world.predict_of(jax.tree.map(np.subtract, trained, weights()), weights()),
+        tabulate(cfg(method.guidance_scale, "nft"), method.steps, 2),
+        solver,
+        jnp.stack([jax.random.fold_in(key, i) for i in (0, 1)]),
+        {"hidden": np.stack([PROMPTS.text["hidden"][prompt]] * 2)},
+        PROMPTS.empty,
+        SHAPE,
+    )
+    np.testing.assert_allclose(experience["clean"][place], images, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(experience["reward"][place], scores(images, [PROMPTS.captions[prompt]] * 2), rtol=1e-4)
+    rewards = experience["reward"]
+    expected = (rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std() + 1e-4)
+    assert np.abs(np.asarray(batch["advantage"])[:, None] - expected.ravel()).min(axis=1).max() < 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Minibatches
 
@@ -254,11 +280,17 @@ def test_every_example_comes_once_in_an_iteration_with_its_own_prompt_and_step(m
     )
     steps = np.concatenate([batch["row"].timesteps for batch in batches])
     own = METHODS[method]
-    np.testing.assert_array_equal(np.unique(steps), np.sort([solver_row(own, i).timesteps for i in own.trained]))
-    latents = np.concatenate([batch["latents"] for batch in batches])
-    assert len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0)) >= len(latents) - CONFIG.prompts
-    np.testing.assert_array_equal(first["latents"], batches[0]["latents"])
-    loss, metrics = own.loss(online_world.predict_of(PARAMS, weights()), batches[0], None)
+    solver = solver_from_config(SCHEDULER, own.steps, name=own.solver_name, eta=own.eta)
+    np.testing.assert_array_equal(np.unique(steps), np.sort(np.asarray(solver.timesteps)[list(own.trained)]))
+    abars = NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod
+    for batch in batches:
+        np.testing.assert_allclose(batch["signal"], abars[np.asarray(batch["row"].timesteps, int)], rtol=1e-6)
+    name = "clean" if method == "nft" else "latents"
+    latents = np.concatenate([batch[name] for batch in batches])
+    different = len(np.unique(latents.reshape(len(latents), -1).round(4), axis=0))
+    assert different >= (len(latents) // len(own.trained) if method == "nft" else len(latents) - CONFIG.prompts)
+    np.testing.assert_array_equal(first[name], batches[0][name])
+    loss, metrics = own.loss(online_world.predict_of(PARAMS, weights()), batches[0], jax.random.key(0))
     assert np.isfinite(loss) and "reward" in metrics
 
 
@@ -365,7 +397,7 @@ def test_methods_that_judge_whole_images_cannot_learn_inside_a_trajectory():
 # Devices and batches
 
 
-@pytest.mark.parametrize("method", ["tailorpo-g", "spo", "ddpo"])
+@pytest.mark.parametrize("method", ["tailorpo-g", "spo", "ddpo", "nft"])
 def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
     source = rollouts(method, config=dataclasses.replace(CONFIG, at_once=2))
     source.next(PARAMS)
@@ -376,7 +408,7 @@ def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
 @pytest.mark.program
 def test_experience_does_not_depend_on_the_number_of_devices():
     done = subprocess.run(
-        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo"],
+        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo", "nft"],
         env={
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "8",
@@ -391,6 +423,78 @@ def test_experience_does_not_depend_on_the_number_of_devices():
     print(found)
     assert max(method["difference"] for method in found.values()) < 1e-4
     assert all(method["on_each_device"] == [1] for method in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an example costs
+
+
+def counted(method, update="iteration"):
+    """Predicted images for each example, counted while the compiled programs run: drawing, policy, constants.
+
+    Rewards of decoded images are counted apart.
+    """
+    counts = {"drawing": 0, "policy": 0, "constant": 0, "rewards": 0}
+    place = ["drawing"]
+
+    def add(kind, count):
+        counts[kind if place[0] == "loss" or kind == "rewards" else "drawing"] += int(count)
+
+    def counting(params, frozen):
+        predict = online_world.predict_of(params, frozen)
+
+        def counted_predict(networks, latents, timesteps, text):
+            for name in networks:
+                kind = "policy" if name in method.modules else "constant"
+                jax.debug.callback(add, kind, len(latents))
+            return predict(networks, latents, timesteps, text)
+
+        return counted_predict
+
+    class Counted(Brightness):
+        def score(self, view, prepared):
+            jax.debug.callback(add, "rewards", len(view))
+            return super().score(view, prepared)
+
+    jax.tree_util.register_dataclass(Counted, ["colour"], [])
+    config = RolloutConfig(prompts=2, at_once=2, batch_size=2, update=update)
+    source = rollouts(method, config=config, reward=Counted(), predict_of=counting)
+    examples = 2 * math.prod(method.examples)
+    batches = [source.next(PARAMS) for _ in range(source.minibatches)]
+    jax.effects_barrier()
+    place[0] = "loss"
+    loss = jax.jit(lambda batch, key: method.loss(counting(PARAMS, weights()), batch, key)[0])
+    loss(batches[0], jax.random.key(0))
+    jax.effects_barrier()
+    return [counts["drawing"] / examples, counts["policy"] / 2, counts["constant"] / 2, counts["rewards"] / examples]
+
+
+COSTS = {
+    "TailorPO": (TailorPO(), "iteration"),
+    "TailorPO, updates inside": (TailorPO(), "step"),
+    "TailorPO, all steps": (TailorPO(train_steps=20), "iteration"),
+    "TailorPO-G": (TailorPO(rate=(0.1, 0.2)), "iteration"),
+    "SPO": (SPO(), "iteration"),
+    "D3PO": (D3PO(), "iteration"),
+    "DDPO": (DDPO(images_per_prompt=2, steps=20), "iteration"),
+    "DiffusionNFT": (DiffusionNFT(images_per_prompt=2), "iteration"),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_an_example_costs_what_the_page_says(name):
+    method, update = COSTS[name]
+    expected = method.cost(within=update == "step")
+    assert counted(method, update) == pytest.approx(list(expected))
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} | ")]
+    told = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert told == [f"{number:.3g}" for number in expected]
+
+
+def test_predictions_are_counted_to_the_last_step_and_through_the_network():
+    method = TailorPO(steps=4, train_steps=(4, 1), rate=0.1, through_network=True)
+    assert counted(method) == pytest.approx(list(method.cost()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Whole runs of tiny networks, in this process; as programs, killed and on several hosts: test_train_modules.py."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -17,17 +18,22 @@ from tiny import recorded, saved_arrays, tiny_run, tiny_set, tiny_world
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.config import UserError, run_main
+from flax_pref.data.consensus import Consensus
+from flax_pref.data.pair_scores import PairScores, scores_file, write_scores
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import CAPTIONS, PAIRS, PreparedSet
 from flax_pref.files import one_writer
-from flax_pref.methods import CHATS, SDPO, DiffusionDPO, PairMethod, PositiveNegative
+from flax_pref.methods import CHATS, SDPO, DiffusionDPO, DiffusionNFT, PairMethod, PositiveNegative
 from flax_pref.models.lora import split_lora
+from flax_pref.rewards.reward import Weighted
 from flax_pref.training import trainer
 from flax_pref.training.export import ExportConfig
 from flax_pref.training.networks import LoRA
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.records import Recorder
+from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.samples import SampleConfig
+from flax_pref.training.sources import OnlineConfig
 from flax_pref.training.trainer import CheckpointConfig, ProfileConfig, check_batch, train
 from train import modules
 
@@ -302,6 +308,47 @@ def test_the_average_is_what_is_written(run):
     np.testing.assert_allclose(np.sort(found), np.sort(averages))
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_old_policy_of_nft_draws_and_follows_after_each_iteration(world, tmp_path, weights):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    config = tiny_run(
+        tmp_path / "run",
+        world,
+        method=DiffusionNFT(steps=2, images_per_prompt=2, trained_share=1.0, ramp=0.1, limit=0.3),
+        **{"data": None, "input": None, "weights": weights},
+        online=OnlineConfig(
+            prompts=str(prompts),
+            rewards=(Weighted("compressibility"),),
+            rollouts=RolloutConfig(prompts=2, at_once=2, batch_size=4),  # two minibatches of eight examples
+            size=(16, 16),
+        ),
+        steps=4,
+        checkpoints=CheckpointConfig(every=1, keep=4),
+    )
+    train(config)
+    saved = {step: saved_arrays(config.output, step) for step in (1, 2, 3, 4)}
+    names = [name for name in saved[1] if ".params" in name]
+    changed = 0
+    for name in names:
+        old = name.replace(".params", ".average")
+        new = {step: saved[step][name] for step in saved}
+        np.testing.assert_allclose(saved[2][old], 0.2 * saved[1][old] + 0.8 * new[2], rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(saved[3][old], saved[2][old])
+        np.testing.assert_allclose(saved[4][old], 0.3 * saved[3][old] + 0.7 * new[4], rtol=1e-5, atol=1e-7)
+        changed += not np.array_equal(new[4], new[1])
+    assert changed
+    # The new policy is what is written.
+    if weights == "lora":
+        written = load_file(config.output / "modules" / "nft.safetensors")
+        found = np.concatenate([x.ravel() for name, x in written.items() if "lora_B" in name])
+        news = np.concatenate([saved[4][name].ravel() for name in names if "lora_b" in name])
+        np.testing.assert_allclose(np.sort(found), np.sort(news))
+    lines = recorded(config.output)
+    assert lines[0]["old_distance"] < 1e-12 < lines[1]["old_distance"], "before the first update both are the base"
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs that go on
 
@@ -513,6 +560,71 @@ def test_a_mistake_is_one_clear_line_and_the_right_command_then_runs(run, world,
     assert not written, "nothing is half written"
     if "output" not in changes and "data" in changes:
         train(run(steps=1))
+
+
+@pytest.fixture
+def scored(world, tmp_path):
+    """A prepared set of which two rewards agree with every second and every third label."""
+    folder = shutil.copytree(world / "sd15-pairs", tmp_path / "scored")
+    records = PreparedSet(folder)
+    pairs = np.arange(len(records))
+    for name, every in (("second", 2), ("third", 3)):
+        values = np.stack([pairs % every == 0, pairs % every != 0], axis=1).astype(np.float32)
+        write_scores(scores_file(folder, name), PairScores({"name": name}, records.fingerprint, pairs, values))
+    return folder
+
+
+def test_a_run_trains_on_the_pairs_of_a_consensus_only_and_resumes_with_no_other(run, scored, capsys, monkeypatch):
+    read, pair = set(), PreparedSet.pair
+    monkeypatch.setattr(PreparedSet, "pair", lambda self, i: read.add(i) or pair(self, i))
+    config = run(data=scored, consensus=Consensus(rewards=("second", "third")), steps=8)
+    train(config)
+    assert read == {0, 6, 12, 18}
+    assert (
+        "consensus: 2 of 2 rewards agree with the label on 16.7 % of 24 pairs (4 kept); agreement of each reward: "
+        "second 50.0 %, third 33.3 %\n"
+    ) in capsys.readouterr().out
+    for other, told in (
+        (Consensus(rewards=("second", "third"), least=1), "consensus.least=None, now consensus.least=1: repeat"),
+        (Consensus(), "consensus.rewards=.*, now no consensus.rewards"),
+    ):
+        with pytest.raises(UserError, match=f"holds checkpoints of a run with .*{told}"):
+            train_again(config, steps=9, consensus=other)
+    # The same settings, but the set was scored again meanwhile.
+    values, records = np.tile(np.float32([1, 0]), (24, 1)), PreparedSet(scored)
+    write_scores(scores_file(scored, "third"), PairScores({}, records.fingerprint, np.arange(24), values))
+    with pytest.raises(
+        ValueError, match="the saved position is of another order of batches: records 4, now 12; finger"
+    ):
+        train_again(config, steps=9)
+
+
+def test_a_run_that_was_begun_without_a_consensus_has_no_setting_of_one(run):
+    assert "consensus" not in trainer.settings_of(run())
+    assert trainer.settings_of(run(consensus=Consensus(rewards=("a",))))["consensus"]["rewards"] == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--consensus.rewards", "second", "fourth"],
+            "has no scores of 'fourth'; there are scores of second, third: s",
+        ),
+        (["--consensus.rewards", "second", "--consensus.least", "2"], "consensus: least is 2; expected 1 to 1, the"),
+        (["--consensus.least", "1"], "consensus: least=1 without rewards"),
+    ],
+)
+def test_a_consensus_that_cannot_be_is_one_line_before_anything_is_loaded(
+    world, scored, tmp_path, flags, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(trainer, "find_checkpoint", None)
+    monkeypatch.setattr(trainer, "load_unet", None)
+    config = ["configs/demo/dpo.py", "--data", str(scored), "--model", str(world / "sd15"), "--output", str(tmp_path)]
+    with contextlib.suppress(SystemExit):
+        assert run_main(modules.main, [*config, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
 
 
 def test_a_set_that_cannot_be_divided_over_parts_of_a_mesh_says_which_multiple_fits(run):

@@ -1,7 +1,6 @@
 """Checkpoints of the smallest networks, prepared sets of random numbers, and runs of them, of both families."""
 
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ import orbax.checkpoint as ocp
 from flax_pref.checkpoints.diffusers import Pipeline, save_pipeline
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import abstract_network, save_network
+from flax_pref.data.buckets import LETTERS
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import (
     BUCKETS,
@@ -168,16 +168,15 @@ def tiny_set(
         return {"caption": ("", *TEXTS)[i], **arrays}
 
     metadata = {"settings": {"size": list(size)}, "counts": {"pairs": pairs}, "family": family, "mirrored": mirrored}
-    order = [range(i, pairs, len(sizes)) for i in range(len(sizes))]
     if len(sizes) > 1:
-        metadata[BUCKETS] = [{"size": size, PAIRS: [len(own)]} for size, own in zip(sizes, order, strict=True)]
-    for name, features, record, numbers in (
-        (CAPTIONS, caption_features(shapes), caption, range(1 + len(TEXTS))),
-        (PAIRS, pair_features(shapes, several=len(sizes) > 1), pair, list(itertools.chain(*order))),
+        metadata[BUCKETS] = {"sizes": sizes, "shards": ["".join(LETTERS[i % len(sizes)] for i in range(pairs))]}
+    for name, features, record, count in (
+        (CAPTIONS, caption_features(shapes), caption, 1 + len(TEXTS)),
+        (PAIRS, pair_features(shapes, several=len(sizes) > 1), pair, pairs),
     ):
         (folder / name).mkdir(parents=True)
-        write_shard(folder / name / shard_name(name, 0, 1), features, map(record, numbers))
-        describe(folder / name, features, [len(numbers)], metadata)
+        write_shard(folder / name / shard_name(name, 0, 1), features, map(record, range(count)))
+        describe(folder / name, features, [count], metadata)
     return folder
 
 

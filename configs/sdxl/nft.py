@@ -1,0 +1,31 @@
+"""DiffusionNFT for SDXL, towards what PickScore prefers.
+
+    python -m train.modules configs/sdxl/nft.py
+
+Draws the prompts of configs/animals.txt; PickScore v1 is downloaded from the Hub once (4 GB), or is a folder that
+`path` of its `Weighted` names; docs/rewards.md has other rewards. Settings: config/nft.py and config/base.py of the
+authors' code (NVlabs/DiffusionNFT, arXiv:2509.16117), which trains SD3.5 Medium: 48 prompts an iteration, drawn in 10
+steps without guidance, learned from at 9 of them, one update for all. Prompts, 8 images of each (theirs: 24) and the
+number of iterations are our choice.
+
+Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
+
+Not run here. The paper has no figures for SDXL.
+"""
+
+from flax_pref.methods import DiffusionNFT
+from flax_pref.training.networks import LoRA
+from flax_pref.training.optimizers import OptimizerConfig
+from flax_pref.training.recipes import SDXL
+from flax_pref.training.rollouts import RolloutConfig
+
+config = SDXL.online(
+    "nft",
+    method=DiffusionNFT(images_per_prompt=8),
+    reward="pickscore",
+    rollouts=RolloutConfig(prompts=48, at_once=8, batch_size=3456),
+    lora=LoRA(rank=32, alpha=64.0),
+    optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=1e-4),
+    steps=1000,
+    accumulation=108,
+)
