@@ -62,7 +62,7 @@ def test_a_set_that_is_not_there_is_taken_to_be_of_the_checkpoints_resolution(wo
     assert missing.shapes.moments == (1, side, side, there.shapes.moments[-1])
 
 
-@pytest.mark.parametrize("method", [TailorPO(steps=3), DDPO(steps=3, images_per_prompt=2)])
+@pytest.mark.parametrize("method", [TailorPO(steps=3, train_steps=3), DDPO(steps=3, images_per_prompt=2)])
 def test_examples_that_a_run_would_draw_are_planned_as_they_are(method, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     config = TrainConfig(
