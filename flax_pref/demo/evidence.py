@@ -40,8 +40,8 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies above or below zero, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
+        """1 or -1 where the interval lies above or below zero, else 0; so where the mean is zero to three decimals."""
+        return 0 if abs(self.mean) < 0.0005 else int(self.low > 0) - int(self.high < 0)
 
 
 def estimate(values: np.ndarray, minus: np.ndarray | None = None) -> Estimate:

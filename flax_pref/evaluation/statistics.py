@@ -4,6 +4,7 @@ What is resampled and tested is the prompt: images of one prompt, from several s
 (`cluster_means`), as they are not independent of one another.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -98,6 +99,13 @@ def bootstrap_intervals(
     return centre + np.quantile(np.concatenate(sums) / count, ends, axis=0)
 
 
+@functools.lru_cache(maxsize=16)  # of one page: all its intervals are of few numbers of runs and prompts
+def _shares(count: int, resamples: int, seed: int, of: str) -> np.ndarray:
+    """How often each of `count` is drawn in each resample, as shares, `[resamples, count]`; of names what is drawn."""
+    rng = np.random.default_rng([seed, *of.encode()])
+    return rng.multinomial(count, np.full(count, 1 / count), resamples) / count
+
+
 def crossed_interval(
     values: np.ndarray,
     minus: np.ndarray | None = None,
@@ -118,18 +126,14 @@ def crossed_interval(
         confidence: share of the resampled means within the interval.
         seed: of the resampling.
     """
-    rng = np.random.default_rng(seed)
-
-    def drawn(count: int) -> np.ndarray:
-        return rng.multinomial(count, np.full(count, 1 / count), resamples) / count
-
-    runs = drawn(len(values))
+    runs = _shares(len(values), resamples, seed, "runs")
     centre, means = 0.0, np.zeros(resamples)
-    for sign, part in ((1, values), (-1, minus)):
+    for sign, part, name in ((1, values, "prompts"), (-1, minus, "other prompts")):
         if part is not None:
             part = np.asarray(part, np.float64)
             centre += sign * part.mean()
-            means += sign * ((runs @ (part - part.mean())) * drawn(part.shape[1])).sum(axis=1)
+            prompts = _shares(part.shape[1], resamples, seed, name)
+            means += sign * ((runs @ (part - part.mean())) * prompts).sum(axis=1)
     low, high = centre + np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
