@@ -3,7 +3,7 @@
     python -m train.encode configs/sdxl/encode_pick_a_pic.py --source.path /data/pickapic_v2
 
 As configs/sd15/encode_pick_a_pic.py, at 1024 pixels: four times the space for the pairs. Sizes and crops of the images
-are recorded for SDXL's time_ids.
+are recorded for SDXL's time_ids. `--encoding.bucket-step 64` encodes each pair in the size nearest to its aspect ratio.
 """
 
 from pathlib import Path

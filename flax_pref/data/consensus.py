@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from flax_pref.config import UserError
+from flax_pref.data.buckets import Numbers, Size
 from flax_pref.data.pair_scores import scores_of_set
 from flax_pref.data.prepared import PreparedSet, Records
 
@@ -116,6 +117,14 @@ class AgreedPairs(Records):
     def conditioning(self, caption: int) -> dict[str, np.ndarray]:
         """See `Records`."""
         return self.records.conditioning(caption)
+
+    def buckets(self) -> Mapping[Size, Numbers]:
+        """See `Records`."""
+        buckets = self.records.buckets()
+        if len(buckets) == 1:
+            return super().buckets()
+        kept = {size: np.flatnonzero(np.isin(self.indices, np.asarray(pairs))) for size, pairs in buckets.items()}
+        return {size: pairs for size, pairs in kept.items() if len(pairs)}
 
 
 def agrees(values: np.ndarray) -> np.ndarray:

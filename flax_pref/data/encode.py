@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,14 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
 from flax_pref.config import UserError
+from flax_pref.data.buckets import MOST_SIZES, Numbers, Size, bucket_sizes, nearest_size
 from flax_pref.data.images import Fitted, decode_image, fit_image
 from flax_pref.data.pairs import Drop, PairReader, PreferencePair, pairs
 from flax_pref.data.prepared import Records, Shapes
 from flax_pref.data.selection import Selection
 from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty
 from flax_pref.models.network import replicated
+from flax_pref.models.vae import VAEConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,6 +40,14 @@ class Encoding:
 
     size: tuple[int, int] = (512, 512)
     """Height and width in pixels that images are cut to, after they were resized to cover it."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """More sizes, for aspect-ratio buckets: both images of a pair are cut to that size whose aspect ratio is nearest to
+    theirs, to `size` or one of these."""
+    bucket_step: int | None = None
+    """Makes these buckets by a rule: all sizes whose sides are multiples of so many pixels (SDXL: 64) and whose area is
+    about that of `size`, but not larger."""
+    bucket_aspect: float = 2.0
+    """Most that the long side of a bucket made by the rule may be, as a multiple of the short one."""
     crop: Literal["center", "random"] = "center"
     """Where to cut what is too long on one side; at random: the same place in every run."""
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
@@ -56,14 +66,45 @@ class Encoding:
     def __post_init__(self):
         if min(self.size) < 1 or self.batch_size < 1:
             raise ValueError(f"encoding: size={self.size}, batch_size={self.batch_size}; expected positive numbers")
+        if any(min(bucket) < 1 for bucket in self.buckets):
+            raise ValueError(f"encoding: buckets={self.buckets}; expected positive heights and widths")
+        if self.bucket_step is not None:
+            self._check_rule(self.bucket_step)
+        if len(self.sizes) > MOST_SIZES:
+            raise ValueError(
+                f"encoding: {len(self.sizes)} sizes; expected at most {MOST_SIZES}: choose a larger bucket_step, or "
+                "fewer buckets"
+            )
+
+    def _check_rule(self, step: int) -> None:
+        if self.buckets:
+            raise ValueError("encoding: buckets and bucket_step are both set; choose a list of sizes or the rule")
+        if step < 1 or any(side % step for side in self.size) or not self.bucket_aspect >= 1:
+            raise ValueError(
+                f"encoding: bucket_step={step}, bucket_aspect={self.bucket_aspect}; expected a number of pixels that "
+                f"divides both sides of size={self.size}, and an aspect of at least 1"
+            )
+        if len(self.sizes) == 1:
+            raise ValueError(
+                f"encoding: bucket_step={step} with bucket_aspect={self.bucket_aspect:g} gives no size but "
+                f"size={self.size}; choose a smaller step"
+            )
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes that images may be cut to, ascending; `size` alone where there are no buckets."""
+        if self.bucket_step is not None:
+            return bucket_sizes(self.size, self.bucket_step, self.bucket_aspect)
+        return tuple(sorted({self.size, *self.buckets}))
 
 
 class PairEncoder:
     """Encodes pairs and captions on devices, while threads decode the images that come next.
 
     Attributes:
-        shapes: of what it gives.
+        shapes: of what it gives; moments are those of images of `encoding.size`.
         encoding: how.
+        sizes: that images are cut to.
     """
 
     def __init__(self, pipeline: Pipeline, encoding: Encoding, mesh: Mesh | None = None):
@@ -75,10 +116,10 @@ class PairEncoder:
             mesh: of devices that share every batch; None: the default device.
 
         Raises:
-            ValueError: the size does not fit the autoencoder.
+            ValueError: a size does not fit the autoencoder.
         """
-        pipeline.vae.config.check_size("encoding: size", encoding.size)
-        self.encoding = encoding
+        check_sizes(encoding, pipeline.vae.config)
+        self.encoding, self.sizes = encoding, encoding.sizes
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._pipeline = dataclasses.replace(
             pipeline,
@@ -112,23 +153,38 @@ class PairEncoder:
             read: rows with their pairs.
 
         Yields:
-            the same rows with what became of them, those of a batch one after another; rows that are dropped may come
-            before others that were read before them.
+            the same rows in the same order, with what became of them.
         """
-        batch, computing = [], None
+        order, done = collections.deque(), {}
+
+        def noted():
+            for row, pair in read:
+                order.append(row)
+                yield row, pair
+
+        for row, result in self._in_batches(noted()):
+            done[row] = result
+            while order and order[0] in done:
+                yield order[0], done.pop(order.popleft())
+
+    def _in_batches(self, read: Iterable[tuple[int, PreferencePair | Drop]]) -> Iterator[tuple[int, Any]]:
+        """`pairs`, but as the devices finish them: those of a batch, which is of one size, one after another."""
+        batches: dict[Size, list[_Decoded]] = {size: [] for size in self.sizes}
+        computing = None
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for row, fitted in in_order(pool, self._fit, read, ahead=4 * self._pairs):
                 if isinstance(fitted, Drop):
                     yield row, fitted
                     continue
+                batch = batches[fitted.size]
                 batch.append(fitted)
                 if len(batch) == self._pairs:
                     # The devices compute this batch while the one before is taken from them.
                     computing, done = (batch, self._moments(batch)), computing
-                    batch = []
+                    batches[fitted.size] = []
                     yield from _taken(done)
             yield from _taken(computing)
-            if batch:
+            for batch in filter(None, batches.values()):
                 yield from _taken((batch, self._moments(batch)))
 
     def _fit(self, item: tuple[int, PreferencePair | Drop]) -> "tuple[int, _Decoded | Drop]":
@@ -136,14 +192,19 @@ class PairEncoder:
         if isinstance(pair, Drop):
             return row, pair
         images = []
-        for place, (role, data) in enumerate((("winner", pair.winner), ("loser", pair.loser))):
+        for role, data in (("winner", pair.winner), ("loser", pair.loser)):
             image = decode_image(data, smallest_side=self.encoding.smallest_side)
             if isinstance(image, Drop):
                 return row, image._replace(detail=f"{role}: {image.detail}")
-            crop, resample = self.encoding.crop, self.encoding.resample
-            images.append(fit_image(image, self.encoding.size, crop=crop, resample=resample, key=2 * row + place))
+            images.append(image)
+        size = nearest_size(self.sizes, [(image.height, image.width) for image in images])
+        crop, resample = self.encoding.crop, self.encoding.resample
+        fitted = [
+            fit_image(image, size, crop=crop, resample=resample, key=2 * row + place)
+            for place, image in enumerate(images)
+        ]
         kept = pair._replace(winner=b"", loser=b"")  # the encoded images are not needed any more
-        return row, _Decoded(kept, *images)
+        return row, _Decoded(kept, *fitted)
 
     def _moments(self, batch: "Sequence[_Decoded]") -> jax.Array:
         """Of winner and loser of each pair, `[P, 2, k, h, w, 2 Z]`, on the devices; P is always the same."""
@@ -162,12 +223,14 @@ class EncodedPair(NamedTuple):
         winner: moments of the preferred image, bfloat16 `[k, h, w, 2 Z]`, see `prepared.Shapes`.
         loser: of the other.
         sizes: int32 `[k, 2, 4]`, see `prepared.Records`.
+        size: height and width in pixels that both images were cut to.
     """
 
     pair: PreferencePair
     winner: np.ndarray
     loser: np.ndarray
     sizes: np.ndarray
+    size: Size
 
 
 class _Decoded(NamedTuple):
@@ -175,23 +238,41 @@ class _Decoded(NamedTuple):
     winner: Fitted
     loser: Fitted
 
+    @property
+    def size(self) -> Size:
+        """Height and width of both images, in pixels."""
+        height, width, _ = self.winner.pixels.shape
+        return height, width
+
 
 def _taken(computed: tuple[list[_Decoded], jax.Array] | None) -> Iterator[tuple[int, EncodedPair]]:
     """The pairs of a batch, as soon as the devices have computed it."""
     if computed is None:
         return
     batch, moments = computed[0], np.asarray(computed[1])
-    for (pair, *images), (winner, loser) in zip(batch, moments[: len(batch)], strict=True):
+    for decoded, (winner, loser) in zip(batch, moments[: len(batch)], strict=True):
+        pair, *images = decoded
         plain = [(*fitted.original_size, *fitted.crop_top_left) for fitted in images]
         mirrored = [(*fitted.original_size, *_mirrored_crop(fitted)) for fitted in images]
         sizes = np.array([plain, mirrored][: moments.shape[2]], np.int32)
-        yield pair.row, EncodedPair(pair, winner, loser, sizes)
+        yield pair.row, EncodedPair(pair, winner, loser, sizes, decoded.size)
 
 
 def _mirrored_crop(fitted: Fitted) -> tuple[int, int]:
     """Top and left of the same crop in the mirror image of what was resized."""
     top, left = fitted.crop_top_left
     return top, fitted.resized_size[1] - fitted.pixels.shape[1] - left
+
+
+def check_sizes(encoding: Encoding, vae: VAEConfig) -> None:
+    """That an autoencoder can take images of every size.
+
+    Raises:
+        ValueError: it cannot; names the size.
+    """
+    vae.check_size("encoding: size", encoding.size)
+    for size in encoding.sizes:
+        vae.check_size("encoding: bucket", size)
 
 
 # At module level, so that what is compiled outlives an encoder.
@@ -241,6 +322,7 @@ class EncodedSet(Records):
         """
         self.drops = dict(selection.drops)
         self._pairs: list[dict[str, np.ndarray]] = []
+        self._buckets: dict[Size, list[int]] = {size: [] for size in encoder.sizes}
         caption_of = dict(zip(selection.rows.tolist(), selection.caption_of.tolist(), strict=True))
         images = hashlib.sha256()
 
@@ -254,12 +336,15 @@ class EncodedSet(Records):
             if isinstance(result, Drop):
                 self.drops[row] = result
             else:
+                self._buckets[result.size].append(len(self._pairs))
                 self._pairs.append(numbered(result, caption_of[row] + 1))
         check_damage(self.drops, selection.total, max_drop_share)
         account(selection, len(self._pairs), self.drops)
         self._captions = list(encoder.captions([None, *selection.captions]))
         self.shapes, self.image_size = encoder.shapes, encoder.encoding.size
         known = {**digests(selection), "images": images.hexdigest()}
+        if len(encoder.sizes) > 1:
+            known["buckets"] = str(encoder.sizes)
         self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -273,6 +358,10 @@ class EncodedSet(Records):
     def conditioning(self, caption: int) -> dict[str, np.ndarray]:
         """See `Records`."""
         return self._captions[caption]
+
+    def buckets(self) -> dict[Size, Numbers]:
+        """See `Records`."""
+        return {size: numbers for size, numbers in self._buckets.items() if numbers}
 
 
 def numbered(encoded: EncodedPair, caption: int) -> dict[str, np.ndarray]:

@@ -15,12 +15,13 @@ from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import fingerprint
 from flax_pref.checkpoints.weights import LAYOUT
 from flax_pref.config import check_output_folder
-from flax_pref.data.encode import Encoding, PairEncoder
+from flax_pref.data.buckets import size_text
+from flax_pref.data.encode import Encoding, PairEncoder, check_sizes
 from flax_pref.data.images import decode_image
 from flax_pref.data.inspection import write_inspection
 from flax_pref.data.pairs import PairReader
 from flax_pref.data.preparation import INSPECTION, EncodeConfig, Preparation
-from flax_pref.data.prepared import PreparedSet
+from flax_pref.data.prepared import BUCKETS, PreparedSet
 from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import Layout, Source, open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
@@ -43,6 +44,7 @@ def encode(
     model: str,
     layout: Layout = "folder",
     size: tuple[int, int] | None = None,
+    bucket_step: int | None = None,
     batch_size: int = 2,
 ) -> PreparedSet:
     """Encodes a preference set for training: latents of the images, embeddings of the captions.
@@ -56,6 +58,8 @@ def encode(
         layout: layout of the preference set; the default is a folder with pairs.jsonl and images.
         size: height and width in pixels that images are resized and cut to (default: the size that the UNet was
             trained on).
+        bucket_step: encodes each pair in the size nearest to its aspect ratio, see `Encoding.bucket_step`; 64 for SDXL
+            (default: all pairs in one size).
         batch_size: pairs that a device encodes at the same time.
 
     Returns:
@@ -77,7 +81,7 @@ def encode(
             output=Path(output),
             model=model,
             source=Source(layout=layout, path=str(pairs)),
-            encoding=Encoding(size=size, batch_size=batch_size),
+            encoding=Encoding(size=size, bucket_step=bucket_step, batch_size=batch_size),
         )
     )
     return PreparedSet(output)
@@ -113,9 +117,7 @@ def _encode_part(config: EncodeConfig, process: int, processes: int) -> None:
 def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: int) -> None:
     """Writes the shards of one of several processes, and in process 0 what describes them."""
     folder = find_checkpoint(config.model, variant=config.variant)
-    VAEConfig.from_dict(read_json(folder / "vae" / "config.json", expected=LAYOUT)).check_size(
-        "encoding: size", config.encoding.size
-    )
+    check_sizes(config.encoding, VAEConfig.from_dict(read_json(folder / "vae" / "config.json", expected=LAYOUT)))
     mesh = make_mesh(config.mesh, jax.local_devices())
     selection = _selection(reader, config, process)
     preparation = Preparation(
@@ -147,6 +149,9 @@ def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: i
         )
         for reason, count in metadata["dropped"].items():
             print(f"  {count} dropped: {reason}")
+        if BUCKETS in metadata:
+            for size, pairs in PreparedSet(config.output).buckets().items():
+                print(f"  {len(pairs)} pairs of {size_text(size)} pixels (height x width)")
 
 
 def _selection(reader: PairReader, config: EncodeConfig, process: int) -> Selection:
@@ -194,8 +199,11 @@ def _contents_of(preparation: Preparation, config: EncodeConfig) -> dict[str, An
 
 def _settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:
     """What the records depend on; with other settings the set is another one."""
-    encoding = dataclasses.asdict(config.encoding)
-    del encoding["batch_size"]
+    sizes = config.encoding.sizes
+    encoding = {**dataclasses.asdict(config.encoding), BUCKETS: sizes}
+    # Without buckets the settings are those of sets that were encoded before there were any.
+    for name in ("batch_size", "bucket_step", "bucket_aspect", *((BUCKETS,) if len(sizes) == 1 else ())):
+        del encoding[name]
     parts = [
         part
         for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

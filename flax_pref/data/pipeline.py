@@ -4,6 +4,11 @@ The pairs of all steps stand in one endless line: epoch after epoch, each shuffl
 places from s B to s B + B - 1 of it, B the batch size of all hosts together, and what chance decides about a pair is a
 function of the seed and its place. So the global batches do not depend on hosts, threads, workers or restarts, and
 where the input stands is one number: going on from there replays nothing.
+
+Where pairs have several sizes, those of each size stand in a line of their own. The sizes take turns in proportion to
+their pairs (`buckets.turns`), and a size that comes for the n-th time (n from 0 up) gives the places from n B to
+n B + B - 1 of its line. So a batch is of one size, and what an epoch leaves over of a size begins the next batch of it:
+nothing is left out, for each epoch of a line has every pair of its size once.
 """
 
 import dataclasses
@@ -17,6 +22,7 @@ import grain
 import jax
 import numpy as np
 
+from flax_pref.data.buckets import Numbers, Size, turns
 from flax_pref.data.prepared import EMPTY, Records
 from flax_pref.diffusion.conditioning import size_ids
 
@@ -78,9 +84,39 @@ def host_batches(records: Records, config: InputConfig, *, seed: int, rows: np.n
         raise ValueError("input: flip needs a set with mirror images; encode it again with them, or set flip to False")
     if not 0 <= seed < 2**32:
         raise ValueError(f"input: seed is {seed}; expected 0 to 2^32 - 1")
+    order = _Order(records.buckets(), config.batch_size, seed)
+    return grain.MapDataset.source(order).map_with_index(_Reader(records, config, seed, rows))
+
+
+class _Order:
+    """The size of each step and the numbers of its pairs, as a source of grain."""
+
+    def __init__(self, buckets: Mapping[Size, Numbers], batch_size: int, seed: int):
+        self._buckets = list(buckets.items())
+        self._lines = [_line(len(pairs), batch_size, _seed_of(seed, size, buckets)) for size, pairs in self._buckets]
+        self._turns, self._before = turns([len(pairs) for _, pairs in self._buckets])
+        self._in_a_round = np.bincount(self._turns).tolist()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[Size, list[int]]:
+        rounds, at = divmod(int(index), len(self._turns))
+        bucket = int(self._turns[at])
+        size, pairs = self._buckets[bucket]
+        places = self._lines[bucket][rounds * self._in_a_round[bucket] + int(self._before[at])]
+        return size, [int(pairs[place]) for place in places]
+
+
+def _line(count: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """Batches of the endless line of `count` pairs."""
     # An epoch's order is drawn from a number that grows by one per epoch; `seed` makes those of other seeds far apart.
-    order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat().batch(config.batch_size)
-    return order.map_with_index(_Reader(records, config, seed, rows))
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch_size)
+
+
+def _seed_of(seed: int, size: Size, buckets: Mapping[Size, Any]) -> int:
+    """The seed of a size's line: the run's own if there is one size, else one that no other size has."""
+    return seed if len(buckets) == 1 else int(np.random.SeedSequence((seed, *size)).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +128,22 @@ class _Reader:
     seed: int
     rows: np.ndarray
 
-    def __call__(self, step: int, numbers: np.ndarray) -> dict[str, Any]:
+    def __call__(self, step: int, chosen: tuple[Size, list[int]]) -> dict[str, Any]:
+        size, numbers = chosen
         chance = _chance(self.seed, step, self.config.batch_size)
         dropped = chance[:, 0] < self.config.caption_dropout
         flipped = (chance[:, 1] < 0.5) & self.config.flip
-        examples = [self._example(int(numbers[i]), bool(dropped[i]), int(flipped[i])) for i in self.rows]
+        examples = [self._example(numbers[i], size, bool(dropped[i]), int(flipped[i])) for i in self.rows]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
 
-    def _example(self, number: int, dropped: bool, mirrored: int) -> dict[str, Any]:
+    def _example(self, number: int, size: Size, dropped: bool, mirrored: int) -> dict[str, Any]:
         pair = self.records.pair(number)
         original, crop = np.split(pair["sizes"][mirrored], 2, axis=1)  # a mirror image has a crop of its own
         return {
             "winner": pair["winner"][mirrored],
             "loser": pair["loser"][mirrored],
             "text": self.records.conditioning(EMPTY if dropped else int(pair["caption"])),
-            "time_ids": size_ids(original, crop, self.records.image_size),
+            "time_ids": size_ids(original, crop, size),
             "row": np.array(int(pair["row"]), np.int32),
         }
 
@@ -127,7 +164,7 @@ def _chance(seed: int, step: int, batch_size: int) -> np.ndarray:
 class PairBatches:
     """Endless iterator over global batches on the devices; also a context manager, which stops threads and workers.
 
-    A batch is a dict of arrays: `winner` and `loser` bfloat16 `[B, h, w, 2 Z]`, moments of the latents, see
+    A batch is a dict of arrays: `winner` and `loser` bfloat16 `[B, h, w, 2 Z]`, moments of the latents of one size, see
     `draw_latents`; `text`, a dict of bfloat16 arrays `[B, ...]`, what the UNet is told of the caption; `time_ids`
     float32 `[B, 2, 6]`, what SDXL's UNet is told of the sizes of winner and loser; `row` int32 `[B]`, the pair's row in
     the set that was encoded.

@@ -26,9 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_pref.config import UserError
+from flax_pref.data.buckets import LETTERS
 from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, image_digest, numbered
 from flax_pref.data.pairs import Drop, PairReader, pairs
 from flax_pref.data.prepared import (
+    BUCKETS,
     CAPTIONS,
     PAIRS,
     Shapes,
@@ -126,8 +128,8 @@ class Preparation:
             folder: to be created or continued.
             reader: of the preference set.
             selection: of its rows.
-            settings: what the records depend on, values that JSON can hold: `size` among them. A folder that was begun
-                with others is refused.
+            settings: what the records depend on, values that JSON can hold: `size` among them, and where there are
+                several sizes `buckets` with all of them. A folder that was begun with others is refused.
             shard_size: rows of the set in a shard of pairs, captions in a shard of captions.
             max_drop_share: of the rows that may be damaged.
             process_index: of this process, which writes every process_count-th shard.
@@ -140,6 +142,7 @@ class Preparation:
             PAIRS: math.ceil(selection.total / shard_size),
             CAPTIONS: math.ceil((1 + len(selection.captions)) / shard_size),
         }
+        self._several = BUCKETS in settings
         self._shard_size, self._max_drop_share = shard_size, max_drop_share
         self._process, self._processes = process_index, process_count
         self.finished = False
@@ -269,7 +272,8 @@ class Preparation:
         used = self._used(shard)
         rows = self.selection.rows[used].tolist()
         caption_of = dict(zip(rows, (1 + self.selection.caption_of[used]).tolist(), strict=True))
-        drops, images = {}, []
+        letter_of = dict(zip(encoder.sizes, LETTERS, strict=False))
+        drops, images, letters = {}, [], []
         marks = _marks(self.reader.image_files(rows))  # before the files are read
 
         def read():
@@ -283,13 +287,15 @@ class Preparation:
                 if isinstance(result, Drop):
                     drops[row] = result
                     continue
+                letters.append(letter_of[result.size])
                 record = numbered(result, caption_of[row])
                 known = {name: getattr(result.pair, name) for name in ("winner_id", "loser_id", "confidence", "margin")}
                 moments = {name: bits(record[name]) for name in ("winner", "loser")}
                 yield record | {name: math.nan if value is None else value for name, value in known.items()} | moments
 
-        count = write_shard(self._file(shard), pair_features(encoder.shapes), records())
-        self._record(shard, count, drops=sorted(drops.items()), images=images, marks=marks)
+        count = write_shard(self._file(shard), pair_features(encoder.shapes, several=self._several), records())
+        sizes = {BUCKETS: "".join(letters)} if self._several else {}
+        self._record(shard, count, drops=sorted(drops.items()), images=images, marks=marks, **sizes)
         if drops:
             self._check_damage(self._own())
 
@@ -406,8 +412,10 @@ class Preparation:
                 for shard, part in zip(self._shards(name), noted, strict=True)
             },
         }
+        if self._several:
+            metadata[BUCKETS] = {"sizes": self.settings[BUCKETS], "shards": [part[BUCKETS] for part in parts[PAIRS]]}
         describe(self.folder / CAPTIONS, caption_features(shapes), lengths[CAPTIONS], metadata)
-        describe(self.folder / PAIRS, pair_features(shapes), lengths[PAIRS], metadata)
+        describe(self.folder / PAIRS, pair_features(shapes, several=self._several), lengths[PAIRS], metadata)
         return metadata
 
 

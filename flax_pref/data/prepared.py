@@ -4,6 +4,9 @@ A prepared set is a folder with two data sets of tensorflow-datasets in ArrayRec
 pair, with the number of its caption; in `captions` each is one distinct caption with its conditioning, and record 0 is
 that of a dropped caption, see `Encoding.dropped_caption`. Numbers are bfloat16, which tensorflow-datasets does not
 know: they are stored as the bytes of uint16.
+
+Where pairs have several sizes, each record of `pairs` has the shape of its moments, and metadata.json has the size of
+each pair: a letter for each, see `buckets.LETTERS`.
 """
 
 import bisect
@@ -23,10 +26,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, splits
 
+from flax_pref.data.buckets import LETTERS, Numbers, Size
 from flax_pref.files import read_json, replacing, write_json
 from flax_pref.programs import command
 
 PAIRS, CAPTIONS, SPLIT, FORMAT = "pairs", "captions", "train", "array_record"
+BUCKETS = "buckets"  # in metadata.json, of sets with several sizes
 ENDS, _END = "ends.json", 2**16  # the file has a digest of so many bytes at both ends of each shard
 EMPTY = 0  # number of the caption that says nothing
 
@@ -35,8 +40,8 @@ class Shapes(NamedTuple):
     """Shapes of what a set holds.
 
     Attributes:
-        moments: `(k, h, w, 2 Z)` of an image: mean and logarithm of the variance of its latents, unscaled, of the image
-            and, if k is 2, of its mirror image.
+        moments: `(k, h, w, 2 Z)` of an image of `Records.image_size`: mean and logarithm of the variance of its
+            latents, unscaled, of the image and, if k is 2, of its mirror image. Other sizes have other h and w.
         conditioning: of each array that the UNet is told of a caption, by name; see `diffusion.conditioning`.
     """
 
@@ -49,7 +54,7 @@ class Records(Protocol):
 
     Attributes:
         shapes: of the arrays.
-        image_size: (height, width) in pixels that the images were cut to.
+        image_size: (height, width) in pixels that the images were cut to; of several sizes, the one to draw samples in.
         fingerprint: tells one set from another.
     """
 
@@ -75,6 +80,13 @@ class Records(Protocol):
         """What the UNet is told of a caption, bfloat16 arrays by name; of no caption for `EMPTY`."""
         ...
 
+    def buckets(self) -> Mapping[Size, Numbers]:
+        """Numbers of the pairs of each size, ascending; by default all have `image_size`.
+
+        Batches are of one size. Sizes without a pair are not listed, and the order of sizes is that of all calls.
+        """
+        return {self.image_size: range(len(self))}
+
 
 def bits(array: np.ndarray) -> np.ndarray:
     """A bfloat16 array as uint16."""
@@ -90,9 +102,13 @@ def numbers(array: np.ndarray) -> np.ndarray:
 # Writing
 
 
-def pair_features(shapes: Shapes) -> tfds.features.FeaturesDict:
-    """Schema of `pairs`."""
-    moments = _half(shapes.moments, "Mean and log-variance of the latents, unscaled, of the image and its mirror image")
+def pair_features(shapes: Shapes, *, several: bool = False) -> tfds.features.FeaturesDict:
+    """Schema of `pairs`; with `several` sizes, height and width of the moments are each record's own."""
+    k, height, width, channels = shapes.moments
+    sides = (None, None) if several else (height, width)
+    moments = _half(
+        (k, *sides, channels), "Mean and log-variance of the latents, unscaled, of the image and its mirror image"
+    )
     number = tfds.features.Scalar(np.float32, doc="NaN where the set does not tell")
     return tfds.features.FeaturesDict(
         {
@@ -121,7 +137,7 @@ def caption_features(shapes: Shapes) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"caption": tfds.features.Text(), **arrays})
 
 
-def _half(shape: Sequence[int], doc: str) -> tfds.features.Tensor:
+def _half(shape: Sequence[int | None], doc: str) -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=tuple(shape), dtype=np.uint16, encoding="bytes", doc=f"{doc}; bits of bfloat16")
 
 
@@ -247,8 +263,9 @@ class PreparedSet(Records):
                 "copy the folder again"
             )
         self.fingerprint = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()
+        self._buckets = self._read_buckets(folder / PAIRS / "metadata.json")
         arrays = self.conditioning(EMPTY)
-        self.shapes = Shapes(self.pair(0)["winner"].shape, {name: array.shape for name, array in arrays.items()})
+        self.shapes = Shapes(self._base_shape(), {name: array.shape for name, array in arrays.items()})
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -270,9 +287,39 @@ class PreparedSet(Records):
         record = self._captions[caption]
         return {name: numbers(array) for name, array in record.items() if name != "caption"}
 
+    def buckets(self) -> Mapping[Size, Numbers]:
+        """See `Records`."""
+        return self._buckets
+
     def text(self, caption: int) -> str:
         """A caption as text."""
         return self._captions[caption]["caption"].decode()
+
+    def _read_buckets(self, file: Path) -> Mapping[Size, Numbers]:
+        listed = self.metadata.get(BUCKETS)
+        if listed is None:  # one size for all
+            return super().buckets()
+        wrong = f"{file}: its buckets are not those of the pairs beside it; copy the whole folder again"
+        try:
+            sizes = [(int(height), int(width)) for height, width in listed["sizes"]]
+            lengths = [len(letters) for letters in listed["shards"]]
+            letters = np.frombuffer("".join(listed["shards"]).encode(), np.uint8)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(wrong) from error
+        numbers = [np.flatnonzero(letters == ord(letter)) for letter, _ in zip(LETTERS, sizes, strict=False)]
+        whole = lengths == self._pairs.lengths and sum(map(len, numbers)) == len(letters)
+        if not whole or self.image_size not in sizes or len(set(sizes)) < len(sizes) or len(sizes) > len(numbers):
+            raise ValueError(wrong)
+        return {size: found for size, found in zip(sizes, numbers, strict=True) if len(found)}
+
+    def _base_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the moments of an image of `image_size`, of which there may be none."""
+        size, found = next(iter(self._buckets.items()))
+        k, height, width, channels = self.pair(int(found[0]))["winner"].shape
+        height, width = (
+            latent * base // side for latent, base, side in zip((height, width), self.image_size, size, strict=True)
+        )
+        return k, height, width, channels
 
 
 class _DataSet:

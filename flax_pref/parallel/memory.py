@@ -31,12 +31,22 @@ def budget(mesh: Mesh, held: Mapping[str, Any], memory: Any, limit: int | None =
     total = sum(taken.values())
     rows.append(("total", "", "", size_text(total)))
     lines = [_mesh_line(mesh) + ("" if limit is None else f", {size_text(limit)} each"), aligned(rows)]
-    if limit is not None and total > limit:
-        lines.append(
-            f"warning: {size_text(total - limit)} more than a device has; a larger fsdp axis, fewer pairs per device "
-            "or lower precision need less"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_shortage(total, limit)])
+
+
+def total_text(held: Mapping[str, Any], memory: Any, limit: int | None = None) -> str:
+    """What a device holds in all, and if it is more than the limit a line that warns; arguments as in `budget`."""
+    total = sum(taken_bytes(held, memory).values())
+    return "\n".join([f"{size_text(total)} per device", *_shortage(total, limit)])
+
+
+def _shortage(total: int, limit: int | None) -> list[str]:
+    if limit is None or total <= limit:
+        return []
+    return [
+        f"warning: {size_text(total - limit)} more than a device has; a larger fsdp axis, fewer pairs per device or "
+        "lower precision need less"
+    ]
 
 
 def taken_bytes(held: Mapping[str, Any], memory: Any) -> dict[str, int]:

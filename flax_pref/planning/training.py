@@ -1,6 +1,7 @@
 """The programs of a run with shapes instead of weights and data, as they would be compiled for a mesh."""
 
 import dataclasses
+import math
 from typing import Any, get_args
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.abstract import abstract_pipeline, conditioning_shapes, describe
+from flax_pref.data.buckets import size_text
 from flax_pref.data.encode import CAPTIONS_AT_ONCE, encode_pixels
 from flax_pref.data.pipeline import host_batches
 from flax_pref.data.preparation import EncodeConfig
@@ -76,19 +78,25 @@ def divisible(config: TrainConfig, mesh: Mesh) -> TrainConfig:
 
 
 def step_job(config: TrainConfig, mesh: Mesh) -> Job:
-    """The step that train.modules makes with this config on this mesh; errors as `jobs`."""
+    """The step that train.modules makes with this config on this mesh; errors as `jobs`.
+
+    Of a set with pairs of several sizes it is the step for the largest, which takes the most memory and time.
+    """
     family = describe(config.model)
-    program = Program(config, mesh, family.unet)
+    program, name = Program(config, mesh, family.unet), f"train step of {type(config.method).__name__}"
     if config.online is None:
         records = records_of(config, family)
         check_data(records, family.unet, config)
+        if len(sizes := records.buckets()) > 1:
+            records = largest(records)
+            name += f", {size_text(records.image_size)} pixels, the largest of {len(sizes)} sizes"
         schedule = NoiseSchedule.from_dict(family.scheduler_config)
         objective = program.pair_objective(schedule, records.conditioning(EMPTY), family.vae.scaling_factor)
         batch = batch_of(config, records, mesh)
     else:
         objective, batch = program.online_objective(), examples_of(config, family, mesh)
     return Job(
-        name=f"train step of {type(config.method).__name__}",
+        name=name,
         program=program.step(objective),
         arguments=(program.shapes, program.frozen, batch),
         held=held_by(program.shapes, program.frozen, batch),
@@ -131,6 +139,12 @@ def records_of(config: TrainConfig, family: Family) -> Records:
         Shapes(moments, conditioning_shapes(family.unet, family.text_encoders, sizes=False)),
         (family.resolution, family.resolution),
     )
+
+
+def largest(records: Records) -> Blank:
+    """Records with the shapes of those pairs of a set whose size has the most pixels; of equal ones the longest."""
+    size, pairs = max(records.buckets().items(), key=lambda bucket: (math.prod(bucket[0]), max(bucket[0]), bucket[0]))
+    return Blank(records.shapes._replace(moments=records.pair(int(pairs[0]))["winner"].shape), size)
 
 
 def batch_of(config: TrainConfig, records: Records, mesh: Mesh) -> Any:
@@ -181,7 +195,11 @@ def encode_jobs(config: EncodeConfig, mesh: Mesh) -> list[Job]:
     vae, encoders = placed(pipeline.vae), [placed(network) for network in pipeline.text_encoders]
     held = {"autoencoder": vae, "text encoders": encoders}
     pairs, captions = (count * mesh.size for count in (config.encoding.batch_size, CAPTIONS_AT_ONCE))
-    pixels = jax.ShapeDtypeStruct((pairs, 2, *config.encoding.size, 3), jnp.uint8, sharding=divided)
+    sizes = config.encoding.sizes
+    size, name = max(sizes, key=lambda size: (math.prod(size), max(size), size)), "encoding of images"
+    if len(sizes) > 1:
+        name += f", {size_text(size)} pixels, the largest of {len(sizes)} sizes"
+    pixels = jax.ShapeDtypeStruct((pairs, 2, *size, 3), jnp.uint8, sharding=divided)
 
     def encode(params, pixels):
         return encode_pixels(pipeline.vae.graphdef, config.encoding.mirrored, params, pixels)
@@ -194,5 +212,5 @@ def encode_jobs(config: EncodeConfig, mesh: Mesh) -> list[Job]:
     ids = [jax.ShapeDtypeStruct((captions, length), jnp.int32, sharding=divided) for _ in encoders]
     return [
         Job("captions", jax.jit(caption), (encoders, ids), held, captions, "caption", "text encoders"),
-        Job("encoding of images", jax.jit(encode), (vae, pixels), {**held, "batch": pixels}, pairs, "pair", "VAE"),
+        Job(name, jax.jit(encode), (vae, pixels), {**held, "batch": pixels}, pairs, "pair", "VAE"),
     ]

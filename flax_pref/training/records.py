@@ -73,7 +73,8 @@ class Recorder:
             chips: devices of the mesh.
             first: number of steps made before, those of the checkpoint that the run resumes from.
             unit: what a batch consists of.
-            flops: floating-point operations of a step on all devices (`parallel.peak.step_flops`); None: not recorded.
+            flops: floating-point operations of a step on all devices (`parallel.peak.step_flops`), unless `add` is told
+                others; None: not recorded.
             peak: FLOP/s of a device at best (`parallel.peak.peak_of`); None: not known, its share is not recorded.
             every: steps that this divides are recorded, and the last one.
             lag: steps under way while the one before them is waited for.
@@ -92,17 +93,19 @@ class Recorder:
         self._log = _Log(folder, first) if writes else None
         self._bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (show and writes))
         self._added = first
-        self._under_way: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self._under_way: deque[tuple[int, Mapping[str, Any], float | None]] = deque()
         self._newest: dict[str, Any] | None = None
         self._clock: float | None = None  # when the newest step was done; None: it was not followed at once
-        self._seconds: list[float] = []  # of steps since the last record
+        self._seconds: list[float] = []  # of steps since the last record, and the operations of each
+        self._operations: list[float] = []
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    def add(self, step: int, metrics: Mapping[str, Any], flops: float | None = None) -> dict[str, Any] | None:
         """Takes the metrics of a step that was dispatched, and returns when the step `lag` before is done.
 
         Args:
             step: number of steps made with this one; one more than that of the call before.
             metrics: scalars by name, of JAX or Python.
+            flops: floating-point operations of this step, where steps differ; None: those that all have.
 
         Returns:
             `step` and the metrics of the newest step that is done, numbers of Python; None: none is.
@@ -114,7 +117,7 @@ class Recorder:
         if step != self._added + 1:
             raise ValueError(f"metrics of step {step}, but those of step {self._added + 1} are expected")
         self._added = step
-        self._under_way.append((step, metrics))
+        self._under_way.append((step, metrics, self._flops if flops is None else flops))
         return self._fetch(leave=self._lag)
 
     def flush(self) -> dict[str, Any] | None:
@@ -162,11 +165,12 @@ class Recorder:
 
     def _fetch(self, *, leave: int) -> dict[str, Any] | None:
         while len(self._under_way) > leave:
-            step, metrics = self._under_way.popleft()
+            step, metrics, flops = self._under_way.popleft()
             values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
             now = time.perf_counter()
             if self._clock is not None:
                 self._seconds.append(now - self._clock)
+                self._operations.append(flops or 0.0)
             self._clock = now
             self._newest = {"step": step, **values}
             self._bar.update()
@@ -176,11 +180,13 @@ class Recorder:
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
         seconds = statistics.fmean(self._seconds) if self._seconds else None
+        flops_of_step = statistics.fmean(self._operations) if self._operations else None
         self._seconds.clear()
+        self._operations.clear()
         rate = None if seconds is None else self._per_step / seconds
         speed = {"step_seconds": seconds, f"{self._unit}s_per_second_per_chip": rate and rate / self._chips}
         if self._flops is not None:
-            flops = seconds and self._flops / seconds / self._chips
+            flops = seconds and flops_of_step and flops_of_step / seconds / self._chips
             speed["model_tflops"] = flops and flops / 1e12
             if self._peak is not None:
                 speed["share_of_peak"] = flops and flops / self._peak

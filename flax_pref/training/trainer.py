@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import abstract_network, read_config
 from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
+from flax_pref.data.buckets import size_text
 from flax_pref.data.consensus import Consensus
 from flax_pref.data.pipeline import InputConfig, PairBatches
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records
@@ -42,7 +45,7 @@ from flax_pref.models.platform import default_dtype
 from flax_pref.models.remat import Remat
 from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
-from flax_pref.parallel.memory import budget, memory_limit
+from flax_pref.parallel.memory import budget, memory_limit, total_text
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import compile_and_count, peak_of
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
@@ -488,8 +491,11 @@ class Run:
             check_rewards(config.online.rewards)
         self.folder = find_checkpoint(config.model, variant=config.variant)
         self.program = Program(config, self.mesh, component_config("unet", self.folder))
+        self.sizes = {} if self.records is None else self.records.buckets()
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
+            for size in self.sizes:
+                component_config("vae", self.folder).check_size(f"{config.data}: size", size)
         if config.online is not None:
             component_config("vae", self.folder).check_size("online: size", config.online.size)
         self.prompts = [] if config.online is None else read_prompts(config.online.prompts, column=config.online.column)
@@ -497,6 +503,7 @@ class Run:
         self.schedule = NoiseSchedule.from_file(self.folder / "scheduler" / "scheduler_config.json")
         self.base = self._load_base()
         self.frozen = self.program.frozen_of(self.base.params)
+        self.steps: dict[tuple, tuple[Callable, float]] = {}  # that are compiled, by the shapes of their batch
 
     def _load_base(self) -> Network:
         unet = load_unet(
@@ -578,25 +585,48 @@ class Run:
         empty = self.records.conditioning(EMPTY)
         return self.program.pair_objective(self.schedule, empty, component_config("vae", self.folder).scaling_factor)
 
+    @cached_property
+    def _jitted(self) -> Any:
+        return self.program.step(self.objective())
+
+    def step_for(self, state: TrainState, batch: Any) -> tuple[Callable, float]:
+        """The step for batches of this size, and its floating-point operations; compiled when a size first comes."""
+        shapes = shapes_of(batch)
+        if shapes not in self.steps:
+            self.steps[shapes] = self.compile(state, batch)
+        return self.steps[shapes]
+
     def compile(self, state: TrainState, batch: Any) -> tuple[Callable, float]:
         """The step for this machine, and its floating-point operations; prints what it takes."""
-        config = self.config
-        jitted = self.program.step(self.objective())
+        config, jitted = self.config, self._jitted
         with jax.set_mesh(self.mesh):
             started = time.perf_counter()
             arguments = state, self.frozen, batch
             compiled, flops = compile_and_count(jitted.lower(*arguments), jitted, *arguments)
             seconds = time.perf_counter() - started
-        held = held_by(state, self.frozen, batch)
-        tell(budget(self.mesh, held, compiled.memory_analysis(), memory_limit(self.mesh)))
-        tell(f"the step was compiled in {seconds:.1f} s")
+        held = held_by(state, self.frozen, batch), compiled.memory_analysis(), memory_limit(self.mesh)
+        name = f"the step for {self._size_of(batch)}" if len(self.sizes) > 1 else "the step"
+        if not self.steps:
+            tell(budget(self.mesh, *held))
+            tell(f"{name} was compiled in {seconds:.1f} s")
+        else:
+            tell(f"{name} was compiled in {seconds:.1f} s; it takes {total_text(*held)}")
         return compiled, config.accumulation * flops  # XLA counts one of the parts that a batch is divided into
+
+    def _size_of(self, batch: Any) -> str:
+        """Height and width of the images of a batch of pairs, in pixels."""
+        _, height, width, _ = batch["winner"].shape
+        factor = component_config("vae", self.folder).downscale_factor
+        return size_text((height * factor, width * factor))
 
     def train(self, state: TrainState, first: int, source: BatchSource) -> TrainState:
         """The loop, from step `first` to the last."""
         config = self.config
+        if len(self.sizes) > 1:
+            counts = [f"{len(found)} of {size_text(size)}" for size, found in self.sizes.items()]
+            tell(f"pairs of {len(counts)} sizes in pixels (height x width): {', '.join(counts)}")
         batch = source.next(self.program.drawn_with(state))
-        step, flops = self.compile(state, batch)
+        self.step_for(state, batch)
         samples = self.samples()
         recorder = Recorder(
             config.output,
@@ -605,7 +635,7 @@ class Run:
             per_step=config.batch_size,
             unit="pair" if self.records is not None else "example",
             chips=self.mesh.size,
-            flops=flops,
+            flops=self.step_for(state, batch)[1],
             peak=peak_of(self.mesh.local_devices[0], self.program.dtype.name)[0],
             every=config.record_every,
         )
@@ -615,10 +645,13 @@ class Run:
             for number in range(first + 1, config.steps + 1):
                 if batch is None:
                     batch = source.next(self.program.drawn_with(state))
+                if shapes_of(batch) not in self.steps:
+                    recorder.flush()  # no step's time has the compilation
+                step, flops = self.step_for(state, batch)
                 profile.at(number, state)
                 state, metrics = step(state, self.frozen, batch)
                 batch = None
-                newest = recorder.add(number, metrics)
+                newest = recorder.add(number, metrics, flops)
                 skipped = newest["skipped_in_a_row"] if newest else 0
                 if newest and skipped >= PATIENCE:
                     raise FloatingPointError(
@@ -734,6 +767,11 @@ def due(number: int, every: int | None) -> bool:
     return every is not None and number % every == 0
 
 
+def shapes_of(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all arrays of a batch."""
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
 def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of an array."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -742,4 +780,5 @@ def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 def tell(text: str) -> None:
     """Prints, on one host."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        tqdm.write(text)  # above a progress bar, if there is one
+        sys.stdout.flush()

@@ -39,3 +39,25 @@ class MemoryRecords(Records):
     def conditioning(self, caption):
         assert EMPTY <= caption <= CAPTIONS
         return {name: np.full(shape, caption, jnp.bfloat16) for name, shape in self.shapes.conditioning.items()}
+
+
+class BucketRecords(MemoryRecords):
+    """The same pairs in three sizes, of which the first has most pairs: pair i has the size number `BUCKETS[i % 7]`."""
+
+    SIZES = ((24, 96), (48, 48), (96, 24))  # 24 pixels per latent
+    BUCKETS = (0, 1, 0, 2, 0, 1, 0)
+
+    def buckets(self):
+        found = {size: [] for size in self.SIZES}
+        for index in range(self.count):
+            found[self.size(index)].append(index)
+        return {size: np.array(numbers) for size, numbers in found.items() if numbers}
+
+    def size(self, index):
+        return self.SIZES[self.BUCKETS[index % len(self.BUCKETS)]]
+
+    def pair(self, index):
+        pair, (height, width) = super().pair(index), self.size(index)
+        k, *_, channels = self.shapes.moments
+        shape = k, height // 24, width // 24, channels
+        return pair | {name: np.broadcast_to(pair[name][:, :1, :1], shape) for name in ("winner", "loser")}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from encoded_records import MemoryRecords
+from encoded_records import BucketRecords, MemoryRecords
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.data.pipeline import InputConfig, PairBatches
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--buckets", action="store_true")
     flags = parser.parse_args()
     if flags.hosts:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -47,8 +48,9 @@ def main():
     sharding = NamedSharding(mesh, PartitionSpec(tuple(flags.over.split(","))))
     sum_of_rows = jax.jit(lambda batch: batch["row"].sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
     config = InputConfig(**CONFIG, threads=2, workers=flags.workers)
+    records = (BucketRecords if flags.buckets else MemoryRecords)(COUNT, mirrored=True)
     with (
-        PairBatches(MemoryRecords(COUNT, mirrored=True), config, seed=SEED, sharding=sharding) as batches,
+        PairBatches(records, config, seed=SEED, sharding=sharding) as batches,
         flags.result.open("a") as result,
     ):
         if flags.state is not None and flags.state.exists():

@@ -16,21 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import read_pairs
-from encoded_records import CAPTIONS, MemoryRecords
+from encoded_records import CAPTIONS, BucketRecords, MemoryRecords
 
 from flax_pref.data.pipeline import InputConfig, PairBatches, host_batches
 
 ROOT = Path(__file__).parents[2]
 COUNT, SIZE, SEED = read_pairs.COUNT, read_pairs.BATCH_SIZE, read_pairs.SEED
 
+KINDS = pytest.mark.parametrize("records", [MemoryRecords, BucketRecords], ids=["one size", "three sizes"])
 MANY = 120  # pairs for shares of them; bfloat16 has halves up to 128
 
 
-def undisturbed(steps, *, count=COUNT, seed=SEED, rows=None, **config):
+def undisturbed(steps, *, count=COUNT, seed=SEED, rows=None, records=MemoryRecords, **config):
     """Host batches of steps 0, 1, ..., each read on its own."""
     config = InputConfig(**{"batch_size": SIZE} | config)
     rows = np.arange(config.batch_size) if rows is None else rows
-    batches = host_batches(MemoryRecords(count, mirrored=True), config, seed=seed, rows=rows)
+    batches = host_batches(records(count, mirrored=True), config, seed=seed, rows=rows)
     return [batches[step] for step in range(steps)]
 
 
@@ -64,10 +65,19 @@ def test_another_seed_is_another_order_not_that_of_another_epoch():
     assert not epochs[0] & epochs[1]
 
 
+def test_the_order_of_a_seed_is_that_of_sets_that_were_encoded_before_there_were_buckets():
+    assert rows_of(undisturbed(2)) == [
+        *(112, 109, 114, 115, 118, 100, 106, 105),
+        *(117, 111, 104, 102, 103, 110, 113, 119),
+    ]
+
+
+@KINDS
 @pytest.mark.parametrize("hosts", [2, 4, 8])
-def test_what_hosts_read_is_together_what_one_reads(hosts):
-    whole = undisturbed(6, **read_pairs.CONFIG)
-    parts = [undisturbed(6, rows=rows, **read_pairs.CONFIG) for rows in np.split(np.arange(SIZE), hosts)]
+def test_what_hosts_read_is_together_what_one_reads(hosts, records):
+    how = {"records": records, **read_pairs.CONFIG}
+    whole = undisturbed(6, **how)
+    parts = [undisturbed(6, rows=rows, **how) for rows in np.split(np.arange(SIZE), hosts)]
     for step, batch in enumerate(whole):
         together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))
         assert same(together, batch)
@@ -76,6 +86,59 @@ def test_what_hosts_read_is_together_what_one_reads(hosts):
 def test_chance_depends_on_the_place_in_the_line_and_not_on_the_batch():
     large, small = (undisturbed(n, batch_size=size, caption_dropout=0.5, flip=True) for n, size in ((1, 24), (6, 4)))
     assert same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *small), large[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several sizes
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(70, 8), (71, 8), (21, 16), (7, 3)])
+def test_batches_are_of_one_size_and_every_epoch_of_a_size_has_each_of_its_pairs_once(count, batch_size):
+    records, lines = BucketRecords(count, mirrored=True), {size: [] for size in BucketRecords.SIZES}
+    steps = 5 * count  # five rounds, in each of which a size has as many batches as pairs
+    for batch in undisturbed(steps, count=count, batch_size=batch_size, records=BucketRecords):
+        (size,) = {records.size(row - 100) for row in batch["row"].tolist()}
+        assert batch["winner"].shape == (batch_size, size[0] // 24, size[1] // 24, 8)
+        assert (batch["time_ids"][:, :, 4:] == size).all()
+        lines[size] += batch["row"].tolist()
+    for size, pairs in records.buckets().items():
+        line, n = lines[size], len(pairs)
+        assert len(line) == steps * batch_size * n // count
+        epochs = [line[i : i + n] for i in range(0, len(line), n)]
+        assert all(sorted(epoch) == (100 + pairs).tolist() for epoch in epochs)
+        assert n < 10 or len(set(map(tuple, epochs))) == len(epochs), "each has an order of its own"
+
+
+def test_sizes_take_turns_in_proportion_to_their_pairs():
+    counts = [len(pairs) for pairs in BucketRecords(MANY).buckets().values()]
+    sizes = [
+        batch["winner"].shape[1] for batch in undisturbed(2 * MANY, count=MANY, batch_size=2, records=BucketRecords)
+    ]
+    for size, count in zip((1, 2, 4), counts, strict=True):
+        seen = np.cumsum(np.array(sizes) == size)
+        assert np.abs(seen - np.arange(1, 2 * MANY + 1) * count / MANY).max() < 1.5
+
+
+def test_a_size_with_fewer_pairs_than_a_batch_repeats_them():
+    rows = [
+        batch["row"].tolist()
+        for batch in undisturbed(21, batch_size=16, records=BucketRecords)
+        if batch["winner"].shape[1] == 4
+    ]
+    assert len(rows) == 3 and set(rows[0]) == {103, 110, 117}
+    assert sorted(np.concatenate(rows).tolist()) == sorted([103, 110, 117] * 16)
+
+
+def test_sizes_with_equally_many_pairs_have_orders_of_their_own():
+    lines = {1: [], 4: []}
+
+    class Alike(BucketRecords):
+        BUCKETS = (0, 2)
+
+    for batch in undisturbed(40, count=40, batch_size=4, records=Alike):
+        lines[batch["winner"].shape[1]] += ((batch["row"] - 100) // 2).tolist()
+    assert len(lines[1]) == len(lines[4]) == 80
+    assert lines[1] != lines[4]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,8 +196,8 @@ def test_captions_are_dropped_for_a_share_of_pairs_and_anew_in_every_epoch():
 # Batches on the devices, and where they stand
 
 
-def opened(*, count=COUNT, seed=SEED, fingerprint="memory", **config):
-    records = MemoryRecords(count, mirrored=True, fingerprint=fingerprint)
+def opened(*, count=COUNT, seed=SEED, fingerprint="memory", records=MemoryRecords, **config):
+    records = records(count, mirrored=True, fingerprint=fingerprint)
     return PairBatches(records, InputConfig(**read_pairs.CONFIG | config), seed=seed)
 
 
@@ -158,14 +221,15 @@ def test_the_state_is_of_batches_handed_out_not_of_those_read_ahead():
         }
 
 
+@KINDS
 @pytest.mark.parametrize("stop", [0, 1, 5])
-def test_a_restored_input_goes_on_with_the_very_pairs_that_remain(stop):
-    wanted = undisturbed(12, **read_pairs.CONFIG)
-    with opened() as first:
+def test_a_restored_input_goes_on_with_the_very_pairs_that_remain(stop, records):
+    wanted = undisturbed(12, records=records, **read_pairs.CONFIG)
+    with opened(records=records) as first:
         for _ in range(stop):
             next(first)
         saved = json.dumps(first.state())
-    with opened() as second:
+    with opened(records=records) as second:
         next(second)  # what was ahead of it is forgotten
         second.restore(json.loads(saved))
         assert same([next(second) for _ in range(12 - stop)], wanted[stop:])
@@ -251,10 +315,10 @@ def read(file):
 ALL = range(SIZE)
 
 
-def check(found, first, last, rows=ALL):
+def check(found, first, last, rows=ALL, records=MemoryRecords):
     """What a host held of steps first ... last - 1 is what these rows of undisturbed batches are."""
     assert [step["step"] for step in found] == list(range(first, last))
-    wanted = undisturbed(last, **read_pairs.CONFIG)
+    wanted = undisturbed(last, records=records, **read_pairs.CONFIG)
     for step in found:
         batch = wanted[step.pop("step")]
         assert step.pop("sum of rows") == batch["row"].sum()
@@ -266,21 +330,22 @@ def check(found, first, last, rows=ALL):
                 assert step[name][str(row)] == array[row].astype(float).ravel().tolist(), (name, row)
 
 
+@KINDS
 @pytest.mark.program
-def test_a_run_on_two_hosts_goes_on_on_one_and_on_two_with_the_very_pairs_that_remain(tmp_path):
-    halves = range(4), range(4, 8)
+def test_a_run_on_two_hosts_goes_on_on_one_and_on_two_with_the_very_pairs_that_remain(tmp_path, records):
+    halves, flags = (range(4), range(4, 8)), ["--buckets"] if records is BucketRecords else []
     for name in ("begun", "two"):
         (tmp_path / name).mkdir()
     state = tmp_path / "state.json"
-    for i, found in enumerate(two_hosts(tmp_path / "begun", "--state", state, "--steps", 3)):
-        check(found, 0, 3, halves[i])
+    for i, found in enumerate(two_hosts(tmp_path / "begun", "--state", state, "--steps", 3, *flags)):
+        check(found, 0, 3, halves[i], records)
     saved = state.read_text()
     assert json.loads(saved)["step"] == 3
-    for i, found in enumerate(two_hosts(tmp_path / "two", "--state", state, "--steps", 7)):
-        check(found, 3, 7, halves[i])
+    for i, found in enumerate(two_hosts(tmp_path / "two", "--state", state, "--steps", 7, *flags)):
+        check(found, 3, 7, halves[i], records)
     state.write_text(saved)
-    finish(start(tmp_path / "one.jsonl", "--state", state, "--steps", 7))
-    check(read(tmp_path / "one.jsonl"), 3, 7)
+    finish(start(tmp_path / "one.jsonl", "--state", state, "--steps", 7, *flags))
+    check(read(tmp_path / "one.jsonl"), 3, 7, records=records)
 
 
 def test_hosts_whose_devices_hold_the_same_pairs_read_the_same(tmp_path):
@@ -290,9 +355,11 @@ def test_hosts_whose_devices_hold_the_same_pairs_read_the_same(tmp_path):
         check(found, 0, 2)
 
 
-def test_workers_read_what_threads_read_and_leave_in_silence(tmp_path):
-    assert finish(start(tmp_path / "found.jsonl", "--workers", 2, "--steps", 7)) == ""
-    check(read(tmp_path / "found.jsonl"), 0, 7)
+@KINDS
+def test_workers_read_what_threads_read_and_leave_in_silence(tmp_path, records):
+    flags = ["--buckets"] if records is BucketRecords else []
+    assert finish(start(tmp_path / "found.jsonl", "--workers", 2, "--steps", 7, *flags)) == ""
+    check(read(tmp_path / "found.jsonl"), 0, 7, records=records)
 
 
 UNCLOSED = """

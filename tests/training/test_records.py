@@ -170,6 +170,23 @@ def test_times_are_those_between_completions_without_compilation_and_pauses(tmp_
         assert line["share_of_peak"] == 2 / 8
 
 
+def test_the_rate_of_work_is_that_of_steps_of_several_sizes(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Timed(Pending):
+        def __array__(self, *_, **__):
+            now[0] += 1.0
+            return np.float32(0)
+
+    with recorder(tmp_path, total=4, every=2, lag=0, flops=8e12, peak=8e12) as records:
+        for step, flops in enumerate((16e12, 32e12, None, 48e12), 1):
+            records.add(step, {"loss": Timed(step, [])}, flops)
+    # The first step followed nothing; one without a number of its own has that of all.
+    assert [line["model_tflops"] for line in lines_of(tmp_path)] == [32 / 8, (8 + 48) / 2 / 8]
+    assert [line["share_of_peak"] for line in lines_of(tmp_path)] == [4 / 8, 3.5 / 8]
+
+
 def test_numbers_that_are_not_finite_and_times_that_nobody_took_are_valid_json(tmp_path):
     with recorder(tmp_path, total=2, every=1, flops=1e9) as records:
         records.add(1, {"loss": jnp.float32(jnp.nan), "winner": jnp.float32(-jnp.inf), "learning_rate": 1e-4})

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import recorded, saved_arrays, tiny_run, tiny_world
+from tiny import recorded, saved_arrays, tiny_run, tiny_set, tiny_world
 
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.config import UserError, run_main
 from flax_pref.data.consensus import Consensus
 from flax_pref.data.pair_scores import PairScores, scores_file, write_scores
 from flax_pref.data.pipeline import InputConfig
-from flax_pref.data.prepared import PreparedSet
+from flax_pref.data.prepared import CAPTIONS, PAIRS, PreparedSet
 from flax_pref.files import one_writer
 from flax_pref.methods import CHATS, SDPO, DiffusionDPO, DiffusionNFT, PairMethod, PositiveNegative
 from flax_pref.models.lora import split_lora
@@ -34,7 +34,7 @@ from flax_pref.training.records import Recorder
 from flax_pref.training.rollouts import RolloutConfig
 from flax_pref.training.samples import SampleConfig
 from flax_pref.training.sources import OnlineConfig
-from flax_pref.training.trainer import CheckpointConfig, ProfileConfig, train
+from flax_pref.training.trainer import CheckpointConfig, ProfileConfig, check_batch, train
 from train import modules
 
 
@@ -199,6 +199,76 @@ def test_a_module_trained_beside_another_is_the_one_trained_alone(world, tmp_pat
     line = recorded(both.output)[0]
     assert line["gradient_norm"] > line["neg_gradient_norm"] > 1e-3
     np.testing.assert_allclose(line["neg_gradient_norm"], recorded(alone.output)[0]["gradient_norm"], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def buckets(world):
+    """Prepared sets with pairs of 12 x 20 and 16 x 16 pixels, which take turns."""
+    return {
+        family: tiny_set(world / f"{family}-buckets", family, size=(16, 16), buckets=((12, 20),))
+        for family in ("sd15", "sdxl")
+    }
+
+
+def test_the_step_of_each_size_is_compiled_once_and_has_work_of_its_own(run, buckets, monkeypatch):
+    told, added, add = [], [], Recorder.add
+
+    def adds(recorder, step, metrics, flops=None):
+        added.append(flops)
+        return add(recorder, step, metrics, flops)
+
+    monkeypatch.setattr(trainer, "tell", told.append)
+    monkeypatch.setattr(Recorder, "add", adds)
+    config = run(method=DiffusionDPO(beta=100.0), data=buckets["sd15"], steps=12)
+    train(config)
+    compiled = [line for line in told if "compiled" in line]
+    assert len(compiled) == 2
+    assert re.fullmatch(r"the step for 12 x 20 was compiled in \d+\.\d s", compiled[0])
+    assert re.fullmatch(
+        r"the step for 16 x 16 was compiled in \d+\.\d s; it takes [\d.]+ [KM]iB per device", compiled[1]
+    )
+    assert "pairs of 2 sizes in pixels (height x width): 12 of 12 x 20, 12 of 16 x 16" in told
+    assert len(added) == 12 and len(set(added)) == 2 and added[:2] * 6 == added
+    # What grows with the latents has 8 x 8 for 6 x 10.
+    assert 1 < added[1] / added[0] < 1.3
+    lines = recorded(config.output)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    # A step that was compiled first has no time, nor has the one that followed nothing.
+    assert [line["step_seconds"] is None for line in lines] == [True, True] + 10 * [False]
+    assert all(line["model_tflops"] > 0 for line in lines[2:])
+
+
+def test_a_run_on_several_sizes_goes_on_bit_by_bit(run, buckets):
+    calm = run("calm", data=buckets["sd15"], steps=7)
+    train(calm)
+    killed = dataclasses.replace(calm, output=calm.output.with_name("killed"), steps=4)
+    train(killed)
+    train(dataclasses.replace(killed, steps=7))
+    assert equal(trained(calm), trained(killed, 7))
+    one, other = (recorded(config.output) for config in (calm, killed))
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+
+
+def test_sdxl_learns_from_several_sizes_in_parts_of_a_batch(world, buckets, tmp_path):
+    config = tiny_run(tmp_path / "run", world, "sdxl", data=buckets["sdxl"], accumulation=2, steps=3)
+    train(config)
+    lines = recorded(config.output)
+    assert abs(lines[0]["loss"] - np.log(2)) < 1e-3 and len({line["loss"] for line in lines}) == 3
+    assert all(line["skipped"] == 0 for line in lines)
+
+
+def test_buckets_that_the_autoencoder_or_the_mesh_cannot_take_are_refused_before_anything_is_loaded(
+    run, world, monkeypatch
+):
+    odd = tiny_set(world / "odd", "sd15", buckets=((14, 18),))
+    for name in (PAIRS, CAPTIONS):  # half latents
+        file = odd / name / "metadata.json"
+        file.write_text(file.read_text().replace("14", "13"))
+    monkeypatch.setattr(trainer, "load_unet", None)
+    with pytest.raises(ValueError, match=r"odd: size=\(13, 18\): height and width must be multiples of 2"):
+        train(run("odd", data=odd))
+    with pytest.raises(ValueError, match=r"a batch of 4 cannot be divided over accumulation=1 and the mesh 'data=3'"):
+        check_batch(run(data=odd, mesh="data=3"), jax.sharding.AbstractMesh((3,), ("data",)))
 
 
 def test_a_second_program_does_not_write_into_the_folder_of_a_run(run):

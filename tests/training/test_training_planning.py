@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 from test_trainer import Pull, world  # noqa: F401
-from tiny import tiny_run
+from tiny import tiny_run, tiny_set
 
 from flax_pref.checkpoints.abstract import describe
 from flax_pref.checkpoints.hub import DEMO
@@ -40,6 +40,18 @@ def test_a_plan_compiles_the_step_of_the_run(world, tmp_path, family):  # noqa: 
             assert planned.program.lower(*planned.arguments).as_text() == run_text
 
 
+def test_of_a_set_with_several_sizes_the_largest_is_planned(world, tmp_path):  # noqa: F811
+    config = tiny_run(tmp_path / "run", world, method=Pull(), input=InputConfig(batch_size=4))
+    data = tiny_set(tmp_path / "set", "sd15", size=(12, 20), buckets=((16, 16), (10, 24)))
+    run = Run(dataclasses.replace(config, data=data), None)
+    planned = step_job(run.config, run.mesh)
+    assert planned.name == "train step of Pull, 16 x 16 pixels, the largest of 3 sizes"
+    with run.open_source() as source:
+        while (batch := source.next(None))["winner"].shape[1:3] != (8, 8):
+            pass
+    assert shapes(planned.arguments[-1]) == shapes(batch)
+
+
 def test_a_set_that_is_not_there_is_taken_to_be_of_the_checkpoints_resolution(world, tmp_path):  # noqa: F811
     config = tiny_run(tmp_path / "run", world, method=Pull(), input=InputConfig(batch_size=4))
     there, family = PreparedSet(config.data), describe(config.model)
@@ -50,7 +62,7 @@ def test_a_set_that_is_not_there_is_taken_to_be_of_the_checkpoints_resolution(wo
     assert missing.shapes.moments == (1, side, side, there.shapes.moments[-1])
 
 
-@pytest.mark.parametrize("method", [TailorPO(steps=3), DDPO(steps=3, images_per_prompt=2)])
+@pytest.mark.parametrize("method", [TailorPO(steps=3, train_steps=3), DDPO(steps=3, images_per_prompt=2)])
 def test_examples_that_a_run_would_draw_are_planned_as_they_are(method, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     config = TrainConfig(

@@ -13,8 +13,10 @@ import orbax.checkpoint as ocp
 from flax_pref.checkpoints.diffusers import Pipeline, save_pipeline
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import abstract_network, save_network
+from flax_pref.data.buckets import LETTERS
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import (
+    BUCKETS,
     CAPTIONS,
     PAIRS,
     Shapes,
@@ -130,22 +132,32 @@ def _network(kind: str, config, seed: int) -> Network:
 
 
 def tiny_set(
-    folder: Path, family: str, pairs: int = 24, mirrored: bool = True, size: tuple[int, int] = (16, 16)
+    folder: Path,
+    family: str,
+    pairs: int = 24,
+    mirrored: bool = True,
+    size: tuple[int, int] = (16, 16),
+    buckets: tuple[tuple[int, int], ...] = (),
 ) -> Path:
-    """Writes a prepared set for `tiny_checkpoint`: pair i has row 100 + i and caption i % 5; the rest is random."""
+    """Writes a prepared set for `tiny_checkpoint`: pair i has row 100 + i and caption i % 5; the rest is random.
+
+    Of all sizes, in ascending order, it has the one with number i % S.
+    """
+    sizes = sorted({size, *buckets})
     height, width = (side // DOWNSCALE for side in size)
     conditioning = {"encoder_hidden_states": (LENGTH, WIDTH)}
     if family == "sdxl":
         conditioning = {"encoder_hidden_states": (LENGTH, 2 * WIDTH), "text_embeds": (WIDTH,)}
     shapes, rng = Shapes((1 + mirrored, height, width, 2 * LATENT), conditioning), np.random.default_rng(0)
 
-    def moments():
-        mean = rng.standard_normal((*shapes.moments[:-1], LATENT))
+    def moments(size):
+        mean = rng.standard_normal((1 + mirrored, *(side // DOWNSCALE for side in size), LATENT))
         return bits(np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1).astype(jnp.bfloat16))
 
     def pair(i):
+        size = sizes[i % len(sizes)]
         return {
-            **{"row": FIRST_ROW + i, "caption": 1 + i % len(TEXTS), "winner": moments(), "loser": moments()},
+            **{"row": FIRST_ROW + i, "caption": 1 + i % len(TEXTS), "winner": moments(size), "loser": moments(size)},
             **{"winner_first": i % 2 == 0, "sizes": np.tile(np.int32([*size, 0, 0]), (1 + mirrored, 2, 1))},
             **{"winner_id": "", "loser_id": "", "confidence": math.nan, "margin": math.nan},
         }
@@ -156,9 +168,11 @@ def tiny_set(
         return {"caption": ("", *TEXTS)[i], **arrays}
 
     metadata = {"settings": {"size": list(size)}, "counts": {"pairs": pairs}, "family": family, "mirrored": mirrored}
+    if len(sizes) > 1:
+        metadata[BUCKETS] = {"sizes": sizes, "shards": ["".join(LETTERS[i % len(sizes)] for i in range(pairs))]}
     for name, features, record, count in (
         (CAPTIONS, caption_features(shapes), caption, 1 + len(TEXTS)),
-        (PAIRS, pair_features(shapes), pair, pairs),
+        (PAIRS, pair_features(shapes, several=len(sizes) > 1), pair, pairs),
     ):
         (folder / name).mkdir(parents=True)
         write_shard(folder / name / shard_name(name, 0, 1), features, map(record, range(count)))
