@@ -136,7 +136,8 @@ def test_help_of_every_program_with_configs_lists_them(program, capsys, monkeypa
     expected = {
         "modules": {f"configs/sd15/{name}.py" for name in ("dpo", "modules", "tailorpo")}
         | {"configs/demo/tailorpo.py"},
-        "encode": {"configs/demo/encode.py", *(f"configs/{name}/encode_pick_a_pic.py" for name in ("sd15", "sdxl"))},
+        "encode": {"configs/demo/encode.py"}
+        | {f"configs/{name}/{file}.py" for name in ("sd15", "sdxl") for file in ("encode_pick_a_pic", "encode_small")},
         "base": {"configs/demo/base.py"},
         "demo": {"configs/demo/demo.py"},
         "study": {"configs/demo/study.py"},

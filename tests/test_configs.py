@@ -39,6 +39,9 @@ PUBLISHED = {
     # (train_sd15.py), 2000 with it (train_sdxl.py); 64, 30 x 2 for each of [1] GPU, [64 for SDXL]
     "sd15/npo": ("NPO", {"beta": 1000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
     "sdxl/npo": ("NPO", {"beta": 2000}, "adamw", 5e-6, 0, 64, 5000, 0.0),
+    # [all but the loss]
+    "sd15/dpo_small": ("DiffusionDPO", {"beta": 2000}, "adamw", 1e-4, 50, 64, 1000, 0.1),
+    "sdxl/dpo_small": ("DiffusionDPO", {"beta": 2000}, "adamw", 1e-4, 50, 32, 500, 0.1),
     # [as dpo]
     "sd15/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
     "sdxl/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adafactor", 2.048e-5, 200, 2048, 2000, 0.2),
@@ -165,8 +168,10 @@ def test_a_config_reads_what_the_encoding_command_in_its_docstring_writes(name):
 def test_a_batch_can_be_divided_over_the_hardware_that_the_docstring_names(name):
     names = load(f"configs/{name}.py")
     config, hardware = names["config"], re.search(r"Hardware: (\d+) chips .*?or (\d+)\s+GPUs", names["__doc__"], re.S)
+    devices_of = map(int, hardware.groups()) if hardware else (1, 8)  # of small ones: one chip, or the eight of a host
     sizes = {axis: int(size) for axis, size in re.findall(r"(\w+)=(-?\d+)", config.mesh)}
-    for devices in map(int, hardware.groups()):
+    assert hardware or name.endswith("_small")
+    for devices in devices_of:
         assert devices % (sizes.get("fsdp", 1) * sizes.get("tensor", 1)) == 0
         assert config.input.batch_size % (config.accumulation * devices // sizes.get("tensor", 1)) == 0
 

@@ -94,8 +94,8 @@ def batch_of(method):
     if not isinstance(method, OnlineMethod):
         return {name: jnp.zeros((B, *SHAPE)) for name in ("winner", "loser")} | {"text": TEXT}
     latents = (B, 2, *SHAPE) if isinstance(method, methods.D3PO) else (B, *SHAPE)
-    arrays = {name: jnp.zeros(latents) for name in ("latents", "next_latents", "winner", "loser")}
-    numbers = {name: jnp.zeros(B) for name in ("reward", "log_prob", "advantage")}
+    arrays = {name: jnp.zeros(latents) for name in ("latents", "next_latents", "winner", "loser", "clean")}
+    numbers = {name: jnp.zeros(B) for name in ("reward", "log_prob", "advantage", "signal")}
     row = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x[1:]), B, axis=0), SOLVER)
     return {**arrays, **numbers, "rewards": jnp.zeros((B, 2)), "row": row, "text": TEXT, "empty": TEXT}
 
@@ -113,7 +113,8 @@ METHODS = [kind(**REQUIRED.get(kind, {})) for kind in get_args(methods.Method)]
 def test_methods_take_latents_of_images_and_predictions_like_them(method):
     batch = batch_of(method)
     assert loss_of(method, batch)[0].shape == ()
-    first = "latents" if isinstance(method, OnlineMethod) else "winner"
+    online = "clean" if isinstance(method, methods.DiffusionNFT) else "latents"
+    first = online if isinstance(method, OnlineMethod) else "winner"
     with pytest.raises(TypeCheckError):
         loss_of(method, {**batch, first: batch[first][..., 0]})
     with pytest.raises(TypeCheckError):

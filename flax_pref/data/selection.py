@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from flax_pref.config import check_least
 from flax_pref.data.pairs import Drop, Judgement, PairReader, Tie
 
 
@@ -22,6 +23,11 @@ class Choice:
     unique_roles: bool = False
     """Let each image serve as winner or as loser only: as what it was more often. Images that won as often as they lost
     are not used."""
+    limit: int | None = None
+    """Use at most so many pairs, the first of the set (default: all); rows after them are not read."""
+
+    def __post_init__(self):
+        check_least(self, 1, "limit")
 
 
 class Selection(NamedTuple):
@@ -33,7 +39,7 @@ class Selection(NamedTuple):
         caption_of: int32 `[K]`, place of each row's caption in `captions`.
         ties: number of rows whose images were judged equal.
         drops: of all other rows, by row in ascending order.
-        total: N.
+        total: N, the rows up to the limit.
         said: SHA-256, as hexadecimal, of what the rows say that `choice` and `unique_roles` decide on: "winners", "ids"
             and "scores" (confidence and margin).
     """
@@ -62,6 +68,9 @@ def select(reader: PairReader, choice: Choice) -> Selection:
     said_of = {name: hashlib.sha256() for name in ("winners", "ids", "scores")}
     rows, captions, images, place = [], [], [], {}
     for row, said in enumerate(tqdm(reader.judgements(range(total)), "reading judgements", total, unit="row")):
+        if len(rows) == choice.limit:
+            total = row
+            break
         if isinstance(said, Judgement):
             drop = _filtered(said, choice)
             if drop is None:

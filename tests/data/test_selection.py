@@ -61,6 +61,24 @@ def test_filters_leave_out_on_purpose_and_say_why():
     assert chosen.drops[3].detail == "other"
 
 
+@pytest.mark.parametrize(("limit", "used", "read"), [(1, [1], 2), (2, [1, 3], 4), (3, [1, 3, 4], 5), (9, [1, 3, 4], 5)])
+def test_a_limit_keeps_the_first_pairs_and_reads_no_further(limit, used, read):
+    rows, seen = [Tie(), judged("b"), Drop("caption is empty"), judged("a"), judged("c")], []
+
+    class Watched(Rows):
+        def judgements(self, rows):
+            for row in rows:
+                seen.append(row)
+                yield self.rows[row]
+
+    chosen = select(Watched(rows), Choice(limit=limit))
+    assert chosen.rows.tolist() == used and chosen.total == read
+    assert len(seen) <= read + 1
+    assert len(chosen.rows) + chosen.ties + len(chosen.drops) == chosen.total
+    with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
+        Choice(limit=0)
+
+
 def transcribed_roles(rows):
     """The rule as it is told, image by image."""
     wins, losses = collections.Counter(), collections.Counter()
