@@ -10,7 +10,7 @@ import dataclasses
 
 from flax_pref.config import shipped_config
 from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, Budget
-from flax_pref.demo.study import TUNING, Cell, StudyConfig
+from flax_pref.demo.study import OFFLINE, OFFLINE_TUNING, TUNING, Cell, StudyConfig
 
 METHODS = ("base", "tuned CFG", "DPO", "PGD", "cPGD")
 MERGED = ("PGD, merged", "cPGD, merged")
@@ -23,6 +23,12 @@ ALL = (
     *("cPGD, early", "cPGD, late", "cPGD, prompt only", "preset light", "preset late"),
     *(*NORMS, "cPGD, capped", "cPGD, orthogonal"),
 )
+OFFLINE_WAYS = ("base", *(f"offline {name}" for name in OFFLINE))
+WRONG_LABELS = {  # temperatures at which so many of the labels disagree with the judge
+    "offline, no wrong labels": 0.0001,
+    "offline, 10 % wrong labels": 0.058,
+    "offline, 30 % wrong labels": 0.305,
+}
 ONLINE_WAYS = [f"{name}, {budget}" for budget in (CALLS, PREDICTIONS) for name in ONLINE]
 
 config = StudyConfig(
@@ -46,6 +52,11 @@ config = StudyConfig(
         Cell(name="several pairs, roles unique", images=4, unique_roles=True, ways=METHODS, held_out_prompts=256),
         Cell(name="pairs of the base", generators=("base",), ways=METHODS, held_out_prompts=256),
         Cell(name="pairs of one generator", generators=("faulty",), ways=METHODS, held_out_prompts=256),
+        Cell(name="offline tuning", seeds=1, ways=("base", *OFFLINE_TUNING), held_out_prompts=64),
+        *(
+            Cell(name=name, label_temperature=temperature, ways=OFFLINE_WAYS, held_out_prompts=256)
+            for name, temperature in WRONG_LABELS.items()
+        ),
         Cell(name="online tuning", budget=Budget(0, 20_000), seeds=1, ways=("base", *TUNING), held_out_prompts=64),
         Cell(
             name="online",

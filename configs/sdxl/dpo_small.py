@@ -7,14 +7,14 @@ Reads runs/pick_a_pic_small_sdxl, which `python -m train.encode configs/sdxl/enc
 Settings are our choice: the loss and its beta from the paper (arXiv:2311.12908), everything else for LoRA and a small
 batch.
 
-Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more; 8 chips (as Kaggle gives) share each
-batch. By `python -m train.plan configs/sdxl/dpo_small.py --topology v5e:1x1`, one v5e takes 8.8 GiB of its 15.75
-(6.9 GiB are left) and trains 1.6 pairs/s at best: about three hours in all. Not measured on a TPU.
+Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more; on 8 chips (as Kaggle gives) add
+--accumulation 4. By `python -m train.plan configs/sdxl/dpo_small.py --topology v5e:1x1`, one v5e takes 8.8 GiB of its
+15.75 (6.9 GiB are left) and trains 1.6 pairs/s at best: about three hours in all. Not measured on a TPU.
 
-Not run here. What metrics.jsonl shows when it works: `accuracy` leaves 0.5 within the first 100 steps and
-settles between 0.55 and 0.7, as labels contradict each other; `winner` stays below 0. When it does not: `loss` stays at
-0.693 (raise the learning rate), `winner` rises above 0 (lower the learning rate, or take SDPO), or `accuracy` goes
-towards 1 (the pairs are learned by heart: fewer steps).
+Not run here. What metrics.jsonl shows when it works: `accuracy` leaves 0.5 within the first 100 steps and settles
+between 0.55 and 0.7, as labels contradict each other; `winner` stays below 0. When it does not: `loss` stays at 0.693
+(raise the learning rate), `winner` rises above 0 (lower the learning rate, or take SDPO), or `accuracy` goes towards 1
+(the pairs are learned by heart: fewer steps).
 """
 
 from pathlib import Path
@@ -33,5 +33,5 @@ config = SDXL.pairs(
     input=InputConfig(batch_size=32, caption_dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=50, weight_decay=0.01),
     steps=500,
-    accumulation=4,
+    accumulation=32,
 )

@@ -32,13 +32,26 @@ from flax_pref.data.prepared import Records
 from flax_pref.demo.experiment import EVALUATION_SEED, VALIDATION_SEED, Demo, DemoConfig, ModuleTraining
 from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, RATES, Budget, OnlineArm, curve, train_online
 from flax_pref.demo.report import Sweep
-from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, pgd
+from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, npo, pgd
 from flax_pref.diffusion.sampler import draw_normal, image_keys
 from flax_pref.diffusion.shaping import length
 from flax_pref.diffusion.solvers import no_history, solver_from_config, step
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.files import replacing
-from flax_pref.methods import CHATS, SNPO, DiffusionDPO, Method, PositiveNegative, PositiveNegativeDPO
+from flax_pref.methods import (
+    CHATS,
+    DMPO,
+    DSPO,
+    KTO,
+    NPO,
+    SDPO,
+    SNPO,
+    DiffusionDPO,
+    MaPO,
+    Method,
+    PositiveNegative,
+    PositiveNegativeDPO,
+)
 from flax_pref.training.networks import Weights
 from flax_pref.world import scenes as world
 
@@ -149,9 +162,59 @@ def online_way(name: str, budget: str, rate: float | None = None) -> Way:
 
 
 WAYS |= {f"{name}, {budget}": online_way(name, budget) for name in ONLINE for budget in (CALLS, PREDICTIONS)}
-TUNING = {f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name in ONLINE for rate in RATES}
-WAYS |= TUNING
 
+
+class OfflineArm(NamedTuple):
+    """How a method that learns from pairs is compared with others, all on the same number of pairs.
+
+    Attributes:
+        method: of the settings of the demo.
+        rule: of a strength and the guidance scale, as published.
+        strengths: see `Way`.
+        learning_rate: the best of `OFFLINE_RATES` on training prompts, see the cell "offline tuning".
+        caption_dropout: share of prompts that are replaced by the empty one.
+    """
+
+    method: Callable[[DemoConfig], Method]
+    rule: Callable[[Any, float], Rule]
+    strengths: str = ""
+    learning_rate: float = 5e-4
+    caption_dropout: float = 0.2
+
+
+OFFLINE_RATES = (1.5e-4, 5e-4, 1.5e-3)
+OFFLINE = {
+    "DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta), lambda w, s: cfg(s, "dpo")),
+    "Poly-DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta, poly_alpha=8.0), lambda w, s: cfg(s, "dpo")),
+    "SDPO": OfflineArm(lambda c: SDPO(beta=c.beta, mu=0.9), lambda w, s: cfg(s, "sdpo")),
+    "DSPO": OfflineArm(lambda c: DSPO(), lambda w, s: cfg(s, "dspo")),
+    "DMPO": OfflineArm(lambda c: DMPO(beta=c.beta), lambda w, s: cfg(s, "dmpo")),
+    "KTO": OfflineArm(lambda c: KTO(beta=c.beta), lambda w, s: cfg(s, "kto")),
+    "MaPO": OfflineArm(lambda c: MaPO(), lambda w, s: cfg(s, "mapo")),
+    "NPO": OfflineArm(lambda c: NPO(beta=c.beta), lambda w, s: npo(w, positive="base"), "scales"),
+    "CHATS": OfflineArm(lambda c: CHATS(), lambda w, s: chats(w), "scales"),
+    "SNPO": OfflineArm(lambda c: SNPO(beta=c.beta), lambda w, s: cfg(w, "snpo"), "scales", caption_dropout=0.0),
+    "positive and negative": OfflineArm(lambda c: PositiveNegative(), cpgd, "w"),
+}
+
+
+def _offline_training(arm: OfflineArm) -> Callable[[DemoConfig], ModuleTraining]:
+    changed = {"learning_rate": arm.learning_rate, "caption_dropout": arm.caption_dropout}
+    return lambda config: dataclasses.replace(config.dpo, **changed)
+
+
+def offline_way(name: str, rate: float | None = None) -> Way:
+    """The rule of a method that learns from pairs, with its modules."""
+    return Way(f"offline {name}", OFFLINE[name].rule, OFFLINE[name].strengths, rate=rate)
+
+
+ARMS |= {f"offline {name}": Arm(arm.method, _offline_training(arm)) for name, arm in OFFLINE.items()}
+WAYS |= {f"offline {name}": offline_way(name) for name in OFFLINE}
+TUNING = {f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name in ONLINE for rate in RATES}
+OFFLINE_TUNING = {
+    f"offline {name}, rate {rate:g}": offline_way(name, rate) for name in OFFLINE for rate in OFFLINE_RATES
+}
+WAYS |= TUNING | OFFLINE_TUNING
 QUICK = (
     "base",
     "tuned CFG",
@@ -391,19 +454,14 @@ class Study:
         config = self.config.demo_of(cell, seed)
         config.output.mkdir(parents=True, exist_ok=True)
         demo = Demo(config)
-        offline = dict.fromkeys(WAYS[way].arm for way in ways if WAYS[way].arm in ARMS)
+        pairs = demo.read_back(demo.draw_pairs()) if any(WAYS[way].arm in ARMS for way in ways) else None
         modules: dict[Any, dict[str, Path]] = {(None, None, ""): {}}
-        if offline:
-            pairs = demo.read_back(demo.draw_pairs())
-            modules |= {(arm, None, ""): train_arm(demo, arm, pairs) for arm in offline if arm is not None}
         for name in ways:
             way = WAYS[name]
             if (way.arm, way.rate, way.budget) not in modules:
-                assert cell.budget is not None  # see `Cell`
-                trained = train_online_arm(demo, way, cell.budget)
+                trained = train_way(demo, way, pairs, cell.budget)
                 modules |= {(way.arm, way.rate, budget): files for budget, files in trained.items()}
-            files = modules[way.arm, way.rate, way.budget]
-            measured = self.measure_way(demo, cell, name, files)
+            measured = self.measure_way(demo, cell, name, modules[way.arm, way.rate, way.budget])
             common = (cell.name, self.config.settings_of(cell), seed, name)
             yield [Measurement(*common, *what) for what in measured]
         shutil.rmtree(config.output)
@@ -443,24 +501,31 @@ class Study:
         return next(row.values for row in self.rows if (row.cell, row.seed, row.way, row.split, row.term) == key)
 
 
-def train_arm(demo: Demo, name: str, pairs: Records) -> dict[str, Path]:
-    """Modules of an arm, each a file or a folder."""
-    arm, config = ARMS[name], demo.config
-    output = config.output / name.replace(", ", "_").replace(" ", "_")
-    seed = list(ARMS).index(name)
-    return demo.train_modules(arm.method(config), arm.training(config), pairs, output, seed=seed, weights=arm.weights)
+def train_way(demo: Demo, way: Way, pairs: Records | None, budget: Budget | None) -> dict[str, dict[str, Path]]:
+    """Modules that a way takes, each a file or a folder, by the name of the budget that they were trained with."""
+    if way.budget:
+        assert budget is not None  # see `Cell`
+        output, online = online_run(demo, way)
+        return train_online(demo, online, way.rate or online.learning_rate, budget, output)
+    assert way.arm is not None and pairs is not None
+    arm, config = ARMS[way.arm], demo.config
+    training = arm.training(config)
+    if way.rate is not None:
+        training = dataclasses.replace(training, learning_rate=way.rate)
+    seed = list(ARMS).index(way.arm)
+    kinds = {"seed": seed, "weights": arm.weights}
+    return {"": demo.train_modules(arm.method(config), training, pairs, run_folder(demo, way), **kinds)}
+
+
+def run_folder(demo: Demo, way: Way) -> Path:
+    """Where the modules of a way are trained."""
+    return demo.config.output / re.sub(r"\W+", "_", f"{way.arm} {way.rate or ''}")
 
 
 def online_run(demo: Demo, way: Way) -> tuple[Path, OnlineArm]:
     """Folder of a run that trains online, and what it trains."""
     assert way.arm is not None
-    return demo.config.output / re.sub(r"\W+", "_", f"{way.arm} {way.rate or ''}"), ONLINE[way.arm]
-
-
-def train_online_arm(demo: Demo, way: Way, budget: Budget) -> dict[str, dict[str, Path]]:
-    """Modules of a method that trains online, by the name of the budget."""
-    output, arm = online_run(demo, way)
-    return train_online(demo, arm, way.rate or arm.learning_rate, budget, output)
+    return run_folder(demo, way), ONLINE[way.arm]
 
 
 SPLITS: dict[world.Split, int] = {"validation": VALIDATION_SEED, "held_out": EVALUATION_SEED, "train": EVALUATION_SEED}

@@ -142,7 +142,7 @@ def test_the_page_says_what_the_intervals_say_and_leaves_out_what_is_missing(tmp
     assert re.search(
         rf"^\| PGD \| 2, 2, 2 \| {cost} \| \+0\.\d{{3}} \[\+0\.\d{{3}}, \+0\.\d{{3}}\] \| 100% ", page, re.MULTILINE
     )
-    assert "7 of 46 trainings" in page
+    assert "7 of 56 trainings" in page
     assert "| number of pairs | 64 |" in page and "| number of pairs | 4096 |" in page
     assert "- PGD scores higher than DPO: 64 pairs, as in the demo, 4096 pairs." in page
     assert "leaves out what is missing" in page
