@@ -14,6 +14,7 @@ Training:
                and memory over a million pairs
     step       one step of Diffusion-DPO with random weights, beside the same step in torch and the step that trains a
                positive and a negative module at once
+    online     the loss of DiffusionNFT beside its parts: the new policy, and the old one with the reference
     compile    the time from the start of Python to that step, with an empty compilation cache and with a filled one
 """
 
@@ -25,6 +26,7 @@ from bench.data import Data, bench_data
 from bench.forward import Forward, bench_forward
 from bench.guidance import Guidance, bench_guidance
 from bench.load import Load, bench_load
+from bench.online import Online, bench_online
 from bench.rewards import Rewards, bench_rewards
 from bench.step import Step, bench_step
 from bench.tradeoff import Tradeoff, bench_tradeoff
@@ -42,6 +44,7 @@ BENCHES = {
     Rewards: bench_rewards,
     Data: bench_data,
     Step: bench_step,
+    Online: bench_online,
     Compile: bench_compile,
 }
 

@@ -63,3 +63,13 @@ def test_all_weights_are_trained_with_blocks_that_are_computed_again(tmp_path, c
 def test_a_mistake_is_told_before_a_step_is_made(flags, message):
     with pytest.raises(ValueError, match=message):
         main(["step", *flags])
+
+
+def test_the_loss_of_nft_is_the_sum_of_its_parts_and_less_work_than_one_pass(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(UNET.to_dict()))
+    main(["online", "--unet", str(tmp_path / "config.json"), "--size", "64", "--rounds", "1", "--rank", "4"])
+    told = json.loads(capsys.readouterr().out)
+    work = told["gflop"]
+    parts = work["new policy"] + work["old policy and reference"]
+    assert work["step"] == pytest.approx(parts, rel=0.02)
+    assert work["all in one pass"] > 1.2 * work["step"]
