@@ -43,7 +43,10 @@ Cells = Mapping[tuple[str, str], str]
 
 def shipped() -> dict[str, tuple[str, ...]]:
     """Commands without their slice, by name: every config that is not for the demo, and cPGD samplers."""
-    configs = {str(file): ("plan", str(file)) for file in sorted(Path("configs").glob("sd*/*.py"))}
+    configs = {
+        str(file): ("plan", str(file), *(() if "encode" in file.name else ("--only", "train step")))
+        for file in sorted(Path("configs").glob("sd*/*.py"))
+    }
     samplers = {
         f"cPGD, {name}, {weights}": (
             *("plan-sample", "--model", model, "--rule", "cpgd", "--w", "4", "--steps", "25"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -17,8 +19,9 @@ from flax_pref.data.preparation import EncodeConfig
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
 from flax_pref.diffusion.conditioning import encode_ids
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
-from flax_pref.methods.online import OnlineMethod
+from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
+from flax_pref.methods.online import OnlineMethod, RolloutInputs
+from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import Family
 from flax_pref.models.remat import Remat
@@ -26,6 +29,8 @@ from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.sharding import batch_sharding
 from flax_pref.planning.plan import Job
 from flax_pref.planning.topologies import Topology, chips_of
+from flax_pref.rewards.decoded import score_gradients, score_latents
+from flax_pref.shapes import PerImage, Pixels
 from flax_pref.training.rollouts import take_batch
 from flax_pref.training.trainer import Program, TrainConfig, check_data, held_by
 
@@ -40,7 +45,9 @@ def jobs(config: TrainConfig | EncodeConfig, slice: Topology) -> tuple[Mesh, lis
         mesh = make_mesh(config.mesh, slice.devices)
         return mesh, encode_jobs(config, mesh)
     mesh = make_mesh(config.mesh, slice.devices, TRAINING_AXES)
-    return mesh, [step_job(divisible(config, mesh), mesh)]
+    config = divisible(config, mesh)
+    drawing = [] if config.online is None else [rollout_job(config, mesh)]
+    return mesh, [step_job(config, mesh), *drawing]
 
 
 def candidates(config: TrainConfig | EncodeConfig, slice: str) -> list[list[str]]:
@@ -102,6 +109,86 @@ def step_job(config: TrainConfig, mesh: Mesh) -> Job:
         held=held_by(program.shapes, program.frozen, batch),
         work=config.batch_size,
         unit="pair" if config.online is None else "example",
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeanColour:
+    """A reward that costs nothing, in the place of those that a config names."""
+
+    name = "mean colour"
+    differentiable = True
+
+    def prepare(self, captions: Sequence[str]) -> tuple[()]:
+        """See `rewards.reward.Reward`."""
+        return ()
+
+    def view(self, images: Pixels) -> Pixels:
+        """See `rewards.reward.Reward`."""
+        return images
+
+    def score(self, view: Pixels, prepared: tuple[()]) -> PerImage:
+        """See `rewards.reward.Reward`."""
+        return view.mean(axis=(1, 2, 3))
+
+
+def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
+    """How an online run draws and judges the prompts that it takes at once, without the networks of its rewards."""
+    method, online = config.method, config.online
+    assert isinstance(method, OnlineMethod) and online is not None
+    family, prompts = describe(config.model), online.rollouts.at_once
+    program = Program(config, mesh, family.unet)
+    vae = abstract_pipeline(config.model, program.dtype).vae
+    whole, divided = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+    share = mesh.size // mesh.shape.get("tensor", 1)
+    if prompts % share:
+        prompts = -(-prompts // share) * share
+        print(f"planned with online.rollouts.at_once={prompts}: {online.rollouts.at_once} cannot be divided")
+    solver = solver_from_config(family.scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
+    clean = clean_estimate(NoiseSchedule.from_dict(family.scheduler_config), np.asarray(solver.timesteps))
+    height, width = (size // family.vae.downscale_factor for size in online.size)
+    shape = (height, width, family.vae.latent_channels)
+    reward = MeanColour()
+
+    def draw(params, frozen, vae_params, solver, text, empty, keys, *part):
+        def judge(of_latents, latents):
+            return of_latents(reward, vae._replace(params=vae_params), latents, (), sharding=divided)
+
+        drawing = RolloutInputs(
+            predict=program.trained.predict(params, frozen),
+            solver=solver,
+            clean=clean,
+            keys=jax.random.wrap_key_data(keys, impl="threefry2x32"),
+            text=text,
+            empty=jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), empty, text),
+            shape=shape,
+            score=partial(judge, score_latents),
+            ascent=partial(judge, score_gradients),
+        )
+        return method.draw_step(drawing, *part) if part and isinstance(method, StepPairs) else method.draw(drawing)
+
+    def given(shape, dtype, sharding):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    told = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
+    text = {name: given((prompts, *each), program.dtype, divided) for name, each in told.items()}
+    empty = {name: given(each, program.dtype, whole) for name, each in told.items()}
+    decoder = jax.tree.map(lambda x: given(x.shape, x.dtype, whole), vae.params)
+    rows = jax.tree.map(lambda x: given(x.shape, x.dtype, whole), solver)
+    keys = given((prompts, 2), jnp.uint32, divided)
+    part = ()
+    if online.rollouts.update == "step":
+        part = given((prompts, *shape), jnp.float32, divided), *(given((), jnp.int32, whole),) * 2
+    params = program.shapes.params
+    images = prompts * math.prod(method.examples[:-1])
+    return Job(
+        name="drawing of images" if not part else "drawing of a trained step",
+        program=jax.jit(draw),
+        arguments=(params, program.frozen, decoder, rows, text, empty, keys, *part),
+        held=held_by(program.shapes, program.frozen, ()) | {"autoencoder": decoder},
+        work=images,
+        unit="image",
     )
 
 
