@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import step
 from flax_pref.methods.online import (
-    Cost,
+    ExampleCost,
     Preferences,
     RolloutInputs,
     clip_ratio,
@@ -63,9 +63,9 @@ class D3PO(Preferences):
         winner, loser = log_ratios
         return pair_loss(self.beta * (winner - loser), batch, self)
 
-    def cost(self, *, within: bool = False) -> Cost:
+    def cost(self, *, within: bool = False) -> ExampleCost:
         """See `OnlineMethod`."""
-        return Cost(2 * self.guided_rows, 2 * self.guided_rows, 2 * self.guided_rows, 2 / self.steps)
+        return ExampleCost(2 * self.guided_rows, 2 * self.guided_rows, 2 * self.guided_rows, 2 / self.steps)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

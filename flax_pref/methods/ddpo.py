@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import log_prob
-from flax_pref.methods.online import Cost, OnlineMethod, RolloutInputs, draw_trajectories, guided
+from flax_pref.methods.online import ExampleCost, OnlineMethod, RolloutInputs, draw_trajectories, guided
 from flax_pref.shapes import Float, Key, Scalar
 
 
@@ -71,9 +71,9 @@ class DDPO(OnlineMethod):
         """See `OnlineMethod`."""
         return self.images_per_prompt, self.steps
 
-    def cost(self, *, within: bool = False) -> Cost:
+    def cost(self, *, within: bool = False) -> ExampleCost:
         """See `OnlineMethod`."""
-        return Cost(self.guided_rows, self.guided_rows, 0, 1 / self.steps)
+        return ExampleCost(self.guided_rows, self.guided_rows, 0, 1 / self.steps)
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.sampler import Predict, predict_rows, sample
-from flax_pref.methods.online import Cost, OnlineMethod, RolloutInputs, policy_rule
+from flax_pref.methods.online import ExampleCost, OnlineMethod, RolloutInputs, policy_rule
 from flax_pref.models.lora import BASE
 from flax_pref.shapes import GivenLatents, Key, Latents, PerImage, Scalar
 
@@ -139,9 +139,9 @@ class DiffusionNFT(OnlineMethod):
         """See `OnlineMethod`."""
         return self.images_per_prompt, len(self.trained)
 
-    def cost(self, *, within: bool = False) -> Cost:
+    def cost(self, *, within: bool = False) -> ExampleCost:
         """See `OnlineMethod`."""
-        return Cost(self.guided_rows * self.steps / len(self.trained), 1, 2, 1 / len(self.trained))
+        return ExampleCost(self.guided_rows * self.steps / len(self.trained), 1, 2, 1 / len(self.trained))
 
     def shapes(self, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """See `OnlineMethod`."""

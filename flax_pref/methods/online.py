@@ -67,7 +67,7 @@ class RolloutInputs(NamedTuple):
     ascent: Callable[[Latents], Latents]
 
 
-class Cost(NamedTuple):
+class ExampleCost(NamedTuple):
     """What an example takes: images that the UNet predicts, and images that are decoded and scored.
 
     Attributes:
@@ -161,7 +161,7 @@ class OnlineMethod:
         """Predictions that make a guided one."""
         return 1 if self.guidance_scale == 1 else 2
 
-    def cost(self, *, within: bool = False) -> Cost:
+    def cost(self, *, within: bool = False) -> ExampleCost:
         """What an example takes; within: weights change inside trajectories."""
         raise NotImplementedError
 

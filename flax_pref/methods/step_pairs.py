@@ -17,7 +17,7 @@ from flax_pref.diffusion.sampler import Predict, draw_normal
 from flax_pref.diffusion.solvers import Solver, step
 from flax_pref.methods.online import (
     Candidates,
-    Cost,
+    ExampleCost,
     Preferences,
     RolloutInputs,
     clip_ratio,
@@ -107,7 +107,7 @@ class StepPairs(Preferences):
         loss, metrics = pair_loss(logits, batch, self)
         return loss, metrics | ({"raised": batch["raised"].mean()} if "raised" in batch else {})
 
-    def cost(self, *, within: bool = False) -> Cost:
+    def cost(self, *, within: bool = False) -> ExampleCost:
         """See `OnlineMethod`."""
         trained, rows, (pool, _, ascent) = self.trained, self.guided_rows, self.choice
         # A prediction for the start, one for each candidate, and one for a winner that has moved; none for images.
@@ -117,7 +117,7 @@ class StepPairs(Preferences):
         pairs = len(trained) - (trained[-1] == self.steps - 1)
         moved = 0 if ascent is None else 1 + ascent.through_network
         predicted = starts + walks + pairs * (pool + moved)
-        return Cost(rows * predicted / len(trained), rows, rows, pool + (0 if ascent is None else 2))
+        return ExampleCost(rows * predicted / len(trained), rows, rows, pool + (0 if ascent is None else 2))
 
     # Experience
 

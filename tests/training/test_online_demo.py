@@ -109,8 +109,8 @@ def test_an_iteration_of_every_method_gives_a_loss_that_can_be_learned_from(name
 @pytest.mark.parametrize("through_network", [False, True])
 def test_the_gradient_raises_the_reward_of_most_winners_at_every_t(through_network):
     """Table 1 of arXiv:2502.01667, which counts moves that raise and that lower the reward, by t."""
-    method = TailorPO(guidance_scale=S, rate=(0.1, 0.2), through_network=through_network)
-    run = Run(method, 32, RolloutConfig(prompts=32, at_once=32, batch_size=32))
+    method = TailorPO(steps=10, guidance_scale=S, rate=(0.1, 0.2), through_network=through_network)
+    run = Run(method, 32, RolloutConfig(prompts=32, at_once=16, batch_size=32))
     run.source.next(run.lora)
     raised = np.asarray(run.source.arrays()["raised"]).mean(axis=0)
     print({f"t = {method.steps - i}": f"{share:.0%}" for i, share in zip(method.trained, raised, strict=True)})
