@@ -90,9 +90,22 @@ class Evidence:
         by_seed = self.found[cell, way, split, term, strength]
         return np.stack([by_seed[seed] for seed in sorted(by_seed)])
 
-    def gains(self, cell: str, way: str, over: str = "base", **what) -> np.ndarray:
-        """Gains `[R, N]` of a way over another of the same cell, which draws at its chosen strength."""
-        return self.values(cell, way, **what) - self.values(cell, over, **{**what, "strength": "chosen"})
+    def gains(
+        self,
+        cell: str,
+        way: str,
+        over: str = "base",
+        *,
+        split: str = "held_out",
+        term: str = "score",
+        strength: float | str = "chosen",
+        over_strength: float | str = "chosen",
+        over_cell: str | None = None,
+    ) -> np.ndarray:
+        """Gains `[R, N]` of a way over another, of the same cell by default, for the training seeds that have both."""
+        one = self.found[cell, way, split, term, strength]
+        other = self.found[over_cell or cell, over, split, term, over_strength]
+        return np.stack([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
 
     def gain(self, cell: str, way: str, over: str = "base", **what) -> Estimate:
         """Mean gain of a way over another of the same cell, at its chosen strength or another."""

@@ -150,7 +150,7 @@ def roles(found: Evidence) -> Section | None:
     rows = [["method", "images in both roles", "images in one role only", "difference"]]
     answers = []
     for name in ways:
-        difference = estimate(found.values(unique, name) - found.values(both, name))
+        difference = estimate(found.gains(unique, name, name, over_cell=both))
         rows.append([name, str(found.gain(both, name)), str(found.gain(unique, name)), str(difference)])
         verdict = {1: "helps", -1: "hurts", 0: "shows no difference for"}[difference.sign]
         answers.append(f"Leaving out images in their other role {verdict} {name}: {difference}.")
@@ -185,12 +185,8 @@ def merging(found: Evidence) -> Section | None:
     figure, axes = figure_of(2, width=8.5)
     for axis, method in zip(axes, CONTRASTIVE, strict=True):
         for colour, (length, name) in zip(COLOURS, cells.items(), strict=False):
-            kinds = {"split": "validation"}
             cost = {
-                w: estimate(
-                    found.values(name, f"{method}, merged", strength=w, **kinds)
-                    - found.values(name, method, strength=w, **kinds)
-                )
+                w: found.gain(name, f"{method}, merged", method, split="validation", strength=w, over_strength=w)
                 for w in found.config.w
             }
             equal.append([method, f"{length:g}", *map(str, cost.values())])
@@ -317,9 +313,7 @@ def one_strength(found: Evidence) -> Section | None:
         losses = []
         for length, name in cells.items():
             best = max(by_cell[length], key=lambda c: by_cell[length][c].mean)
-            lost = estimate(
-                found.values(name, way, strength=usual, **kinds) - found.values(name, way, strength=best, **kinds)
-            )
+            lost = found.gain(name, way, way, strength=usual, over_strength=best, **kinds)
             losses.append(lost.mean)
             at = by_cell[length]
             rows.append([way, f"{length:g}", f"{best:.3g}", str(at[best]), f"{usual:.3g}: {at[usual]}", str(lost)])

@@ -207,6 +207,14 @@ def test_the_learning_rates_of_online_methods_are_those_that_the_measurements_ch
             assert arm.learning_rate == max(gains, key=lambda rate: gains[rate])
 
 
+def test_a_seed_that_has_one_of_two_ways_does_not_count():
+    rows = rows_of("main", seeds=(0, 1)) + rows_of("main", seeds=(2,), ways=("base", "DPO"))
+    found = Evidence(rows, CONFIG)
+    assert found.gains("main", "DPO").shape == (3, PROMPTS)
+    assert found.gains("main", "PGD").shape == found.gains("main", "PGD", "DPO").shape == (2, PROMPTS)
+    assert found.gap("main", "PGD").mean == pytest.approx(0.0, abs=0.01)
+
+
 def test_a_choice_at_an_end_of_the_candidates_is_marked():
     rows = rows_of("main", seeds=(0,))
     ends = {1: min(CONFIG.w), 2: max(CONFIG.w)}
