@@ -8,7 +8,9 @@ authors' code (NVlabs/DiffusionNFT, arXiv:2509.16117), which trains SD3.5 Medium
 iteration, drawn in 10 steps without guidance, learned from at 9 of them, one update for all. Prompts and the number of
 iterations are our choice.
 
-Hardware: 8 chips of TPU v5p, or 8 GPUs with 80 GB; each has all weights. Memory has not been measured.
+Hardware: 8 chips of TPU v5e, or 8 GPUs with 24 GB; each has all weights. By `python -m train.plan configs/sd15/nft.py
+--topology v5e:2x4`, a chip takes 6.0 GiB of its 15.75 for a step and 5.8 for drawing, and the reward's network (4 GB)
+besides. Not measured on a TPU.
 
 Not run here. The paper has no figures for Stable Diffusion 1.5.
 """

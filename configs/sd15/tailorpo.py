@@ -8,8 +8,8 @@ the paper (arXiv:2502.01667): 20 steps of DDIM with eta 1, of which 5 are learne
 of them, batches of 2, 10,000 trajectories. Guidance 5, beta 0.1 and learning rate 3e-5 are those of D3PO's code, which
 the paper refers to; the rank is our choice.
 
-Hardware: one chip or GPU with 16 GB; a batch of 2 keeps no more than two busy. For a mesh, learn from whole
-iterations: --online.rollouts.update iteration --online.rollouts.prompts 64 --online.rollouts.at-once 16
+Hardware: one chip or GPU with 16 GB; a batch of 2 keeps no more than two busy. For a mesh, learn from whole iterations:
+--online.rollouts.update iteration --online.rollouts.prompts 64 --online.rollouts.at-once 16
 --online.rollouts.batch-size 160 --steps 312 --accumulation 5. Memory has not been measured.
 
 Not run here. The paper's Table 2 (SD1.5, 45 animal prompts; aesthetic score, with this reward): base 5.79, TailorPO
