@@ -173,7 +173,7 @@ def write_page(
         questions: sections of the page, in order.
         command: that measures and writes all this.
     """
-    found = Evidence(rows, config)
+    found = Evidence(counted(rows, config), config)
     page = config.results.with_suffix(".md")
     cells = {(row.cell, row.seed) for row in rows}
     lines = [
@@ -215,6 +215,17 @@ def write_page(
         if old.name not in figures:
             old.unlink()
     return page
+
+
+def counted(rows: Sequence[Measurement], config: StudyConfig) -> list[Measurement]:
+    """Rows of trainings that are measured in every way of their cell; of cells that have none such, all rows."""
+    ways: dict[tuple[str, int], set[str]] = {}
+    for row in rows:
+        ways.setdefault((row.cell, row.seed), set()).add(row.way)
+    wanted = {cell.name: set(cell.ways) for cell in config.cells}
+    complete = {key for key, measured in ways.items() if measured >= wanted[key[0]]}
+    begun = {cell for cell, _ in complete}
+    return [row for row in rows if (row.cell, row.seed) in complete or row.cell not in begun]
 
 
 def _missing(found: Evidence) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from flax_pref.config import shipped_config
 from flax_pref.demo import study
-from flax_pref.demo.evidence import Evidence, predictions, write_page
+from flax_pref.demo.evidence import Evidence, counted, predictions, write_page
 from flax_pref.demo.online import BATCH, CALLS, ONLINE, PREDICTIONS, RATES, Budget
 from flax_pref.demo.questions import QUESTIONS, rank_correlation
 from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
@@ -205,6 +205,13 @@ def test_the_learning_rates_of_online_methods_are_those_that_the_measurements_ch
         if found.has("online tuning", *ways.values()):
             gains = {rate: found.gain("online tuning", way, split="train").mean for rate, way in ways.items()}
             assert arm.learning_rate == max(gains, key=lambda rate: gains[rate])
+
+
+def test_a_training_that_is_not_finished_waits_for_the_others_of_its_cell_to_count():
+    config = dataclasses.replace(CONFIG, cells=(Cell(name="main", ways=("base", "DPO"), held_out_prompts=8),))
+    whole, part = rows_of("main", seeds=(0,), ways=("base", "DPO")), rows_of("main", seeds=(1,), ways=("base",))
+    assert counted(part, config) == part
+    assert counted(whole + part, config) == whole
 
 
 def test_a_seed_that_has_one_of_two_ways_does_not_count():
