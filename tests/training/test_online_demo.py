@@ -107,14 +107,17 @@ def test_an_iteration_of_every_method_gives_a_loss_that_can_be_learned_from(name
 
 @pytest.mark.long
 @pytest.mark.parametrize("through_network", [False, True])
-def test_the_gradient_raises_the_reward_of_most_winners_at_every_t(through_network):
+def test_the_gradient_through_the_network_raises_rewards_at_every_t_and_the_other_at_small_t(through_network):
     """Table 1 of arXiv:2502.01667, which counts moves that raise and that lower the reward, by t."""
     method = TailorPO(steps=10, guidance_scale=S, rate=(0.1, 0.2), through_network=through_network)
     run = Run(method, 32, RolloutConfig(prompts=32, at_once=16, batch_size=32))
     run.source.next(run.lora)
     raised = np.asarray(run.source.arrays()["raised"]).mean(axis=0)
     print({f"t = {method.steps - i}": f"{share:.0%}" for i, share in zip(method.trained, raised, strict=True)})
-    assert (raised > 0.5).all()
+    if through_network:
+        assert (raised > 0.9).all()
+    else:  # at large t an image's promise depends on its latents mostly through the prediction
+        assert (np.diff(raised) > 0).all() and raised[0] < 0.5 and raised[-1] > 0.9
 
 
 @pytest.mark.long
