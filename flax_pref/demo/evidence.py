@@ -173,7 +173,8 @@ def write_page(
         questions: sections of the page, in order.
         command: that measures and writes all this.
     """
-    found = Evidence(counted(rows, config), config)
+    rows = counted(rows, config)
+    found = Evidence(rows, config)
     page = config.results.with_suffix(".md")
     cells = {(row.cell, row.seed) for row in rows}
     lines = [
@@ -189,7 +190,7 @@ def write_page(
         "number of comparisons: of a hundred without any difference about five would show one.",
         "",
         f"`{command}` measures and writes all of this; {config.takes or 'its time was not measured'}. "
-        f"{len(cells)} of {sum(len(config.seeds_of(cell)) for cell in config.cells)} trainings are in "
+        f"{len(cells)} of {sum(len(config.seeds_of(cell)) for cell in config.cells)} trainings are measured in "
         f"`{config.results.name}/{TABLE}`" + ("." if not _missing(found) else "; the page leaves out what is missing."),
     ]
     figures = []
