@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,10 @@ from numpy.typing import DTypeLike
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.config import parse_flags
 from flax_pref.diffusion.conditioning import size_ids
+from flax_pref.files import read_json
 from flax_pref.models.network import Network
-from flax_pref.models.presets import Family
+from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.peak import measured_bandwidth, measured_peak
 
 
@@ -53,6 +56,20 @@ def random_network(kind: str, config, dtype: DTypeLike = "float32") -> Network:
         return jnp.asarray(values, leaf.dtype)
 
     return network._replace(params=jax.tree_util.tree_map_with_path(draw, network.params))
+
+
+def family_of(name: str, unet: Path | None, size: int | None) -> tuple[Family, int]:
+    """The networks of a family, and the side of its latents.
+
+    Args:
+        name: of the family.
+        unet: config.json of another UNet that takes the place of the family's; None: its own.
+        size: side of the images in pixels; None: the family's own.
+    """
+    family = FAMILIES[name]
+    if unet is not None:
+        family = family._replace(unet=UNetConfig.from_dict(read_json(unet, expected="a config.json of a UNet")))
+    return family, (size or family.resolution) // 8
 
 
 def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.ndarray]:

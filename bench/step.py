@@ -22,19 +22,25 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from bench.common import Reached, bytes_accessed, memory_peak_gb, random_inputs, random_network, time_in_turns
+from bench.common import (
+    Reached,
+    bytes_accessed,
+    family_of,
+    memory_peak_gb,
+    random_inputs,
+    random_network,
+    time_in_turns,
+)
 from bench.guidance import MODULES, switch_adapter, torch_unet, with_adapters
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.files import read_json
 from flax_pref.methods import DiffusionDPO, PositiveNegative
 from flax_pref.methods.errors import draw_noise
 from flax_pref.models.attention import Kernel
 from flax_pref.models.lora import BASE, select_lora, split_lora
 from flax_pref.models.network import with_attention, with_remat
 from flax_pref.models.platform import default_dtype
-from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.presets import Family
 from flax_pref.models.remat import Remat
-from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.peak import peak_of, step_flops
 from flax_pref.training.networks import LoRA, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
@@ -111,7 +117,11 @@ def bench_step(bench: Step) -> dict:
         for repeated in shared.keys() & row.keys():
             del row[repeated]
     figures = {
-        **{"family": bench.family, "size": _family(bench)[1] * 8, "batch_size": bench.batch_size},
+        **{
+            "family": bench.family,
+            "size": family_of(bench.family, bench.unet, bench.size)[1] * 8,
+            "batch_size": bench.batch_size,
+        },
         **{"adapters": bench.adapters, "rank": bench.rank, "attention": bench.attention, "remat": bench.remat},
         **{"jax": jax.__version__, "rounds": bench.rounds, **shared, "steps": rows},
     }
@@ -242,14 +252,6 @@ def _child(name: str, fields: str, folder: str) -> None:
         print(json.dumps({**told, "peak_memory_gb": round(prepared.peak_gb(), 3)}), flush=True)
 
 
-def _family(bench: Step) -> tuple[Family, int]:
-    """The networks, and the side of latents."""
-    family = FAMILIES[bench.family]
-    if bench.unet is not None:
-        family = family._replace(unet=UNetConfig.from_dict(read_json(bench.unet, expected="a config.json of a UNet")))
-    return family, (bench.size or family.resolution) // 8
-
-
 def pairs(family: Family, batch_size: int, size: int) -> dict[str, Any]:
     """A batch of objectives: `winner` and `loser [B, H, W, C]`, `text [B, ...]` and the sizes of images `[B, 2, 6]`."""
     inputs = random_inputs(family, 2 * batch_size, size)
@@ -264,7 +266,11 @@ def pairs(family: Family, batch_size: int, size: int) -> dict[str, Any]:
 
 def prepare(bench: Step, name: str) -> Prepared:
     """The step of an objective, compiled."""
-    (family, size), dtype, device = _family(bench), default_dtype(bench.dtype), jax.devices()[0]
+    (family, size), dtype, device = (
+        family_of(bench.family, bench.unet, bench.size),
+        default_dtype(bench.dtype),
+        jax.devices()[0],
+    )
     method, key = METHODS[name], jax.random.key(0)
     base = with_attention(random_network("unet", family.unet, dtype), bench.attention)
     schedule, batch = NoiseSchedule.from_dict(family.scheduler_config), pairs(family, bench.batch_size, size)
@@ -328,7 +334,7 @@ def prepare_torch(bench: Step) -> Prepared:
     import torch
     import torch.nn.functional as F
 
-    (family, size), dtype = _family(bench), default_dtype(bench.dtype)
+    (family, size), dtype = family_of(bench.family, bench.unet, bench.size), default_dtype(bench.dtype)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     network = with_adapters(random_network("unet", family.unet, dtype), bench.rank)
     unet = torch_unet(network).to(on)

@@ -3,7 +3,7 @@
     python -m train.encode configs/sdxl/encode_small.py --source.path /data/pickapic_v2
 
 The path is a folder with the parquet files of the set, local, mounted or gs://...; without it they are streamed from
-the Hub, only as far as they are needed. The pairs become about 2.2 GB.
+the Hub, and no more of them than needed. The encoded pairs take about 2.2 GB.
 """
 
 from pathlib import Path

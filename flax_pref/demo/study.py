@@ -99,8 +99,8 @@ class Way(NamedTuple):
         merged: whether the modules are merged into the weights.
         steps: how many times the steps of the demo it takes.
         best_of: how many images of a prompt it draws, to keep that which the judge likes best.
-        budget: of a method that trains online: that of its modules, see `demo.online`.
-        rate: of such a method: its learning rate (default: the one that was chosen for it).
+        budget: that a method which trains online used for its modules, see `demo.online`; "" for others.
+        rate: learning rate of the modules (default: the arm's own).
     """
 
     arm: str | None

@@ -31,7 +31,7 @@ from flax_pref.planning.plan import Job
 from flax_pref.planning.topologies import Topology, chips_of
 from flax_pref.rewards.decoded import score_gradients, score_latents
 from flax_pref.shapes import PerImage, Pixels
-from flax_pref.training.rollouts import take_batch
+from flax_pref.training.rollouts import empty_for_each, take_batch
 from flax_pref.training.trainer import Program, TrainConfig, check_data, held_by
 
 
@@ -144,7 +144,8 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
     share = mesh.size // mesh.shape.get("tensor", 1)
     if prompts % share:
         prompts = -(-prompts // share) * share
-        print(f"planned with online.rollouts.at_once={prompts}: {online.rollouts.at_once} cannot be divided")
+        asked = online.rollouts.at_once
+        print(f"planned with online.rollouts.at_once={prompts}: {asked} cannot be divided over {share} chips")
     solver = solver_from_config(family.scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
     clean = clean_estimate(NoiseSchedule.from_dict(family.scheduler_config), np.asarray(solver.timesteps))
     height, width = (size // family.vae.downscale_factor for size in online.size)
@@ -161,7 +162,7 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
             clean=clean,
             keys=jax.random.wrap_key_data(keys, impl="threefry2x32"),
             text=text,
-            empty=jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), empty, text),
+            empty=empty_for_each(empty, text),
             shape=shape,
             score=partial(judge, score_latents),
             ascent=partial(judge, score_gradients),

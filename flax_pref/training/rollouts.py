@@ -318,7 +318,7 @@ class Rollouts:
             clean=self._clean,
             keys=keys,
             text=text,
-            empty=_for_each(empty, text),
+            empty=empty_for_each(empty, text),
             shape=self._shape,
             score=partial(judge, score_latents),
             ascent=partial(judge, score_gradients),
@@ -352,12 +352,12 @@ def take_batch(
     """
     text = jax.tree.map(lambda x: x[index[0]], text)
     row, signal = jax.tree.map(lambda x: x[rows], steps)
-    told = {"text": text, "empty": _for_each(empty, text)}
+    told = {"text": text, "empty": empty_for_each(empty, text)}
     return {**method.batch(experience, tuple(index)), "row": row, "signal": signal, **told}
 
 
 def minibatches(method: OnlineMethod, config: RolloutConfig) -> int:
-    """Of an iteration."""
+    """Number of minibatches, and so of training steps, in an iteration."""
     return config.prompts * math.prod(method.examples) * config.epochs // config.batch_size
 
 
@@ -387,6 +387,6 @@ def check_update(method: OnlineMethod, config: RolloutConfig) -> None:
         )
 
 
-def _for_each(empty: Any, text: Any) -> Any:
+def empty_for_each(empty: Any, text: Any) -> Any:
     """Conditioning on no prompt, for each row of that on prompts."""
     return jax.tree.map(lambda empty, text: jnp.broadcast_to(empty, text.shape), empty, text)
