@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flax_pref.checkpoints.diffusers import Pipeline as Pipeline
+    from flax_pref.checkpoints.checkpoint import Pipeline as Pipeline
     from flax_pref.checkpoints.diffusers import load_pipeline as load_pipeline
     from flax_pref.checkpoints.diffusers import save_pipeline as save_pipeline
     from flax_pref.checkpoints.lora import load_lora as load_lora
     from flax_pref.checkpoints.lora import save_lora as save_lora
     from flax_pref.checkpoints.modules import load_modules as load_modules
     from flax_pref.checkpoints.modules import merge_modules as merge_modules
+    from flax_pref.checkpoints.single_file import save_single_file as save_single_file
     from flax_pref.compilation import use_cache as use_cache
     from flax_pref.data.consensus import Consensus as Consensus
     from flax_pref.data.encode_set import encode as encode
@@ -70,9 +71,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_OF = {
-    "checkpoints.diffusers": "Pipeline load_pipeline save_pipeline",
+    "checkpoints.checkpoint": "Pipeline",
+    "checkpoints.diffusers": "load_pipeline save_pipeline",
     "checkpoints.lora": "load_lora save_lora",
     "checkpoints.modules": "load_modules merge_modules",
+    "checkpoints.single_file": "save_single_file",
     "compilation": "use_cache",
     "data.consensus": "Consensus",
     "data.encode_set": "encode",

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from checkpoints.small import small_pipeline
 from PIL import Image
 from training.tiny import tiny_checkpoint, tiny_set
 
@@ -153,6 +154,8 @@ def test_the_example_of_a_docstring_runs(name, files, tmp_path, monkeypatch):
     folder = tmp_path / "files"
     shutil.copytree(files, folder)
     monkeypatch.chdir(folder)
+    if name == "save_single_file":
+        diffusers.save_pipeline(small_pipeline("sd1"), "v1-5")
     if name == "load_sampler":
         draw = fp.TextToImage(fp.load_pipeline("sd15"), steps=1)
         export_sampler(draw, {"name": "cfg", "guidance_scale": 7.5}, "runs/exported", platforms=["cpu"], about={})

@@ -1,29 +1,22 @@
 """Checkpoints without their weights: shapes instead of parameters, for programs that are compiled and not run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from flax_pref.checkpoints.diffusers import FAMILIES as CLASSES
-from flax_pref.checkpoints.diffusers import Pipeline, not_a_folder
-from flax_pref.checkpoints.hub import DEMO, find_checkpoint, find_files
-from flax_pref.checkpoints.weights import LAYOUT, abstract_network, read_config
-from flax_pref.files import read_json
+from flax_pref.checkpoints.checkpoint import Pipeline
+from flax_pref.checkpoints.diffusers import open_model
+from flax_pref.checkpoints.model_flags import ModelFlags
+from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.models.clip import CLIPTextConfig
-from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.presets import Family
 from flax_pref.models.unet import UNetConfig
 
-# What the presets describe, so that no network is needed; any other checkpoint's config files are read.
-PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": FAMILIES["sd15"],
-    "stabilityai/stable-diffusion-xl-base-1.0": FAMILIES["sdxl"],
-}
 
-
-def abstract_pipeline(model: str, dtype) -> Pipeline:
+def abstract_pipeline(model: str | ModelFlags, dtype) -> Pipeline:
     """The networks of a checkpoint with shapes instead of parameters, and no tokenizers.
 
     Args:
-        model: as in `hub.find_checkpoint`; of a repository only the config files are downloaded, if anything.
+        model: as for `diffusers.load_pipeline`, or with flags for its parts; of a repository only the config files are
+            downloaded, if anything.
         dtype: what the networks compute in and are kept in.
 
     Raises:
@@ -41,27 +34,17 @@ def abstract_pipeline(model: str, dtype) -> Pipeline:
     )
 
 
-def describe(model: str) -> Family:
+def describe(model: str | ModelFlags) -> Family:
     """The sizes of a checkpoint's networks; arguments and errors as `abstract_pipeline`."""
-    if model in PUBLISHED and not Path(model).exists():
-        return PUBLISHED[model]
-    folder = find_checkpoint(DEMO) if model == DEMO else find_files(model, ["model_index.json", "*/*.json"])
-    if folder.is_file():
-        raise ValueError(f"{folder}: {not_a_folder(folder)}")
-    class_name = read_json(folder / "model_index.json", expected=LAYOUT).get("_class_name")
-    if class_name not in CLASSES:
-        raise ValueError(
-            f"{folder / 'model_index.json'}: _class_name={class_name!r} is not supported; supported: "
-            f"{' or '.join(map(repr, CLASSES))}"
-        )
-    unet, vae = read_config("unet", folder / "unet"), read_config("vae", folder / "vae")
+    checkpoint = open_model(ModelFlags(model=model) if isinstance(model, str) else model, weights=False)
+    unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
     side = unet.sample_size if isinstance(unet.sample_size, int) else max(unet.sample_size or (64,))
     return Family(
         unet,
         vae,
-        tuple(read_config("text_encoder", folder / part) for part, _ in CLASSES[class_name]),
+        tuple(checkpoint.config(name) for name in checkpoint.text_encoders),
         resolution=side * vae.downscale_factor,
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
+        scheduler_config=checkpoint.scheduler_config,
     )
 
 

@@ -5,16 +5,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.checkpoints.hub import find_files
-from flax_pref.checkpoints.torch_files import read_torch_file
 from flax_pref.checkpoints.weights import (
     COMPONENTS,
     Tensors,
-    TorchTensors,
     abstract_network,
     fill,
     load_network,
@@ -110,7 +109,7 @@ OPENCLIP = {
 }
 PACKED = re.compile(r"\.in_proj_(weight|bias)$")
 PARTS = "qkv"
-TRANSPOSED = re.compile(r"^visual\.proj$|^(text\.)?text_projection$")
+TRANSPOSED = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
 # Width of an attention head by the width of the vision transformer, in OpenCLIP's configs; that of texts is always 64.
 HEAD_WIDTHS = dict.fromkeys((384, 512, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 TEXT_HEAD_WIDTH = 64
@@ -129,7 +128,7 @@ class OpenClipTensors:
         self._names = [name.removeprefix(self._prefix) for name in names]
         self._tensors = tensors
 
-    def __enter__(self) -> "OpenClipTensors":
+    def __enter__(self) -> Self:
         self._tensors.__enter__()
         return self
 
@@ -138,7 +137,16 @@ class OpenClipTensors:
 
     def keys(self) -> Iterable[str]:
         """The names of the weights."""
-        return [part for name in self._names for part in _parts(name)]
+        return [part for name in self._names for part in self.parts(name)]
+
+    def get_slice(self, name: str) -> Any:
+        """The whole weight of this name, not read yet."""
+        return self._tensors.get_slice(self._prefix + name)
+
+    @staticmethod
+    def parts(name: str) -> Iterator[str]:
+        """The names of the parts of a weight."""
+        return (f"{name}[{part}]" for part in PARTS) if PACKED.search(name) else iter((name,))
 
     def get_tensor(self, name: str) -> np.ndarray:
         """The weight of this name."""
@@ -149,17 +157,8 @@ class OpenClipTensors:
         return array.T if TRANSPOSED.search(name) else array
 
 
-def _parts(name: str) -> Iterator[str]:
-    return (f"{name}[{part}]" for part in PARTS) if PACKED.search(name) else iter((name,))
-
-
 def _open_openclip(file: Path) -> OpenClipTensors:
-    if file.suffix == ".safetensors":
-        return OpenClipTensors(open_tensors(file))
-    tensors = read_torch_file(file)
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # beside what training kept
-        tensors = tensors["state_dict"]
-    return OpenClipTensors(TorchTensors(file, tensors))
+    return OpenClipTensors(open_tensors(file))
 
 
 def _load_openclip(kind: str, file: Path, hidden_act: str, dtype) -> Network:

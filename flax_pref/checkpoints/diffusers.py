@@ -5,62 +5,26 @@ A folder holds `model_index.json` and one subfolder per component: `unet/`, `vae
 `checkpoints/weights.py`; where a Hub id leads is in `checkpoints/hub.py`.
 """
 
-import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
-from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
+from flax_pref.checkpoints.checkpoint import FAMILIES, Checkpoint, Part, Pipeline
+from flax_pref.checkpoints.hub import find_checkpoint, find_description
+from flax_pref.checkpoints.model_flags import ModelFlags, PredictionType
+from flax_pref.checkpoints.single_file import read_single_file
+from flax_pref.checkpoints.tokenizer import load_tokenizer
 from flax_pref.checkpoints.weights import COMPONENTS, LAYOUT, Placement, load_network, read_config, save_network
 from flax_pref.files import new_folder, read_json, write_json
 from flax_pref.models.network import Network
+from flax_pref.models.presets import FAMILIES as FAMILY_PRESETS
 
-# Folders of the text encoders and tokenizers of each supported pipeline class.
-FAMILIES = {
-    "StableDiffusionPipeline": (("text_encoder", "tokenizer"),),
-    "StableDiffusionXLPipeline": (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
+# What the presets describe, so that a description needs no network; any other checkpoint's config files are read.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": FAMILY_PRESETS["sd15"],
+    "stabilityai/stable-diffusion-xl-base-1.0": FAMILY_PRESETS["sdxl"],
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """The parts of a Stable Diffusion checkpoint.
-
-    Attributes:
-        unet: predicts the noise.
-        vae: between images and latents.
-        text_encoders: one (SD1.5), or two (SDXL).
-        tokenizers: of the text encoders.
-        scheduler_config: scheduler/scheduler_config.json as it is.
-        force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros instead of an encoded
-            empty prompt.
-
-    Example:
-        >>> pipeline = fp.load_pipeline("demo")
-        >>> pipeline.class_name, pipeline.unet.config.in_channels
-        ('StableDiffusionPipeline', 8)
-        >>> unet = fp.load_modules(pipeline.unet, {"dpo": "dpo.safetensors"}).base
-        >>> pipeline = pipeline.replace(unet=unet)
-    """
-
-    unet: Network
-    vae: Network
-    text_encoders: tuple[Network, ...]
-    tokenizers: tuple[CLIPTokenizer, ...]
-    scheduler_config: dict[str, Any]
-    force_zeros_for_empty_prompt: bool = False
-
-    def replace(self, **parts: Any) -> "Pipeline":
-        """The pipeline with other parts, e.g. `pipeline.replace(unet=unet)`; arguments are attributes of this class."""
-        return dataclasses.replace(self, **parts)
-
-    @property
-    def class_name(self) -> str:
-        """The class of diffusers that loads this checkpoint."""
-        return next(name for name, folders in FAMILIES.items() if len(folders) == len(self.text_encoders))
 
 
 def load_pipeline(
@@ -71,18 +35,25 @@ def load_pipeline(
     variant: str | None = None,
     place: Placement | None = None,
     with_unet: bool = True,
+    vae: str | Path | None = None,
+    text_encoders: str | Path | None = None,
+    prediction_type: PredictionType | None = None,
 ) -> Pipeline:
     """Reads a Stable Diffusion 1.x, 2.x or XL checkpoint.
 
     Args:
-        path_or_id: folder in the layout of diffusers, id of a Hub repository, or "demo", the small checkpoint of this
-            package (64 x 64 pixels); see `hub.find_checkpoint`.
+        path_or_id: folder in the layout of diffusers, single file in the layout of the original code (`.safetensors` or
+            `.ckpt`), id of a Hub repository, or "demo", the small checkpoint of this package (64 x 64 pixels); see
+            `hub.find_checkpoint`.
         dtype: what the networks compute in. An autoencoder that needs float32's range (`force_upcast`) computes in
             float32 where float16 is asked for.
         param_dtype: what their parameters are kept in; None: as `dtype`.
         variant: of the weight files, e.g. "fp16"; None: the full ones if they are there, else the half ones.
         place: says where each parameter goes; None: the default device.
         with_unet: False leaves out the weights of the UNet, by far the most, where only the encoders are needed.
+        vae: checkpoint to take the autoencoder from, or an autoencoder that is kept alone (default: the checkpoint's).
+        text_encoders: checkpoint to take text encoders and tokenizers from (default: the checkpoint's).
+        prediction_type: of a single file that does not say what its UNet predicts.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -93,9 +64,88 @@ def load_pipeline(
         >>> pipeline.scheduler_config["_class_name"]
         'DDIMScheduler'
     """
-    folder = find_checkpoint(path_or_id, variant=variant)
-    if folder.is_file():
-        raise ValueError(f"{folder}: {not_a_folder(folder)}")
+    checkpoint = open_checkpoint(
+        path_or_id, variant=variant, vae=vae, text_encoders=text_encoders, prediction_type=prediction_type
+    )
+    return checkpoint.load(dtype, param_dtype=param_dtype, place=place, with_unet=with_unet)
+
+
+def open_checkpoint(
+    path_or_id: str | Path,
+    *,
+    variant: str | None = None,
+    vae: str | Path | None = None,
+    text_encoders: str | Path | None = None,
+    prediction_type: PredictionType | None = None,
+    weights: bool = True,
+) -> Checkpoint:
+    """Finds the parts of a checkpoint and reads what describes them, not their weights.
+
+    Args:
+        path_or_id, variant, vae, text_encoders, prediction_type: as for `load_pipeline`.
+        weights: False: of a Hub repository only the files that describe the networks are downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline`.
+    """
+    described = not weights and path_or_id in PUBLISHED and not Path(path_or_id).exists()
+    find = partial(find_checkpoint, variant=variant) if weights else find_description
+    found = Path(path_or_id) if described else find(path_or_id)
+    if described:
+        checkpoint = _published(str(path_or_id))
+    elif found.is_file():
+        checkpoint = read_single_file(found, prediction_type=prediction_type)
+    elif prediction_type is not None:
+        raise ValueError(
+            f"{found}: prediction_type={prediction_type!r} beside a folder, whose scheduler_config.json says it; "
+            "expected it for a single file only"
+        )
+    else:
+        checkpoint = read_folder(found, variant=variant)
+    if vae is not None:
+        checkpoint = checkpoint.with_vae(open_vae(vae, variant=variant))
+    if text_encoders is not None:
+        checkpoint = checkpoint.with_text_encoders(open_checkpoint(text_encoders, variant=variant))
+    return checkpoint
+
+
+def open_model(flags: ModelFlags, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint that flags ask for; see `open_checkpoint`."""
+    return open_checkpoint(
+        flags.model,
+        variant=flags.variant,
+        vae=flags.vae,
+        text_encoders=flags.text_encoders,
+        prediction_type=flags.prediction_type,
+        weights=weights,
+    )
+
+
+def open_vae(path_or_id: str | Path, *, variant: str | None = None) -> Part:
+    """Finds the autoencoder of a checkpoint, or one that is kept alone.
+
+    Args:
+        path_or_id: as for `load_pipeline`, or a folder with the config.json of an autoencoder.
+        variant: of the weight files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline`.
+    """
+    found = find_checkpoint(path_or_id, variant=variant)
+    if found.is_file():
+        return read_single_file(found).part("vae")
+    if (found / "config.json").is_file():
+        return _part("vae", found, variant)
+    return read_folder(found, variant=variant).part("vae")
+
+
+def read_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
+    """Reads what describes the parts of a folder in the layout of diffusers.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the pipeline or a config field is not what these networks need, or a file is damaged.
+    """
     index_file = folder / "model_index.json"
     index = read_json(index_file, expected=LAYOUT)
     class_name = index.get("_class_name")
@@ -107,75 +157,42 @@ def load_pipeline(
     zeros = index.get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise ValueError(f"{index_file}: force_zeros_for_empty_prompt={zeros!r:.80}; expected true or false")
-    options = {"param_dtype": param_dtype, "variant": variant, "place": place}
-    pipeline = Pipeline(
-        unet=load_unet(folder / "unet", dtype, **options) if with_unet else _without_weights(folder / "unet"),
-        vae=load_vae(folder / "vae", dtype, **options),
-        text_encoders=tuple(load_text_encoder(folder / name, dtype, **options) for name, _ in FAMILIES[class_name]),
-        tokenizers=tuple(load_tokenizer(folder / name) for _, name in FAMILIES[class_name]),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", expected=LAYOUT),
+    kinds = {"unet": "unet", "vae": "vae", **{name: "text_encoder" for name, _ in FAMILIES[class_name]}}
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    return Checkpoint(
+        path=folder,
+        class_name=class_name,
+        networks={name: _part(kind, folder / name, variant) for name, kind in kinds.items()},
+        read_tokenizers=lambda: tuple(load_tokenizer(folder / name) for _, name in FAMILIES[class_name]),
+        scheduler_config=read_json(scheduler_file, expected=LAYOUT),
+        described_by=scheduler_file,
         force_zeros_for_empty_prompt=class_name == "StableDiffusionXLPipeline" and zeros,
     )
-    _check_parts(pipeline, folder)
-    return pipeline
 
 
-def _without_weights(folder: Path) -> Network:
-    return Network(read_config("unet", folder), nnx.graphdef(nnx.Module()), params={})
-
-
-def not_a_folder(file: Path) -> str:
-    """Why a single file is no checkpoint, and what to do about it."""
-    pickle = "" if file.suffix == ".safetensors" else "may hold code that runs when it is read, and "
-    return (
-        f"{pickle}is a single file, expected {LAYOUT}; where you trust it, convert it with diffusers: "
-        "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+def _published(name: str) -> Checkpoint:
+    """What the presets say of a checkpoint of the Hub."""
+    family, folder = PUBLISHED[name], Path(name)
+    class_name = next(key for key, folders in FAMILIES.items() if len(folders) == len(family.text_encoders))
+    encoders = [part for part, _ in FAMILIES[class_name]]
+    parts = [("unet", "unet", family.unet), ("vae", "vae", family.vae)]
+    parts += [(part, "text_encoder", config) for part, config in zip(encoders, family.text_encoders, strict=True)]
+    return Checkpoint(
+        path=folder,
+        class_name=class_name,
+        networks={
+            part: Part(config, folder / part, partial(load_network, kind, folder / part))
+            for part, kind, config in parts
+        },
+        read_tokenizers=lambda: tuple(load_tokenizer(folder / part) for _, part in FAMILIES[class_name]),
+        scheduler_config=family.scheduler_config,
+        described_by=folder / "scheduler" / "scheduler_config.json",
+        force_zeros_for_empty_prompt=len(encoders) == 2,
     )
 
 
-def _check_parts(pipeline: Pipeline, folder: Path) -> None:
-    """That the parts of a pipeline fit each other; each is fine by itself."""
-    unet, vae, encoders = pipeline.unet.config, pipeline.vae.config, [part.config for part in pipeline.text_encoders]
-    where = folder / "unet" / "config.json"
-    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
-        raise ValueError(
-            f"{where}: in_channels={unet.in_channels} and out_channels={unet.out_channels} are not supported with the "
-            f"{vae.latent_channels} latent_channels of vae/config.json; supported: networks for text to image, "
-            "none for inpainting (9 channels), depth or editing"
-        )
-    if (width := sum(encoder.hidden_size for encoder in encoders)) != unet.cross_attention_dim:
-        raise ValueError(
-            f"{where}: cross_attention_dim={unet.cross_attention_dim}, but the text encoders give {width} "
-            "(hidden_size in their config.json): check that the folders belong together"
-        )
-    if (len(encoders) == 2) != (unet.addition_embed_type == "text_time"):
-        raise ValueError(
-            f"{where}: addition_embed_type={unet.addition_embed_type!r} does not go with {pipeline.class_name}: check "
-            "that the folders belong together"
-        )
-    if len(encoders) == 2:
-        pooled = encoders[1].projection_dim if encoders[1].with_projection else 0
-        if pooled + 6 * unet.addition_time_embed_dim != unet.projection_class_embeddings_input_dim:
-            raise ValueError(
-                f"{where}: projection_class_embeddings_input_dim={unet.projection_class_embeddings_input_dim}, but the "
-                f"pooled prompt of text_encoder_2 has {pooled} and the six sizes {unet.addition_time_embed_dim} each: "
-                "check that the folders belong together"
-            )
-    for (name, tokenizer_name), encoder, tokenizer in zip(
-        FAMILIES[pipeline.class_name], encoders, pipeline.tokenizers, strict=True
-    ):
-        if tokenizer.model_max_length > encoder.max_position_embeddings:
-            raise ValueError(
-                f"{folder / tokenizer_name}: texts of {tokenizer.model_max_length} tokens, but {name}/config.json says "
-                f"max_position_embeddings={encoder.max_position_embeddings}: check that the folders belong together"
-            )
-        if tokenizer.size != encoder.vocab_size or max(tokenizer.vocab.values()) >= encoder.vocab_size:
-            raise ValueError(
-                f"{folder / tokenizer_name}: {tokenizer.size} tokens, {tokenizer.size - len(tokenizer.vocab)} of them "
-                f"added, but the embedding has vocab_size={encoder.vocab_size} rows in {name}/config.json; expected a "
-                "row for each token: check that the folders belong together, and that tokens that were added to one, "
-                "e.g. by textual inversion, were saved with both"
-            )
+def _part(kind: str, folder: Path, variant: str | None) -> Part:
+    return Part(read_config(kind, folder), folder, partial(load_network, kind, folder, variant=variant))
 
 
 def load_unet(folder: str | Path, dtype=jnp.float32, **options) -> Network:

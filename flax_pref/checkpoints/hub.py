@@ -50,6 +50,11 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     return find_files(path_or_id, settings + weights)
 
 
+def find_description(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint, of which a Hub repository need hold no weights; see `find_checkpoint`."""
+    return find_checkpoint(DEMO) if path_or_id == DEMO else find_files(path_or_id, ["model_index.json", "*/*.json"])
+
+
 def find_files(path_or_id: str | Path, patterns: Sequence[str]) -> Path:
     """The path, where there is something, else the folder of those files of a Hub repository that match the patterns.
 

@@ -30,6 +30,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from flax_pref.checkpoints.original import unet_layers
 from flax_pref.checkpoints.weights import KERNEL_AXES
 from flax_pref.files import read_json, replacing, unique_keys, write_json
 from flax_pref.models.layers import Keys
@@ -148,13 +149,6 @@ ALPHA = ".alpha"
 ENDINGS = {a: "lora_a" for a, _ in PAIRS} | {b: "lora_b" for _, b in PAIRS} | {ALPHA: "alpha"}
 PARTNERS = dict(PAIRS) | {b: a for a, b in PAIRS} | {ALPHA: LAYOUTS["kohya"][0]}
 
-# Layers of a resnet in the original code of Stable Diffusion.
-ORIGINAL_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 # Why a weight has no place here, by its name.
 REFUSED = (
     (
@@ -175,44 +169,12 @@ REFUSED = (
 )
 
 
-def _original_blocks(config: UNetConfig) -> dict[str, str]:
-    """The original names of the parts of a UNet; its code numbers the layers of all blocks through."""
-    names = {
-        "conv_in": "input_blocks.0.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "conv_out": "out.2",
-    }
-    step = config.layers_per_block + 1  # a down block has one resnet less than an up block, and the downsampling
-    for i, up_block in enumerate(config.up_block_types):
-        for j in range(step):
-            for index, part in enumerate(("resnets", "attentions")):
-                names[f"down_blocks.{i}.{part}.{j}"] = f"input_blocks.{i * step + j + 1}.{index}"
-                names[f"up_blocks.{i}.{part}.{j}"] = f"output_blocks.{i * step + j}.{index}"
-        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * step}.0.op"
-        index = 2 if up_block.startswith("CrossAttn") else 1
-        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * step - 1}.{index}"
-    return names
-
-
-def _original_name(layer: str, blocks: Mapping[str, str]) -> str:
-    block = next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
-    if block is None:
-        raise ValueError(f"layer {layer!r} is not part of a UNet of this config: check that they belong together")
-    inner = layer[len(block) + 1 :]
-    return ".".join(filter(None, (blocks[block], ORIGINAL_RESNET.get(inner, inner))))
-
-
 def _kohya_names(layers: Iterable[str], config: UNetConfig) -> dict[str, str]:
     """Names of layers in files of sd-scripts: for SDXL after the original code, for SD1.5 and SD2 after diffusers."""
-    blocks = _original_blocks(config)
-    sdxl = config.addition_embed_type == "text_time"
-    return {layer: _flat(_original_name(layer, blocks) if sdxl else layer) for layer in layers}
+    names = {layer: layer for layer in layers}
+    if config.addition_embed_type == "text_time":
+        names = unet_layers(names, config)
+    return {layer: _flat(name) for layer, name in names.items()}
 
 
 def _flat(name: str) -> str:
@@ -222,12 +184,12 @@ def _flat(name: str) -> str:
 def _layers_by_name(network: Network) -> dict[str, tuple]:
     """The path of each linear layer and convolution by all names that it may have in a file."""
     paths = {_dotted(path[:-1]): path[:-1] for path in flatten_dict(network.params) if path[-1] == "kernel"}
-    blocks = _original_blocks(network.config)
+    original = unet_layers(paths, network.config)
     names = {}
     for layer, path in paths.items():
         processor = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?$", r".processor.\1", layer)
         dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}", f"{PEFT_PREFIX}{layer}")
-        names |= dict.fromkeys((*dotted, _flat(layer), _flat(_original_name(layer, blocks))), path)
+        names |= dict.fromkeys((*dotted, _flat(layer), _flat(original[layer])), path)
     return names
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,27 @@ class CLIPTokenizer:
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+
+
+def clip_tokenizer(*, pad_token: str = CLIPTokenizer.pad_token) -> CLIPTokenizer:
+    """CLIP's own tokenizer, whose 49,408 tokens are in this package.
+
+    Args:
+        pad_token: fills rows; OpenCLIP's text encoders take "!".
+    """
+    text = (resources.files("flax_pref.checkpoints") / "clip_vocabulary" / "merges.txt").read_text(encoding="utf-8")
+    merges = [(left, right) for left, right in map(str.split, text.splitlines()[1:])]
+    # Every byte has a letter, alone and at the end of a word; after them every merge makes a token.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_order)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    special = (CLIPTokenizer.bos_token, CLIPTokenizer.eos_token)
+    vocab = {token: index for index, token in enumerate([*tokens, *special])}
+    return CLIPTokenizer(vocab, merges, pad_token=pad_token)
+
+
+def _byte_order(letter: str) -> tuple[bool, int]:
+    """Letters that stand for themselves come first; bytes that cannot be printed have those from 256 on."""
+    return ord(letter) > 255, ord(letter)
 
 
 def load_tokenizer(folder: str | Path) -> CLIPTokenizer:

@@ -140,6 +140,11 @@ COMPONENTS["clip_vision"] = dataclasses.replace(
 )
 
 
+def stored_names(params: Mapping) -> list[str]:
+    """Names of parameters in published checkpoints; errors as `to_stored`."""
+    return [_stored_name(path) for path, _ in _flatten(params)]
+
+
 def to_stored(params: Mapping) -> dict[str, np.ndarray]:
     """Parameters (or their gradients) under the names and in the axes of published checkpoints.
 
@@ -189,15 +194,21 @@ class Tensors(Protocol):
         """One of them."""
         ...
 
+    def get_slice(self, name: str) -> Any:
+        """One of them, not read yet; has `get_shape()`."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> Any: ...
 
 
 class TorchTensors:
-    """`Tensors` of a flat dictionary that `read_torch_file` has read."""
+    """`Tensors` of what `read_torch_file` has read: weights by name, alone or as the state_dict beside other things."""
 
     def __init__(self, file: Path, tensors: Any):
+        if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+            tensors = tensors["state_dict"]
         if not isinstance(tensors, dict) or not all(isinstance(value, StoredTensor) for value in tensors.values()):
             raise ValueError(f"{file}: holds other than weights by name; expected the state dict of a network")
         self._tensors = tensors
@@ -216,6 +227,10 @@ class TorchTensors:
         """The weight of this name."""
         return self._tensors[name].read()
 
+    def get_slice(self, name: str) -> StoredTensor:
+        """The weight of this name, not read yet."""
+        return self._tensors[name]
+
 
 def open_tensors(file: Path) -> Tensors:
     """Opens a file of weights, of safetensors or, by its other suffix, of torch.
@@ -232,6 +247,12 @@ def open_tensors(file: Path) -> Tensors:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of a file, none of which is read; errors as `open_tensors`."""
+    with open_tensors(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def read_config(kind: str, folder: str | Path) -> Any:
@@ -295,6 +316,7 @@ def fill(
     place: Placement | None = None,
     *,
     open_file: Callable[[Path], Tensors] = open_tensors,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Replaces the shapes in `params` by the stored weights, one tensor at a time.
 
@@ -305,6 +327,7 @@ def fill(
         folder: of the files, or the only one.
         place: as in `load_network`.
         open_file: gives the weights of one.
+        names: stored name of each weight in our modules; None: they differ as `component.old_names` says.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -312,14 +335,16 @@ def fill(
     """
     wanted = {_stored_name(path): (path, leaf) for path, leaf in _flatten(params)}
     stored = {}  # name in our modules -> (file, name in the file)
+    ours = {theirs: name for name, theirs in (names or {}).items()}
     for name, file in files.items():
         if not re.search(component.ignored, name):
-            stored[_current_name(name, component)] = (file, name)
+            stored[_current_name(name, component) if names is None else ours.get(name, name)] = (file, name)
     source = folder if len({file for file, _ in stored.values()}) > 1 else next(iter(stored.values()), [folder])[0]
     if missing := sorted(wanted.keys() - stored.keys()):
+        told = missing[0] if names is None else names[missing[0]]
         raise ValueError(
-            f"{source}: no weight {missing[0]!r} ({_count(missing)} missing); {component.described_by} describes a "
-            "network that has it: check that config and weights belong together"
+            f"{source}: no weight {told!r} ({_count(missing)} missing); {component.described_by} describes a network "
+            "that has it: check that config and weights belong together"
         )
     if surplus := sorted(stored.keys() - wanted.keys()):
         raise ValueError(

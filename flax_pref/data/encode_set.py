@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.abstract import describe
-from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.checkpoint import Checkpoint
+from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.modules import fingerprint
-from flax_pref.checkpoints.weights import LAYOUT
 from flax_pref.config import check_output_folder
 from flax_pref.data.buckets import size_text
 from flax_pref.data.encode import Encoding, PairEncoder, check_sizes
@@ -26,9 +25,8 @@ from flax_pref.data.selection import Selection, select
 from flax_pref.data.sources import Layout, Source, open_source
 from flax_pref.diffusion.conditioning import warn_of_cuts
 from flax_pref.diffusion.text_to_image import trained_size
-from flax_pref.files import one_writer, read_json
+from flax_pref.files import one_writer
 from flax_pref.models.platform import default_dtype
-from flax_pref.models.vae import VAEConfig
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
@@ -116,15 +114,15 @@ def _encode_part(config: EncodeConfig, process: int, processes: int) -> None:
 
 def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: int) -> None:
     """Writes the shards of one of several processes, and in process 0 what describes them."""
-    folder = find_checkpoint(config.model, variant=config.variant)
-    check_sizes(config.encoding, VAEConfig.from_dict(read_json(folder / "vae" / "config.json", expected=LAYOUT)))
+    checkpoint = open_model(config)
+    check_sizes(config.encoding, checkpoint.config("vae"))
     mesh = make_mesh(config.mesh, jax.local_devices())
     selection = _selection(reader, config, process)
     preparation = Preparation(
         config.output,
         reader,
         selection,
-        _settings_of(config, folder),
+        _settings_of(config, checkpoint),
         shard_size=config.shard_size,
         max_drop_share=config.max_drop_share,
         process_index=process,
@@ -135,7 +133,7 @@ def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: i
     if preparation.finished:
         print(f"{config.output}: is complete; nothing to do")
         return
-    pipeline = load_pipeline(folder, jnp.dtype(default_dtype(config.dtype)), variant=config.variant, with_unet=False)
+    pipeline = checkpoint.load(jnp.dtype(default_dtype(config.dtype)), with_unet=False)
     if process == 0:
         warn_of_cuts(pipeline, selection.captions)
     encoder = PairEncoder(pipeline, config.encoding, None if mesh.size == 1 else mesh)
@@ -197,20 +195,16 @@ def _contents_of(preparation: Preparation, config: EncodeConfig) -> dict[str, An
     return settings
 
 
-def _settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:
+def _settings_of(config: EncodeConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the records depend on; with other settings the set is another one."""
     sizes = config.encoding.sizes
     encoding = {**dataclasses.asdict(config.encoding), BUCKETS: sizes}
     # Without buckets the settings are those of sets that were encoded before there were any.
     for name in ("batch_size", "bucket_step", "bucket_aspect", *((BUCKETS,) if len(sizes) == 1 else ())):
         del encoding[name]
-    parts = [
-        part
-        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        if (folder / part).is_dir()
-    ]
+    parts = checkpoint.contents(("vae", *checkpoint.text_encoders))
     return {
         **{"source": dataclasses.asdict(config.source), "choice": dataclasses.asdict(config.choice)},
-        **{"model": config.model, "model_sha256": {part: fingerprint(folder / part) for part in parts}},
+        **{"model": config.model, "model_sha256": {part: fingerprint(path) for part, path in parts.items()}},
         **{**encoding, "dtype": default_dtype(config.dtype)},
     }

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from flax_pref.checkpoints.model_flags import ModelFlags
 from flax_pref.config import UserError
 from flax_pref.data.buckets import LETTERS
 from flax_pref.data.encode import Encoding, PairEncoder, account, check_damage, digests, image_digest, numbered
@@ -50,14 +51,11 @@ SETTINGS, DROPPED, INSPECTION, PARTS = "settings.json", "dropped.jsonl", "inspec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(ModelFlags):
     """Encodes a preference set for training."""
 
     output: Path
     """Folder of the prepared set, on a disk that all hosts see (a bucket: mounted)."""
-    model: str
-    """The checkpoint whose autoencoder and text encoders are used: folder in the layout of diffusers, Hub id, or
-    "demo"."""
     source: Source
     choice: Choice = dataclasses.field(default_factory=Choice)
     encoding: Encoding = dataclasses.field(default_factory=Encoding)
@@ -68,8 +66,6 @@ class EncodeConfig:
     """Rows of the set in a shard, which is what a kill loses at most."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the networks compute in; auto: bfloat16 on TPUs and GPUs, float32 on CPUs."""
-    variant: str | None = None
-    """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
     mesh: str = "data=-1"
     """How to use a host's devices: data=-1 shares out the pairs of every batch."""
     hosts: str | None = None

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flax_pref.checkpoints.abstract import describe
-from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.checkpoint import Checkpoint
+from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.config import UserError
@@ -30,7 +30,7 @@ class Drawing:
 
     Attributes:
         flags: that were resolved.
-        folder: of the checkpoint.
+        checkpoint: the model, without its weights.
         sources: path of each module by its name.
         rule: that combines the modules.
         terms: arguments of `rules.named_rule` for the rule to sample with, which JSON can hold: those of `rule`, or of
@@ -41,7 +41,7 @@ class Drawing:
     """
 
     flags: DrawingFlags
-    folder: Path
+    checkpoint: Checkpoint
     sources: Mapping[str, str]
     rule: Rule
     terms: Mapping[str, Any]
@@ -54,7 +54,8 @@ class Drawing:
         hashed = _module_files(self.flags, self.sources)
         return {
             "modules": {name: Path(path).name for name, path in self.sources.items()},
-            "model_sha256": fingerprint(self.folder),
+            "model_sha256": fingerprint(self.checkpoint.path),
+            **{f"{name}_sha256": fingerprint(path) for name, path in self.checkpoint.replaced().items()},
             "modules_sha256": {name: fingerprint(path) for name, path in hashed.items()},
         }
 
@@ -67,7 +68,7 @@ class Drawing:
             mesh: of the devices; None: one device.
         """
         flags = self.flags
-        pipeline = load_pipeline(self.folder, jnp.dtype(dtype), variant=flags.variant)
+        pipeline = self.checkpoint.load(jnp.dtype(dtype))
         guided = load_modules(pipeline.unet, self.sources, own_base=flags.module_base, dtype=jnp.dtype(dtype))
         if flags.merge:
             guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(self.rule)), modules={})
@@ -105,19 +106,25 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     rule = named_rule(**terms)
     if weights:
         _check_modules(rule, sources, flags)
-    folder = find_checkpoint(flags.model, variant=flags.variant) if weights else Path(flags.model)
+    checkpoint = open_model(flags, weights=weights)
     for path in _module_files(flags, sources).values():
         find_checkpoint(path)
-    family = describe(str(folder))
-    size = _size(family.unet, family.vae, flags)
-    solver = _solver(family.scheduler_config, folder, flags)
+    size = _size(checkpoint.config("unet"), checkpoint.config("vae"), flags)
+    solver = _solver(checkpoint, flags)
     _check_strengths(flags, len(solver.timesteps))
     if flags.merge:
         terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
     sampled = named_rule(**terms)
     tabulate(sampled, len(solver.timesteps), 1)
     return Drawing(
-        **{"flags": flags, "folder": folder, "sources": sources, "rule": rule, "terms": terms, "sampled": sampled},
+        **{
+            "flags": flags,
+            "checkpoint": checkpoint,
+            "sources": sources,
+            "rule": rule,
+            "terms": terms,
+            "sampled": sampled,
+        },
         **{"solver": solver, "size": size},
     )
 
@@ -232,13 +239,14 @@ def _rules_with(modules: Sequence[str]) -> list[str]:
 # Solver and size
 
 
-def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFlags) -> Solver:
+def _solver(checkpoint: Checkpoint, flags: DrawingFlags) -> Solver:
     """The solver of the flags, or of the checkpoint."""
     try:
-        return solver_from_config(scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
+        return solver_from_config(checkpoint.scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
     except (ValueError, TypeError) as error:
-        file = folder / "scheduler" / "scheduler_config.json"
-        raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error
+        raise UserError(
+            f"{checkpoint.described_by}: {error}; --solver chooses another one, --steps their number"
+        ) from error
 
 
 def _size(unet: UNetConfig, vae: VAEConfig, flags: DrawingFlags) -> tuple[int, int]:

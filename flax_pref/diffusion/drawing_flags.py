@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from flax_pref.checkpoints.model_flags import ModelFlags
 from flax_pref.config import UserError
 from flax_pref.models.choices import Dtype, Kernel, QuantizedType
 
@@ -25,11 +26,9 @@ INTERVALS = {"late": {"guidance_scale": "@0:0.5", "w": "@0.5:1"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawingFlags:
+class DrawingFlags(ModelFlags):
     """What images are drawn with."""
 
-    model: str
-    """Checkpoint: a folder in the diffusers layout, a Hub id, or "demo" for the small model of this package."""
     module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Preference module as NAME=PATH; repeat the flag for each. PATH is a LoRA file, or a folder with LoRA or full
     weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned,
@@ -81,8 +80,6 @@ class DrawingFlags:
     quantize: QuantizedType | None = None
     """Store the UNet's kernels in eight bits: half the memory of bfloat16 at the same speed (default: off).
     docs/serving.md lists the error."""
-    variant: str | None = None
-    """Weight file variant, e.g. fp16 (default: full precision if present)."""
     attention: Kernel = "auto"
     """Attention kernel of the UNet; auto: the fastest for the device."""
 

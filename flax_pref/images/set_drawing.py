@@ -189,7 +189,7 @@ def _load(work: ImageWork) -> TextToImage:
     """The checkpoint with its modules on the devices."""
     flags, drawing, devices = work.flags, work.drawing, jax.local_devices()
     dtype = default_dtype(flags.dtype)
-    print(f"loading {drawing.folder} on {len(devices)} x {devices[0].device_kind} in {dtype}")
+    print(f"loading {drawing.checkpoint.path} on {len(devices)} x {devices[0].device_kind} in {dtype}")
     mesh = make_mesh(flags.mesh, devices)
     batch_size = flags.batch_size * (mesh.size // mesh.shape.get(AXIS, 1))
     return drawing.load(dtype=dtype, batch_size=batch_size, mesh=None if mesh.size == 1 else mesh)

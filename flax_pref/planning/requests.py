@@ -67,7 +67,7 @@ def _jobs(flags: SamplingPlanFlags, drawing: Drawing, slice: Topology) -> tuple[
     mesh = make_mesh(flags.mesh, slice.devices)
     with jax.set_mesh(mesh):
         dtype = jnp.dtype(default_dtype(flags.dtype))
-    pipeline = abstract_pipeline(flags.model, dtype)
+    pipeline = abstract_pipeline(flags, dtype)
     base = with_attention(pipeline.unet, flags.attention)
     names = [name for name in drawing.sampled.networks() if name != "base"]
     modules = dict.fromkeys(names, base) if flags.weights == "full" else {}

@@ -89,7 +89,7 @@ def step_job(config: TrainConfig, mesh: Mesh) -> Job:
 
     Of a set with pairs of several sizes it is the step for the largest, which takes the most memory and time.
     """
-    family = describe(config.model)
+    family = describe(config)
     program, name = Program(config, mesh, family.unet), f"train step of {type(config.method).__name__}"
     if config.online is None:
         records = records_of(config, family)
@@ -137,9 +137,9 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
     """How an online run draws and judges the prompts that it takes at once, without the networks of its rewards."""
     method, online = config.method, config.online
     assert isinstance(method, OnlineMethod) and online is not None
-    family, prompts = describe(config.model), online.rollouts.at_once
+    family, prompts = describe(config), online.rollouts.at_once
     program = Program(config, mesh, family.unet)
-    vae = abstract_pipeline(config.model, program.dtype).vae
+    vae = abstract_pipeline(config, program.dtype).vae
     whole, divided = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
     share = mesh.size // mesh.shape.get("tensor", 1)
     if prompts % share:
@@ -273,7 +273,7 @@ def encode_jobs(config: EncodeConfig, mesh: Mesh) -> list[Job]:
     """What train.encode does with a batch of pairs, and with one of captions; errors as `jobs`."""
     with jax.set_mesh(mesh):
         dtype = jnp.dtype(default_dtype(config.dtype))
-    pipeline = abstract_pipeline(config.model, dtype)
+    pipeline = abstract_pipeline(config, dtype)
     whole = NamedSharding(mesh, PartitionSpec())
     divided = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,10 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from flax_pref.checkpoints.checkpoint import Pipeline
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import FILE_NAMES, READERS, load_lora, merge_lora_network, save_lora
+from flax_pref.checkpoints.single_file import save_single_file
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.config import check_least
 from flax_pref.files import replacing
@@ -21,8 +24,9 @@ from flax_pref.models.network import Network
 from flax_pref.parallel.hosts import wait_for_others
 from flax_pref.training.networks import LoRA, Trained
 
-Layout = Literal["diffusers", "kohya", "peft", "merged"]
-NAMES = FILE_NAMES | {"merged": "{}"}
+Layout = Literal["diffusers", "kohya", "peft", "merged", "single"]
+NAMES = FILE_NAMES | {"merged": "{}", "single": "{}_checkpoint.safetensors"}
+WHOLE = ("merged", "single")  # layouts that hold the module in the weights of the base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,10 @@ class ExportConfig:
     layout: Annotated[tuple[Layout, ...], tyro.conf.UseAppendAction] = ()
     """Layout of LoRA modules, once for each (default: diffusers and kohya). diffusers: NAME.safetensors for diffusers;
     kohya: NAME_kohya.safetensors for ComfyUI, A1111, sd-scripts and diffusers; peft: the folder NAME_peft for PEFT;
-    merged: NAME, a UNet folder of diffusers with the module in its weights. Modules with weights of their own are
-    always such folders. A base that is kept in bfloat16 while training is merged in that: for full precision merge
-    the files, see `merge_lora_network`."""
+    merged: NAME, a UNet folder of diffusers with the module in its weights; single: NAME_checkpoint.safetensors, the
+    whole checkpoint with the module in its weights, for ComfyUI and A1111. Modules with weights of their own are always
+    such folders and, where asked for, such single files. A base that is kept in bfloat16 while training is merged in
+    that: for full precision merge the files, see `merge_lora_network`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the stored weights."""
     every: int | None = None
@@ -52,9 +57,21 @@ class ExportConfig:
         """The layouts of LoRA modules."""
         return tuple(dict.fromkeys(self.layout)) or ("diffusers", "kohya")
 
+    @property
+    def whole_layouts(self) -> tuple[Layout, ...]:
+        """The layouts of modules with weights of their own."""
+        return ("merged", "single") if "single" in self.layout else ("merged",)
+
 
 def export_modules(
-    folder: Path, trained: Trained, base: Network, frozen: Any, params: Any, lora: LoRA, config: ExportConfig
+    folder: Path,
+    trained: Trained,
+    base: Network,
+    frozen: Any,
+    params: Any,
+    lora: LoRA,
+    config: ExportConfig,
+    encoders: Callable[[], Pipeline],
 ) -> dict[Layout, list[Path]]:
     """Writes every module; all processes call it, and the first one writes.
 
@@ -66,17 +83,18 @@ def export_modules(
         params: of what is trained.
         lora: kind of the adapters.
         config: how to write.
+        encoders: reads the rest of the checkpoint, for single files.
 
     Returns:
-        the files or folders of each layout; networks with weights of their own are in that called "merged".
+        the files or folders of each layout.
     """
-    layouts: tuple[Layout, ...] = ("merged",) if trained.weights == "full" else config.layouts
+    layouts = config.whole_layouts if trained.weights == "full" else config.layouts
     written: dict[Layout, list[Path]] = {
         layout: [folder / NAMES[layout].format(name) for name in trained.modules] for layout in layouts
     }
     whole = on_host(params) if trained.weights == "lora" else {}
     for layout in layouts:
-        merged = on_host(frozen) if trained.weights == "lora" and layout == "merged" else None
+        merged = on_host(frozen) if trained.weights == "lora" and layout in WHOLE else None
         for i, (name, path) in enumerate(zip(trained.modules, written[layout], strict=True)):
             network = None
             if trained.weights == "full":
@@ -86,6 +104,9 @@ def export_modules(
                 bank = Network(base.config, trained.graphdef, join_lora(merged, whole))
                 network = merge_lora_network(plain, bank, {name: 1.0})
             if jax.process_index() != 0:
+                continue
+            if network is not None and layout == "single":
+                save_single_file(encoders().replace(unet=network), path, dtype=jnp.dtype(config.dtype))
                 continue
             if network is not None:
                 with replacing(path) as unfinished:
@@ -108,7 +129,7 @@ def export_modules(
 def summary(written: dict[Layout, list[Path]]) -> str:
     """What was written, a path a line, and as the last line the layouts and who reads them."""
     paths = [path for group in written.values() for path in group]
-    readers = READERS | {"merged": "diffusers, as a UNet folder"}
+    readers = READERS | {"merged": "diffusers, as a UNet folder", "single": "ComfyUI, A1111 and diffusers"}
     layouts = [
         f"{'UNet' if layout == 'merged' else layout} ({', '.join(path.name for path in group)}) for {readers[layout]}"
         for layout, group in written.items()

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from flax_pref.checkpoints.diffusers import Pipeline, load_pipeline, load_unet
-from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.checkpoint import Checkpoint, Pipeline
+from flax_pref.checkpoints.diffusers import open_model
+from flax_pref.checkpoints.model_flags import ModelFlags
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
-from flax_pref.checkpoints.weights import abstract_network, read_config
+from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
 from flax_pref.data.buckets import size_text
 from flax_pref.data.consensus import Consensus
@@ -93,7 +94,7 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ModelFlags):
     """Trains preference modules.
 
     Example:
@@ -111,10 +112,6 @@ class TrainConfig:
 
     output: Path
     """Folder of the run. Where it holds checkpoints, the run resumes from the newest one."""
-    model: str
-    """The base: folder in the layout of diffusers, Hub id, or "demo"."""
-    variant: str | None = None
-    """Of the weight files, e.g. fp16; None: the full ones, or what is there."""
     method: Method
     data: Path | None = None
     """Of methods that train on pairs: folder of a prepared set, as train.encode writes it."""
@@ -231,21 +228,21 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def contents_of(
-    config: TrainConfig, folder: Path, records: Records | None, prompts: Sequence[Prompt]
+    config: TrainConfig, checkpoint: Checkpoint, records: Records | None, prompts: Sequence[Prompt]
 ) -> dict[str, Content]:
     """What the files hold that a run reads, by the names of the settings; see `FREE_OF_HOSTS`.
 
     Args:
         config: of the run.
-        folder: of the base.
+        checkpoint: the base.
         records: the prepared set, if there is one.
         prompts: of an online run.
     """
     names = ["unet", "vae", "scheduler"]
     if config.online or config.samples.every:  # images are drawn
-        names += ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    parts = {f"model.{name}": folder / name for name in names if (folder / name).is_dir()}
-    contents = {name: Content(part, fingerprint(part)) for name, part in parts.items()}
+        names += checkpoint.text_encoders
+    parts = checkpoint.contents(names)
+    contents = {f"model.{name}": Content(path, fingerprint(path)) for name, path in parts.items()}
     if records is not None and config.data is not None:
         contents["data"] = Content(config.data, records.fingerprint)
     if config.init_from is not None:
@@ -489,30 +486,25 @@ class Run:
             raise UserError(f"{config.init_from}: no such folder; expected a run, or its exported modules: --init-from")
         if config.online is not None:
             check_rewards(config.online.rewards)
-        self.folder = find_checkpoint(config.model, variant=config.variant)
-        self.program = Program(config, self.mesh, component_config("unet", self.folder))
+        self.checkpoint = open_model(config)
+        self.program = Program(config, self.mesh, self.checkpoint.config("unet"))
         self.sizes = {} if self.records is None else self.records.buckets()
         if self.records is not None:
             check_data(self.records, self.program.base.config, config)
             for size in self.sizes:
-                component_config("vae", self.folder).check_size(f"{config.data}: size", size)
+                self.checkpoint.config("vae").check_size(f"{config.data}: size", size)
         if config.online is not None:
-            component_config("vae", self.folder).check_size("online: size", config.online.size)
+            self.checkpoint.config("vae").check_size("online: size", config.online.size)
         self.prompts = [] if config.online is None else read_prompts(config.online.prompts, column=config.online.column)
-        agree(lambda: flat(contents_of(config, self.folder, self.records, self.prompts)))
-        self.schedule = NoiseSchedule.from_file(self.folder / "scheduler" / "scheduler_config.json")
+        agree(lambda: flat(contents_of(config, self.checkpoint, self.records, self.prompts)))
+        self.schedule = schedule_of(self.checkpoint)
         self.base = self._load_base()
         self.frozen = self.program.frozen_of(self.base.params)
         self.steps: dict[tuple, tuple[Callable, float]] = {}  # that are compiled, by the shapes of their batch
 
     def _load_base(self) -> Network:
-        unet = load_unet(
-            self.folder / "unet",
-            self.program.dtype,
-            param_dtype=self.program.param_dtype,
-            variant=self.config.variant,
-            place=self.program.place,
-        )
+        options = {"param_dtype": self.program.param_dtype, "place": self.program.place}
+        unet = self.checkpoint.part("unet").load(self.program.dtype, **options)
         return self.program.base._replace(params=unet.params)
 
     def begin(self, source: BatchSource) -> tuple[TrainState, int]:
@@ -576,14 +568,14 @@ class Run:
     @cached_property
     def encoders(self) -> Pipeline:
         """The checkpoint without its UNet, on a device of this process."""
-        return load_pipeline(self.folder, self.program.dtype, variant=self.config.variant, with_unet=False)
+        return self.checkpoint.load(self.program.dtype, with_unet=False)
 
     def objective(self) -> Callable:
         """`(params, frozen, batch, key) -> (loss, metrics)` of what the source gives."""
         if self.records is None:
             return self.program.online_objective()
         empty = self.records.conditioning(EMPTY)
-        return self.program.pair_objective(self.schedule, empty, component_config("vae", self.folder).scaling_factor)
+        return self.program.pair_objective(self.schedule, empty, self.checkpoint.config("vae").scaling_factor)
 
     @cached_property
     def _jitted(self) -> Any:
@@ -616,7 +608,7 @@ class Run:
     def _size_of(self, batch: Any) -> str:
         """Height and width of the images of a batch of pairs, in pixels."""
         _, height, width, _ = batch["winner"].shape
-        factor = component_config("vae", self.folder).downscale_factor
+        factor = self.checkpoint.config("vae").downscale_factor
         return size_text((height * factor, width * factor))
 
     def train(self, state: TrainState, first: int, source: BatchSource) -> TrainState:
@@ -700,8 +692,9 @@ class Run:
         config = self.config
         params = self.program.result(state)
         with writing(folder, "which resumes from the last checkpoint"):
+            rest = partial(self.checkpoint.load, with_unet=False)
             written = export_modules(
-                folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export
+                folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export, rest
             )
         tell(summary(written))
 
@@ -725,9 +718,12 @@ def open_records(config: TrainConfig, records: Records | None = None) -> Records
     return records
 
 
-def component_config(part: str, folder: Path) -> Any:
-    """The config of a network of a checkpoint."""
-    return read_config(part, folder / part)
+def schedule_of(checkpoint: Checkpoint) -> NoiseSchedule:
+    """The noise schedule that a checkpoint was trained with; a ValueError names its file."""
+    try:
+        return NoiseSchedule.from_dict(checkpoint.scheduler_config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.described_by}: {error}") from error
 
 
 def check_data(records: Records, unet: UNetConfig, config: TrainConfig) -> None:

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small import small_pipeline
 from tiny import LENGTH, WIDTH, tiny_checkpoint
 
-from flax_pref.checkpoints.diffusers import load_unet
-from flax_pref.checkpoints.modules import load_modules
+from flax_pref.checkpoints.diffusers import load_pipeline, load_unet
+from flax_pref.checkpoints.modules import load_modules, merge_modules
 from flax_pref.config import load_config
 from flax_pref.models.bank import Bank, Member
 from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
@@ -43,7 +44,7 @@ def runs(base):
 def export(folder, base, run, layout="diffusers", dtype="float32"):
     trained, params = run
     config = ExportConfig(layout=layout, dtype=dtype)
-    return export_modules(folder, trained, base, base.params, params, KIND, config)
+    return export_modules(folder, trained, base, base.params, params, KIND, config, lambda: small_pipeline("sd1"))
 
 
 @jax.jit
@@ -180,3 +181,26 @@ def test_weights_can_be_stored_in_half_the_size(tmp_path, base, runs):
     export(tmp_path, base, runs["lora"], dtype="float16")
     kinds = {name: array.dtype for name, array in load_file(tmp_path / "pos.safetensors").items()}
     assert {kind for name, kind in kinds.items() if "alpha" not in name} == {np.dtype("float16")}
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_single_file_is_the_checkpoint_with_the_module_in_its_weights(tmp_path, weights):
+    pipeline = small_pipeline("sd1")
+    trained, first = trained_networks(pipeline.unet, ("pos",), weights, KIND)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(first)(pipeline.unet.params, jax.random.key(0)))
+    config = ExportConfig(layout=("single",))
+    rest = (trained, pipeline.unet, pipeline.unet.params, params, KIND)
+    written = export_modules(tmp_path, *rest, config, lambda: pipeline)
+    assert written["single"] == [tmp_path / "pos_checkpoint.safetensors"]
+    loaded = load_pipeline(tmp_path / "pos_checkpoint.safetensors")
+    for ours, expected in ((loaded.vae, pipeline.vae), (loaded.text_encoders[0], pipeline.text_encoders[0])):
+        jax.tree.map(np.testing.assert_array_equal, ours.params, expected.params)
+    if weights == "full":
+        jax.tree.map(np.testing.assert_array_equal, loaded.unet.params, params["pos"])
+    else:
+        export_modules(
+            tmp_path, trained, pipeline.unet, pipeline.unet.params, params, KIND, ExportConfig(), lambda: None
+        )
+        guided = load_modules(pipeline.unet, {"pos": tmp_path / "pos.safetensors"})
+        merged = merge_modules(pipeline.unet, guided, {"pos": 1.0, "base": -1.0})
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loaded.unet.params, merged.params)
