@@ -7,8 +7,8 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from checkpoints.small import small_pipeline
 from safetensors.numpy import load_file, save_file
-from small import small_pipeline
 
 from flax_pref.checkpoints.diffusers import load_pipeline, open_checkpoint, save_pipeline
 from flax_pref.checkpoints.single_file import LAYOUTS, UNET, VAE, _configs, _names, read_single_file, save_single_file
@@ -341,7 +341,7 @@ def test_what_a_single_file_cannot_hold_is_refused_before_anything_is_written(sa
     tokenizer = dataclasses.replace(
         pipeline.tokenizers[0], vocab={"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, merges=[]
     )
-    with pytest.raises(ValueError, match="single files have CLIP's 49408 tokens, but .* has 3 of its own"):
+    with pytest.raises(ValueError, match=r"single files have CLIP's 49408 tokens, but .* has 3 of its own"):
         save_single_file(pipeline.replace(tokenizers=(tokenizer,)), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"expected a name that ends in .safetensors"):
         save_single_file(pipeline, tmp_path / "x.ckpt")

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints.small import small_pipeline
 from safetensors.numpy import load_file
-from small import small_pipeline
 from tiny import LENGTH, WIDTH, tiny_checkpoint
 
 from flax_pref.checkpoints.diffusers import load_pipeline, load_unet
