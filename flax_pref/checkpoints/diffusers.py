@@ -195,6 +195,11 @@ def _part(kind: str, folder: Path, variant: str | None) -> Part:
     return Part(read_config(kind, folder), folder, partial(load_network, kind, folder, variant=variant))
 
 
+def open_unet(folder: Path) -> Part:
+    """A `unet/` folder whose weights are not read yet; errors as `read_config`."""
+    return _part("unet", folder, None)
+
+
 def load_unet(folder: str | Path, dtype=jnp.float32, **options) -> Network:
     """Reads a `unet/` folder; arguments and errors as in `weights.load_network`."""
     return load_network("unet", folder, dtype, **options)

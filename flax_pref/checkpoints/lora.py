@@ -77,22 +77,18 @@ def load_lora_network(network: Network, files: Mapping[str, str | Path]) -> Netw
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no files, a file is not understood or does not fit the network, the files adapt different layers,
-            or the network has adapters already.
+        ValueError: no files, a file is not understood or does not fit the network, or the network has adapters already.
     """
     if not files:
         raise ValueError("load_lora_network: files is empty, expected a file for each module")
     stored = {Path(file): _read_adapters(Path(file), network) for file in files.values()}
-    first = next(iter(stored))
-    for file, adapters in stored.items():
-        if differing := sorted(map(_dotted, adapters.keys() ^ stored[first].keys())):
-            raise ValueError(
-                f"{file}: adapts other layers than {first}, e.g. only one adapts {differing[0]!r}; expected the same "
-                "layers in all modules of a bank: load files that were trained with the same targets"
-            )
+    adapted = {path: adapter for adapters in stored.values() for path, adapter in adapters.items()}
+    # What a module leaves alone has an adapter that changes nothing.
+    idle = {path: Adapter(np.zeros_like(a[..., :1]), np.zeros_like(b[:1]), 1.0) for path, (a, b, _) in adapted.items()}
+    stored = {file: idle | adapters for file, adapters in stored.items()}
     rank = max(adapter.rank for adapters in stored.values() for adapter in adapters.values())
     lora = stack_lora([_bank(_even(stored[Path(file)], rank)) for file in files.values()])
-    targets = sorted(map(_dotted, stored[first]))
+    targets = sorted(map(_dotted, adapted))
     key = jax.random.key(0)  # of shapes only
     module = nnx.eval_shape(lambda: _adapted(network, tuple(files), rank, rank, targets, key))
     return network._replace(graphdef=nnx.split(module)[0], params=join_lora(network.params, lora))
@@ -155,8 +151,11 @@ REFUSED = (
         r"^(lora_te\d?_|text_encoder(_2)?\.|base_model\.model\.text_model\.)",
         "text encoder adapters are not supported: train or save the UNet's alone",
     ),
-    (r"dora_scale|lora_magnitude_vector", "DoRA is not supported: train or save it as plain LoRA"),
-    (r"hada_w|lokr_|lora_mid|oft_|\.(diff|on_input)$", "LyCORIS is not supported: train or save it as plain LoRA"),
+    (
+        r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid|\.(diff|diff_b|w_norm|b_norm|on_input|[ab][12m]\.weight)$",
+        "the file is no plain LoRA: load it with load_modules, which gives such a module weights of its own",
+    ),
+    (r"oft_|lambda_layer", "OFT, BOFT and T-LoRA are not supported: train or save it as another kind"),
     (
         "|".join(f"{re.escape(ending)}$" for ending in ENDINGS),
         "this network has no such layer: check that the file was made for it",
@@ -181,15 +180,21 @@ def _flat(name: str) -> str:
     return f"lora_unet_{name.replace('.', '_')}"
 
 
-def _layers_by_name(network: Network) -> dict[str, tuple]:
-    """The path of each linear layer and convolution by all names that it may have in a file."""
-    paths = {_dotted(path[:-1]): path[:-1] for path in flatten_dict(network.params) if path[-1] == "kernel"}
+def layers_by_name(network: Network, leaves: Sequence[str] = ("kernel",)) -> dict[str, tuple]:
+    """The path of each layer by all names that it may have in a file.
+
+    Args:
+        network: the UNet.
+        leaves: what a layer has to have: kernels are those of linear layers and convolutions, scales of norms.
+    """
+    paths = {_dotted(path[:-1]): path[:-1] for path in flatten_dict(network.params) if path[-1] in leaves}
     original = unet_layers(paths, network.config)
     names = {}
     for layer, path in paths.items():
         processor = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?$", r".processor.\1", layer)
         dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}", f"{PEFT_PREFIX}{layer}")
-        names |= dict.fromkeys((*dotted, _flat(layer), _flat(original[layer])), path)
+        flat = (_flat(layer), _flat(original[layer]), _flat(layer).replace("lora_unet_", "lycoris_", 1))
+        names |= dict.fromkeys((*dotted, *flat, f"diffusion_model.{original[layer]}"), path)
     return names
 
 
@@ -214,6 +219,7 @@ PEFT_DEFAULTS = {
     "use_rslora": False,
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 def save_lora(
@@ -409,9 +415,14 @@ def _bank(adapters: Mapping[tuple, Adapter]) -> dict:
 def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
     if (file / PEFT_CONFIG).is_file() and (file / PEFT_WEIGHTS).is_file():
         file = file / PEFT_WEIGHTS
-    stored, metadata = _read(file)
-    _check_family(file, stored, network)
-    peft = _peft_settings(file, stored, metadata)
+    stored, metadata = read_adapter_file(file)
+    check_family(file, stored, network)
+    peft = peft_settings(file, stored, metadata)
+    if peft is not None and peft.dora:
+        raise ValueError(
+            f"{peft.file}: 'use_dora' is set, but {file} has no lora_magnitude_vector; they do not belong together: "
+            "download or export both again"
+        )
     kernels = flatten_dict(network.params)
     adapters = {}
     for path, names in _names_by_layer(file, stored, network).items():
@@ -438,7 +449,7 @@ def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
     return adapters
 
 
-def _read(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+def read_adapter_file(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     """The tensors of a file, all finite, and its metadata."""
     if file.is_dir():
         raise ValueError(
@@ -459,13 +470,14 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
             metadata = tensors.metadata() or {}
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 dtype = tensors.get_slice(name).get_dtype()
-                expected = (*DTYPES, *INTEGERS, "F64") if name.endswith(ALPHA) else tuple(DTYPES)
+                numbers = (*DTYPES, *FLOAT8)
+                expected = (*numbers, *INTEGERS, "F64") if name.endswith((ALPHA, ".on_input")) else numbers
                 if dtype not in expected:
                     raise ValueError(
                         f"{file}: weight {name!r} has dtype {dtype}, expected {' or '.join(expected)}; if the file is "
                         "not damaged, save it as float32"
                     )
-                stored[name] = tensors.get_tensor(name)
+                stored[name] = _float8(file, name) if dtype in FLOAT8 else tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: not a complete safetensors file ({_one_line(error)}): download or export it again"
@@ -481,12 +493,22 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     return stored, metadata
 
 
+def _float8(file: Path, name: str) -> np.ndarray:
+    """A tensor of 8 bits, a type that safetensors does not find in NumPy."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(size))[name]
+        start, end = entry["data_offsets"]
+        stream.seek(8 + size + start)
+        return np.frombuffer(stream.read(end - start), jnp.dtype(FLOAT8[entry["dtype"]])).reshape(entry["shape"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # PEFT's configuration
 
 # Settings under which a delta is not `alpha / r A B` or `alpha / sqrt(r) A B`, or not all that is trained.
 UNSUPPORTED = (
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens"),
+    *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config", "modules_to_save", "trainable_token_indices"),
     "target_parameters",
 )
@@ -505,6 +527,7 @@ class PeftSettings(NamedTuple):
         ranks: rank by pattern of a layer's name.
         alphas: alpha by pattern.
         rslora: whether deltas are `alpha / sqrt(r) A B` (arXiv:2312.03732), not `alpha / r A B`.
+        dora: whether the weights are DoRA, with magnitudes.
     """
 
     source: str
@@ -514,6 +537,7 @@ class PeftSettings(NamedTuple):
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     rslora: bool
+    dora: bool
 
     def alpha_of(self, layer: str, rank: int, name: str) -> float:
         """Alpha of a layer such that its delta is `alpha / rank A B`.
@@ -538,7 +562,7 @@ def _of_layer(layer: str, patterns: Mapping[str, T], default: T) -> T:
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
-def _peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]) -> PeftSettings | None:
+def peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]) -> PeftSettings | None:
     """PEFT's configuration from the metadata, as diffusers writes it, or from the file beside; None: neither."""
     inside = beside = None
     if METADATA in metadata:
@@ -610,7 +634,7 @@ def _parse_peft(file: Path, source: str, config: Mapping[str, Any]) -> PeftSetti
             raise ValueError(
                 f"{file}: {key!r}{where} is no {expected}, expected one: download or export the file again"
             )
-    return PeftSettings(source, file, rank, alpha, ranks, alphas, bool(rslora))
+    return PeftSettings(source, file, rank, alpha, ranks, alphas, bool(rslora), bool(config.get("use_dora")))
 
 
 def _is_rank(value: Any) -> bool:
@@ -640,7 +664,7 @@ TRANSFORMERS = (
 CROSS_ATTENTION = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?[._](lora[._])?(lora_A|lora_down|down)\.weight$")
 
 
-def _check_family(file: Path, stored: Mapping[str, np.ndarray], network: Network) -> None:
+def check_family(file: Path, stored: Mapping[str, np.ndarray], network: Network) -> None:
     """That a file that tells its family is of the network's."""
     width = network.config.cross_attention_dim
     own = FAMILIES.get(width, f"one whose cross-attention reads {width} numbers")
@@ -672,7 +696,7 @@ def _family(stored: Mapping[str, np.ndarray], several_blocks: str | None) -> str
 
 def _names_by_layer(file: Path, stored: Iterable[str], network: Network) -> dict[tuple, dict[str, str]]:
     """The stored names of lora_a, lora_b and perhaps alpha of each adapted layer."""
-    layers, found = _layers_by_name(network), {}
+    layers, found = layers_by_name(network), {}
     for name in stored:
         ending = next(filter(name.endswith, ENDINGS), "")
         path = layers.get(name.removesuffix(ending)) if ending else None

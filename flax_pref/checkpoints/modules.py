@@ -5,14 +5,17 @@ import hashlib
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_pref.checkpoints.diffusers import load_unet
+from flax_pref.checkpoints.diffusers import open_unet
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import FILE_NAMES, PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
+from flax_pref.checkpoints.lycoris import fold_adapters, has_other_adapters
+from flax_pref.checkpoints.single_file import holds_network, read_single_file
+from flax_pref.checkpoints.weights import read_shapes
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import split_lora
 from flax_pref.models.network import Network
@@ -35,8 +38,9 @@ def load_modules(
 
     Args:
         base: the UNet that is guided.
-        sources: for each module a LoRA file (safetensors), a folder with one, the folder of a PEFT adapter, a UNet
-            folder of diffusers, or a whole checkpoint in that layout.
+        sources: for each module a file of adapters (safetensors), a folder with one, the folder of a PEFT adapter, a
+            UNet folder of diffusers, or a whole checkpoint in that layout or as a single file. Plain LoRA shares the
+            weights of the base; adapters of other kinds, see `checkpoints.lycoris`, are folded into a copy of them.
         own_base: the UNet folder or checkpoint that the modules were trained on, where they guide another fine-tune of
             the same family. Given, LoRA modules predict on their own base, and it is there as the network "own_base",
             for rules that compare with it; None: LoRA modules move onto `base`.
@@ -55,15 +59,32 @@ def load_modules(
         (1, 64, 64, 3)
     """
     found = {name: _find(source) for name, source in sources.items()}
-    files = {name: path for name, path in found.items() if path.is_file()}
-    modules = {name: _load_like(base, path, dtype) for name, path in found.items() if name not in files}
-    if own_base is None:
-        return Guided(load_lora_network(base, files) if files else base, modules)
-    folder = _find(own_base)
-    if folder.is_file():
-        raise ValueError(f"{own_base}: holds adapters, expected the base that the modules were trained on")
-    own = _load_like(base, folder, dtype)
-    return Guided(base, {OWN_BASE: load_lora_network(own, files) if files else own, **modules})
+    kinds = {name: _kind(path) for name, path in found.items()}
+    files = {name: path for name, path in found.items() if kinds[name] == "lora"}
+    modules = {name: _load_like(base, path, dtype) for name, path in found.items() if kinds[name] == "network"}
+    own = base
+    if own_base is not None:
+        path = _find(own_base)
+        if _kind(path) != "network":
+            raise ValueError(f"{own_base}: holds adapters, expected the base that the modules were trained on")
+        own = _load_like(base, path, dtype)
+    for name in [name for name, kind in kinds.items() if kind == "folded"]:
+        print(f"{found[name]}: is no plain LoRA; module {name!r} has weights of its own, {_memory(own)} more")
+        modules[name] = fold_adapters(found[name], own)
+    adapted = load_lora_network(own, files) if files else own
+    return Guided(adapted, modules) if own_base is None else Guided(base, {OWN_BASE: adapted, **modules})
+
+
+def _kind(path: Path) -> Literal["lora", "folded", "network"]:
+    """Whether modules of a file or a folder are rows of one batch, or have weights of their own."""
+    if path.is_dir():
+        return "network"
+    if not path.is_file() or path.suffix != ".safetensors":
+        return "lora"  # whose reader says what is wrong
+    names = read_shapes(path)
+    if holds_network(names):
+        return "network"
+    return "folded" if has_other_adapters(names) else "lora"
 
 
 def _find(source: str | Path) -> Path:
@@ -85,16 +106,20 @@ def _find(source: str | Path) -> Path:
     return stored[0]
 
 
-def _load_like(base: Network, folder: Path, dtype) -> Network:
-    network = load_unet(folder, dtype)
-    for field, value in vars(network.config).items():
+def _load_like(base: Network, path: Path, dtype) -> Network:
+    part = read_single_file(path).part("unet") if path.is_file() else open_unet(path)
+    for field, value in vars(part.config).items():
         expected = getattr(base.config, field)
         if field != "sample_size" and value != expected:
             raise ValueError(
-                f"{folder / 'config.json'}: {field}={value!r}, but that of the base is {expected!r}; expected a "
-                "fine-tune of the same family"
+                f"{part.described_by}: {field}={value!r}, but that of the base is {expected!r}; expected a fine-tune "
+                "of the same family"
             )
-    return network
+    return part.load(dtype)
+
+
+def _memory(network: Network) -> str:
+    return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(network.params)) / 2**30:.2f} GiB"
 
 
 def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -> Network:

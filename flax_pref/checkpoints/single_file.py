@@ -160,6 +160,11 @@ def read_single_file(file: Path, *, prediction_type: PredictionType | None = Non
         raise ValueError(text if text.startswith(f"{file}:") else f"{file}: {text}") from error
 
 
+def holds_network(names: Iterable[str]) -> bool:
+    """Whether these are names of the weights of a UNet, alone or in a whole checkpoint."""
+    return any(name.startswith((f"{UNET}input_blocks.", "input_blocks.0.")) for name in names)
+
+
 def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None) -> Checkpoint:
     name = _family(file, shapes)
     layout = LAYOUTS[name]

@@ -377,7 +377,7 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-REOPEN_AFTER = 256 * 2**20  # bytes
+REOPEN_AFTER = 64 * 2**20  # bytes
 
 
 def _read_tensors(

@@ -1,0 +1,221 @@
+"""Adapters that are no plain LoRA: the weights that a file of them makes of a network.
+
+LoHa, LoKr, IA3, GLoRA, Tucker-decomposed LoRA, differences of whole weights, biases and normalisations (LyCORIS,
+arXiv:2309.14859), and DoRA (arXiv:2402.09353), in the names of LyCORIS, sd-scripts, OneTrainer and PEFT. Their deltas
+are no product of two small matrices that rows of one batch could share, so such a module gets weights of its own.
+
+Weights W are `[out, in]` or `[out, in, h, w]` here, as files have them. `s = alpha / r`, or 1 where no alpha is stored.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flax_pref.checkpoints.lora import check_family, layers_by_name, peft_settings, read_adapter_file
+from flax_pref.checkpoints.weights import KERNEL_AXES
+from flax_pref.models.network import Network
+from flax_pref.models.tree import flatten_dict
+
+Parts = dict[str, np.ndarray]  # what a file has of one layer, by the endings of names
+
+# Endings of names, and those of them that no file of plain LoRA has.
+FACTORS = (
+    *("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha"),
+    *("lora_mid.weight", "dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    *(
+        "diff",
+        "diff_b",
+        "w_norm",
+        "b_norm",
+        "on_input",
+        "a1.weight",
+        "a2.weight",
+        "b1.weight",
+        "b2.weight",
+        "bm.weight",
+    ),
+    "weight",
+)
+PLAIN = 5
+RENAMED = {
+    **{"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"},
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+
+
+def has_other_adapters(names: Iterable[str]) -> bool:
+    """Whether a file holds more than plain LoRA, by the names of its weights."""
+    return any(name.endswith(tuple(f".{ending}" for ending in FACTORS[PLAIN:-1])) for name in names)
+
+
+def fold_adapters(file: str | Path, network: Network) -> Network:
+    """The network with the adapters of a file in its weights.
+
+    Args:
+        file: safetensors; what PEFT writes needs the adapter_config.json beside it.
+        network: the UNet that the file was made for, without adapters.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, holds a weight that is not understood, or does not fit the network.
+    """
+    file = Path(file)
+    stored, metadata = read_adapter_file(file)
+    check_family(file, stored, network)
+    peft = peft_settings(file, stored, metadata)
+    params, layers = flatten_dict(network.params), layers_by_name(network, ("kernel", "scale"))
+    found: dict[tuple, dict[str, str]] = {}  # the stored names of each layer, by their endings
+    for name in stored:
+        ending = next((ending for ending in FACTORS if name.endswith(f".{ending}")), "")
+        path = layers.get(name.removesuffix(f".{ending}")) if ending else None
+        if path is None:
+            raise ValueError(
+                f"{file}: weight {name!r} has no place in the UNet; expected adapters of its layers of the kinds LoRA, "
+                "DoRA, LoHa, LoKr, IA3, GLoRA, full differences and norms"
+            )
+        found.setdefault(path, {})[RENAMED.get(ending, ending)] = name
+    folded = dict(params)
+    for path, names in found.items():
+        parts = {ending: stored[name].astype(np.float32) for ending, name in names.items()}
+        if peft is not None and "lora_down.weight" in parts:
+            rank = len(parts["lora_down.weight"])
+            layer = ".".join(map(str, path))
+            parts.setdefault("alpha", np.asarray(peft.alpha_of(layer, rank, names["lora_down.weight"])))
+        try:
+            _fold(folded, path, parts)
+        except KeyError as error:
+            raise ValueError(
+                f"{file}: no weight that ends in {error.args[0]!r}, expected with {next(iter(names.values()))!r}; the "
+                "file is incomplete: download or export it again"
+            ) from error
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{file}: weight {next(iter(names.values()))!r} and those with it do not fit layer "
+                f"{'.'.join(map(str, path))!r} ({error}); the file is damaged or was made for another network"
+            ) from error
+        if parts:
+            raise ValueError(f"{file}: weight {names[next(iter(parts))]!r} is none that the others of its layer have")
+    return network._replace(params=unflatten_dict(folded))
+
+
+def _fold(params: dict[tuple, Any], path: tuple, parts: Parts) -> None:
+    """Replaces the weight and the bias of a layer; takes out of `parts` what it has used."""
+    leaf = "kernel" if (*path, "kernel") in params else "scale"
+    ours = np.asarray(params[*path, leaf], np.float32)
+    axes = KERNEL_AXES.get(ours.ndim, tuple(range(ours.ndim))) if leaf == "kernel" else tuple(range(ours.ndim))
+    weight = ours.transpose(axes)
+    changed = weight
+    for kind, delta in KINDS.items():
+        if any(re.fullmatch(kind, part) for part in parts):
+            changed = changed + delta(weight, parts).reshape(weight.shape)
+            break
+    if "dora_scale" in parts:  # of inputs, in older files, or of outputs
+        magnitude = parts.pop("dora_scale")
+        changed = _normalised(changed, magnitude, axis=0 if magnitude.shape[0] == len(weight) else 1)
+    elif "lora_magnitude_vector" in parts:
+        changed = _normalised(changed, parts.pop("lora_magnitude_vector"), axis=0)
+    for ending in ("diff_b", "b_norm"):
+        if ending in parts:
+            bias = params[*path, "bias"]
+            params[*path, "bias"] = bias + jnp.asarray(parts.pop(ending).reshape(bias.shape), bias.dtype)
+    if not np.isfinite(changed).all():
+        raise ValueError("its weights are too large for float32")
+    params[*path, leaf] = jnp.asarray(changed.transpose(np.argsort(axes)), params[*path, leaf].dtype)
+
+
+def _normalised(weight: np.ndarray, magnitude: np.ndarray, axis: int) -> np.ndarray:
+    """DoRA: `m W / |W|`, a magnitude m and a norm for each output (axis 0) or input (axis 1)."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    norm = np.sqrt(np.square(weight).sum(others, keepdims=True)) + np.finfo(np.float32).eps
+    return weight * (magnitude.reshape(norm.shape) / norm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Deltas
+
+
+def _scale(parts: Parts, rank: int) -> np.float32:
+    alpha = parts.pop("alpha", None)
+    return np.float32(1 if alpha is None or not alpha.any() else alpha.reshape(()) / rank)
+
+
+def _lora(weight: np.ndarray, parts: Parts) -> np.ndarray:
+    """`s U D`; with a core M (Tucker) `s sum_mn M_mn.. U_im D_nj`."""
+    up, down, middle = parts.pop("lora_up.weight"), parts.pop("lora_down.weight"), parts.pop("lora_mid.weight", None)
+    rank, up = len(down), up.reshape(len(up), -1)
+    scale = _scale(parts, rank)
+    if middle is not None:
+        return scale * np.einsum("mn...,im,nj->ij...", middle, up, down.reshape(rank, -1))
+    return scale * (up @ down.reshape(rank, -1))
+
+
+def _loha(weight: np.ndarray, parts: Parts) -> np.ndarray:
+    """LoHa: `s (A_1 B_1) * (A_2 B_2)`, elementwise; each product perhaps with a core."""
+    rank = parts["hada_w1_b"].shape[0]
+    factors = []
+    for i in (1, 2):
+        a, b, core = parts.pop(f"hada_w{i}_a"), parts.pop(f"hada_w{i}_b"), parts.pop(f"hada_t{i}", None)
+        factors.append(a @ b if core is None else np.einsum("mn...,mi,nj->ij...", core, a, b))
+    return _scale(parts, rank) * factors[0] * factors[1]
+
+
+def _lokr(weight: np.ndarray, parts: Parts) -> np.ndarray:
+    """LoKr: `s C kron D`; each whole or a product, D perhaps with a core. Whole ones have s = 1."""
+    whole = "lokr_w1" in parts and "lokr_w2" in parts
+    rank = next((parts[name].shape[1] for name in ("lokr_w1_a",) if name in parts), 1)
+    if "lokr_w2_b" in parts:
+        rank = len(parts["lokr_w2_b"])
+    first = parts.pop("lokr_w1") if "lokr_w1" in parts else parts.pop("lokr_w1_a") @ parts.pop("lokr_w1_b")
+    if "lokr_w2" in parts:
+        second = parts.pop("lokr_w2")
+    else:
+        a, b, core = parts.pop("lokr_w2_a"), parts.pop("lokr_w2_b"), parts.pop("lokr_t2", None)
+        second = a @ b if core is None else np.einsum("mn...,mi,nj->ij...", core, a, b)
+    size = [n // m for n, m in zip(weight.shape[:2], first.shape, strict=True)]
+    second = second.reshape(*size, *weight.shape[2:])
+    scale = _scale(parts, rank)
+    product = np.einsum("ab,cd...->acbd...", first, second).reshape(weight.shape)
+    return product if whole else scale * product
+
+
+def _ia3(weight: np.ndarray, parts: Parts) -> np.ndarray:
+    """IA3: `W` times a vector over its inputs or outputs."""
+    vector, on_input = parts.pop("weight"), bool(parts.pop("on_input").any())
+    shape = (1, -1) if on_input else (-1, 1)
+    return weight * vector.reshape(*shape, *(1 for _ in weight.shape[2:]))
+
+
+def _glora(weight: np.ndarray, parts: Parts) -> np.ndarray:
+    """GLoRA: `s (W A_1 A_2 + B_1 B_2)`; B perhaps with a core."""
+    a1, a2, b1, b2 = (parts.pop(f"{name}.weight") for name in ("a1", "a2", "b1", "b2"))
+    core, rank = parts.pop("bm.weight", None), len(b2)
+    inputs = a1.reshape(len(a1), -1) @ a2.reshape(len(a2), -1)
+    b1 = b1.reshape(len(b1), -1)
+    if core is None:
+        added = b1 @ b2.reshape(rank, -1)
+    else:
+        added = np.einsum("mn...,im,nj->ij...", core, b1, b2.reshape(rank, -1))
+    return _scale(parts, rank) * (np.einsum("oi...,ij->oj...", weight, inputs) + added.reshape(weight.shape))
+
+
+def _whole(name: str) -> Callable[[np.ndarray, Parts], np.ndarray]:
+    return lambda weight, parts: parts.pop(name)
+
+
+# By patterns of the endings of their names.
+KINDS: dict[str, Callable[[np.ndarray, Parts], np.ndarray]] = {
+    r"lora_(up|down|mid)\.weight": _lora,
+    r"hada_.*": _loha,
+    r"lokr_.*": _lokr,
+    r"on_input": _ia3,
+    r"[ab][12m]\.weight": _glora,
+    r"diff": _whole("diff"),
+    r"w_norm": _whole("w_norm"),
+}
