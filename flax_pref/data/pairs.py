@@ -1,5 +1,6 @@
 """Preference pairs, whatever set they come from: one record for all, and an account of every row that gave none."""
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -136,3 +137,18 @@ def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | 
 def _drawn_place(row: int) -> bool:
     """A coin of the row's own, the same in every run."""
     return bool(hashlib.sha256(b"place %d" % row).digest()[0] & 1)
+
+
+def combinations(n: int) -> int:
+    """How many pairs n ranked images make."""
+    return n * (n - 1) // 2
+
+
+def combination(n: int, number: int) -> tuple[int, int]:
+    """Element `number` of `itertools.combinations(range(n), 2)`, without those before it."""
+
+    def before(i: int) -> int:
+        return i * (2 * n - i - 1) // 2
+
+    i = bisect.bisect_right(range(n - 1), number, key=before) - 1
+    return i, i + 1 + number - before(i)
