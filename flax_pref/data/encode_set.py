@@ -210,7 +210,7 @@ def _settings_of(config: EncodeConfig, folder: Path) -> dict[str, Any]:
         if (folder / part).is_dir()
     ]
     return {
-        **{"source": dataclasses.asdict(config.source), "choice": dataclasses.asdict(config.choice)},
+        **{"source": config.source.settings(), "choice": dataclasses.asdict(config.choice)},
         **{"model": config.model, "model_sha256": {part: fingerprint(folder / part) for part in parts}},
         **{**encoding, "dtype": default_dtype(config.dtype)},
     }

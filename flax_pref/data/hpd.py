@@ -27,6 +27,7 @@ class HPDv2:
     """
 
     winner_listed_first = False
+    image_names = None
 
     def __init__(self, file: epath.Path):
         """Opens the set; its images are in the folder of the file, or in train/ or test/ there.
@@ -91,6 +92,7 @@ class HPDv3:
     """
 
     winner_listed_first = True
+    image_names = None
 
     def __init__(self, file: epath.Path):
         """Opens the set; its images are in the folder of the file.

@@ -58,6 +58,7 @@ class PreferencePair(NamedTuple):
             the row's number, so that place tells nothing.
         confidence: see `Judgement`.
         margin: see `Judgement`.
+        names: what winner and loser are called where one of them is damaged.
     """
 
     row: int
@@ -69,6 +70,7 @@ class PreferencePair(NamedTuple):
     winner_first: bool
     confidence: float | None = None
     margin: float | None = None
+    names: tuple[str, str] = ("winner", "loser")
 
 
 class PairReader(Protocol):
@@ -82,6 +84,11 @@ class PairReader(Protocol):
     """
 
     winner_listed_first: bool
+
+    @property
+    def image_names(self) -> tuple[str, str] | None:
+        """The columns of the two images; None where they have none."""
+        ...
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -131,7 +138,14 @@ def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | 
             winner_first=_drawn_place(row) if reader.winner_listed_first else winner == 0,
             confidence=judgement.confidence,
             margin=judgement.margin,
+            names=_names(reader.image_names, winner),
         )
+
+
+def _names(columns: tuple[str, str] | None, winner: int) -> tuple[str, str]:
+    if columns is None:
+        return "winner", "loser"
+    return f"winner, column {columns[winner]}", f"loser, column {columns[1 - winner]}"
 
 
 def _drawn_place(row: int) -> bool:

@@ -59,6 +59,7 @@ class PickAPic:
     """Random access to the rows of parquet files of Pick-a-Pic."""
 
     winner_listed_first = False
+    image_names = IMAGES
 
     def __init__(self, files: Sequence[OpenableFile]):
         """Reads the footers of the files, which are the set in this order.
