@@ -13,6 +13,10 @@ class Columns:
     Images are named in one of four ways: `winner` and `loser`; two `images` with a `label` or two `scores`; one column
     `images` that holds lists, with one column `scores` of lists; or one column `images` and one column `scores` with an
     image a row, where rows with the same `group` were compared. In the last two, every two images are a pair.
+
+    Example:
+        >>> fp.Columns(caption="prompt", winner="chosen", loser="rejected").form
+        'roles'
     """
 
     caption: str = "caption"

@@ -100,7 +100,10 @@ def _datasets() -> "Any":
 
 @contextlib.contextmanager
 def _told(where: object) -> Iterator[None]:
-    """Makes an error of `datasets` one line."""
+    """Makes an error of `datasets` one line, and keeps its log from printing others."""
+    logging = _datasets().logging
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     except Exception as error:  # its own, those of Arrow, of parsers and of HTTP clients
@@ -122,6 +125,8 @@ def _told(where: object) -> Iterator[None]:
         raise ValueError(
             f"{where}: datasets cannot read it ({reason}); if damaged, write or download it again"
         ) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def _saved(folder: Path, split: str, columns: Columns) -> Loaded:
