@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from etils import epath
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, constants
 
 from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.data.column_set import ImageFiles, Record, Rows, check_schema, named_columns
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # that `save_to_disk` writes
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _STREAMED_AT_ONCE = 16  # rows, with their images
 
 
@@ -91,10 +92,11 @@ def load(
 def _datasets() -> "Any":
     """The library, which does not import torch."""
     import datasets
+    from datasets import config
 
     if "torch" not in sys.modules:
         # Streams would be subclasses of torch's otherwise, wherever torch is installed.
-        datasets.config.TORCH_AVAILABLE = False
+        config.TORCH_AVAILABLE = False
     return datasets
 
 
@@ -108,7 +110,7 @@ def _told(where: object) -> Iterator[None]:
         yield
     except Exception as error:  # its own, those of Arrow, of parsers and of HTTP clients
         reason = " ".join(f"{error.__cause__ or error}".split()) or type(error).__name__
-        if isinstance(error, ConnectionError):
+        if isinstance(error, ConnectionError) or "find cache" in reason:
             raise FileNotFoundError(
                 f"{where}: no such file or folder, and the Hub cannot be reached ({reason}); connect to the network, "
                 "or download the set and give the path of its folder"
@@ -169,7 +171,8 @@ def _built(
     set_of = f"{path}, split {split}"
     if folder is None:
         root = str(builder.base_path or "").rstrip("/").removeprefix(PREFIX)
-        caches = (epath.Path(datasets.config.HF_CACHE_HOME),)
+        # Images that were downloaded, and those of archives that were extracted.
+        caches = epath.Path(constants.HF_HUB_CACHE), epath.Path(datasets.config.HF_DATASETS_CACHE)
         images = ImageFiles(HubFile(HfFileSystem(), root or f"datasets/{path}"), caches)
     else:
         images = ImageFiles(epath.Path(folder))
@@ -245,8 +248,9 @@ class ArrowRows:
         for start in range(0, len(rows), at_once):
             with _told(self._where):
                 some = self._dataset.select_columns(list(columns)) if some is None else some
-                found = some[[int(row) for row in rows[start : start + at_once]]].to_pylist()
-            yield from found
+                found: Any = some[[int(row) for row in rows[start : start + at_once]]]  # a table, in this format
+                records = found.to_pylist()
+            yield from records
 
 
 class StreamedRows:
@@ -272,7 +276,9 @@ class StreamedRows:
         Raises:
             ValueError: a file is damaged, or lacks one of the columns.
         """
-        self._where, self._files, self._dataset = where, list(files), dataset.with_format("arrow")
+        # A folder of images has these among its files; each row names its own.
+        self._files = [file for file in files if not file.name.lower().endswith(_IMAGES)]
+        self._where, self._dataset = where, dataset.with_format("arrow")
         self._parts, asked = dataset.num_shards, None
         if dataset.features is not None:
             self.schema: pa.Schema = dataset.features.arrow_schema

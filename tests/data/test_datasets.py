@@ -1,20 +1,19 @@
 """Sets that `datasets` loads: whatever they are stored in, the rows are the same and each is accounted for."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import datasets
+import local_hub
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from preference_sets import encoded_image, examples, read_all, write_hpdv3, write_pick_a_pic
 from stored_datasets import (
     SCORES,
@@ -29,7 +28,6 @@ from stored_datasets import (
 )
 
 from flax_pref.config import load_config
-from flax_pref.data import dataset_rows
 from flax_pref.data.columns import Columns
 from flax_pref.data.encode import Encoding, PairEncoder
 from flax_pref.data.pairs import Drop, Judgement, Tie, pairs
@@ -389,50 +387,66 @@ def test_pick_a_pic_gives_what_its_own_layout_gives(tmp_path, version):
 # On the Hub
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A repository of parquet files, whose builder `datasets` would make."""
-    folder = tmp_path / "hub" / "datasets" / "owner" / "name@abc"
-    folder.mkdir(parents=True)
+READ_HUB = """
+import hashlib, json, sys
+import datasets
+from flax_pref.data.pairs import pairs
+from flax_pref.data.sources import Source, mark, open_source
 
-    def builder(path, name, *, revision, data_files):
-        asked.append((path, name, revision, data_files))
-        local = datasets.load_dataset_builder(str(folder))
-        at = f"hf://datasets/owner/name@{revision or 'abc'}"
-        urls = {
-            split: [f"{at}/{Path(file).relative_to(folder)}" for file in files]
-            for split, files in local.config.data_files.items()
-        }
-        config = types.SimpleNamespace(data_files=urls)
-        return types.SimpleNamespace(config=config, base_path=at, info=local.info)
+datasets.disable_progress_bars()
+for settings in json.loads(sys.argv[1]):
+    reader = open_source(Source.from_settings(settings))
+    images = [[hashlib.sha256(data).hexdigest() for data in both] for both in reader.images(range(len(reader)))]
+    files = [str(file) for file in reader.image_files([0])]
+    told = {"captions": [said.caption for said in reader.judgements(range(len(reader)))], "images": images}
+    marks = list(map(mark, reader.image_files([0])))
+    print(json.dumps(told | {"where": reader.where(3), "files": files, "marks": marks}))
+"""
 
-    asked = []
-    library = types.SimpleNamespace(
-        load_dataset_builder=builder, config=datasets.config, Features=datasets.Features, logging=datasets.logging
+
+def read_hub(sources, home, address=None):
+    """What a program of its own reads: clients take the address of the Hub when they are imported."""
+    reached = {"HF_HUB_OFFLINE": "1"} if address is None else {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_HUB, json.dumps([source.settings() for source in sources])],
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(home), **reached},
+        capture_output=True,
+        text=True,
     )
-    monkeypatch.setattr(dataset_rows, "_datasets", lambda: library)
-    filesystem = DirFileSystem(str(tmp_path / "hub"), LocalFileSystem())
-    monkeypatch.setattr(dataset_rows, "HfFileSystem", lambda: filesystem)
-    return folder, asked
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("form", ["bytes", "paths"])
-def test_a_hub_id_is_streamed_by_row_at_one_revision(hub, form):
-    folder, asked = hub
-    rows = examples(5)
+def test_a_hub_id_is_streamed_by_row_or_downloaded_once_and_read_without_the_hub_then(tmp_path):
+    rows, folder = examples(5), tmp_path / "hub"
+    write_parquet(folder / "bytes", rows)
     names = write_images(folder / "images", rows)
-    write_parquet(folder, rows, as_struct if form == "bytes" else lambda data: f"images/{names[data]}")
-    source = Source(layout="datasets", path="owner/name", name="8k", revision="abc", stream=True, columns=SCORES)
-    reader = open_source(source)
-    assert records(reader) == expected(rows) and asked == [("owner/name", "8k", "abc", None)]
-    assert reader.where(4) == ("hf://datasets/owner/name@abc/data/train-00001-of-00002.parquet", 2)
-    files = [str(file) for file in reader.image_files([4])]
-    assert files[0] == "hf://datasets/owner/name@abc/data/train-00001-of-00002.parquet"
-    assert len(files) == (1 if form == "bytes" else 3)
-    if form == "paths":
-        (folder / "images" / names[rows[0].winner]).unlink()
-        missing = read_all(open_source(source))[1][0]
-        assert missing.reason == "image is missing" and missing.detail.startswith("image_0: hf://datasets/owner/name")
+    write_parquet(folder / "paths", rows, lambda data: f"images/{names[data]}")  # relative to the repository
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: bytes\n  data_files: bytes/data/*.parquet\n"
+        "- config_name: paths\n  data_files: paths/data/*.parquet\n---\n"
+    )
+    parquet = Source(layout="datasets", path="owner/name", name="bytes", columns=SCORES)
+    streamed = dataclasses.replace(parquet, stream=True, revision="v1")
+    paths = dataclasses.replace(streamed, name="paths")
+    with local_hub.serving(folder) as (address, asked):
+        found = read_hub([streamed, paths, parquet], tmp_path / "home", address)
+    whole = [request for request in asked if request.startswith("GET") and request.endswith(".parquet")]
+    assert len(whole) == 2 and all("/bytes/" in request for request in whole), whole  # all others are of a range
+    found += read_hub([parquet], tmp_path / "home")
+    for told in found:
+        assert told["captions"] == [row.caption for row in rows]
+        assert told["images"] == [[hashlib.sha256(data).hexdigest() for data in row.images] for row in rows]
+    root = f"hf://datasets/owner/name@{local_hub.COMMIT}"
+    assert found[0]["where"] == [f"{root}/bytes/data/train-00001-of-00002.parquet", 1]
+    assert found[0]["files"] == [f"{root}/bytes/data/train-00000-of-00002.parquet"]
+    assert found[1]["files"] == [
+        f"{root}/{name}" for name in ("paths/data/train-00000-of-00002.parquet", "images/0.jpg", "images/1.jpg")
+    ]
+    assert found[2]["where"] == found[3]["where"] == ["owner/name, split train", 3]
+    assert found[2]["files"] == found[3]["files"] and found[2]["marks"] == found[3]["marks"]
+    assert all("blob_id" in mark for mark in (*found[0]["marks"], *found[1]["marks"]))
 
 
 def test_a_hub_that_cannot_be_reached_and_a_set_that_is_nowhere_are_one_line(tmp_path):
