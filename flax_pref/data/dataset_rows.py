@@ -221,13 +221,15 @@ class ArrowRows:
     """
 
     def __init__(self, dataset: "datasets.Dataset", where: str, columns: Columns):
-        """Keeps the set.
+        """Keeps the set, after a look at where its values begin and end: Arrow would read beyond a damaged file.
 
         Raises:
-            ValueError: it lacks one of the columns.
+            ValueError: it lacks one of the columns, or is damaged.
         """
         self.schema: pa.Schema = dataset.features.arrow_schema
         check_schema(self.schema, columns, where)
+        with _told(where):
+            dataset.select_columns([name for _, name in named_columns(columns)]).data.validate(full=True)
         self._where, self._dataset = where, dataset.with_format("arrow")
         self._files = [epath.Path(file["filename"]) for file in dataset.cache_files]
 
@@ -345,8 +347,9 @@ class StreamedRows:
         while True:
             with _told(self._where):
                 table = next(batches, None)
-            if table is None:
-                return
+                if table is None:
+                    return
+                table.validate(full=True)
             yield table
 
     def _part(self, row: int) -> int:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -560,6 +561,19 @@ def test_a_damaged_file_is_one_line_that_names_it_or_its_set(tmp_path, how, stre
     with pytest.raises(ValueError, match=rf"^{tmp_path / 'set'}") as caught:
         read_all(open_source(source))
     assert "\n" not in str(caught.value) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("how", "stream"), [("save_to_disk", False), ("arrow", True)])
+def test_a_text_that_would_end_far_beyond_its_file_is_not_read(tmp_path, how, stream):
+    """Arrow takes places for granted: it would end the program, or show its memory."""
+    source = stored(tmp_path / "set", examples(4), how, stream=stream)
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    whole, places = file.read_bytes(), struct.pack("<5i", 0, 9, 18, 27, 36)  # of "caption 0" and so on
+    assert whole.count(places) == 1
+    file.write_bytes(whole.replace(places, struct.pack("<5i", 0, 9, 2**31 - 1, 27, 36)))
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'set'}.*: datasets cannot read it") as caught:
+        read_all(open_source(source))
+    assert "\n" not in str(caught.value)
 
 
 def test_splits_configurations_and_revisions_that_are_not_there_are_named(tmp_path):
