@@ -7,6 +7,8 @@ and by row across a network.
 
 import contextlib
 import itertools
+import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,14 +102,33 @@ def _datasets() -> "Any":
     return datasets
 
 
+class _KeptLog(logging.Handler):
+    """Keeps what `datasets` logs, until it is known whether an error comes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    @property
+    def file(self) -> str | None:
+        """The file that an error is in: the log alone has its name."""
+        found = (re.search(r"file '([^']+)'", record.getMessage()) for record in reversed(self.records))
+        return next((match[1] for match in found if match), None)
+
+
 @contextlib.contextmanager
 def _told(where: object) -> Iterator[None]:
-    """Makes an error of `datasets` one line, and keeps its log from printing others."""
-    logging = _datasets().logging
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    """Makes an error of `datasets` one line, with what its log says of it."""
+    log, kept = logging.getLogger("datasets"), _KeptLog()
+    handlers: list[logging.Handler] = log.handlers
+    log.handlers = [kept]
     try:
         yield
+        for record, handler in itertools.product(kept.records, handlers):
+            handler.handle(record)
     except Exception as error:  # its own, those of Arrow, of parsers and of HTTP clients
         reason = " ".join(f"{error.__cause__ or error}".split()) or type(error).__name__
         if isinstance(error, ConnectionError) or "find cache" in reason:
@@ -125,10 +146,10 @@ def _told(where: object) -> Iterator[None]:
         if "Config name is missing" in reason or "BuilderConfig" in reason:
             raise ValueError(f"{where}: {reason}: choose with --source.name") from error
         raise ValueError(
-            f"{where}: datasets cannot read it ({reason}); if damaged, write or download it again"
+            f"{kept.file or where}: datasets cannot read it ({reason}); if damaged, write or download it again"
         ) from error
     finally:
-        logging.set_verbosity(level)
+        log.handlers = handlers
 
 
 def _saved(folder: Path, split: str, columns: Columns) -> Loaded:
@@ -157,14 +178,19 @@ def _built(
 ) -> Loaded:
     """A set in any format that `datasets` has a builder for."""
     datasets = _datasets()
+    place: dict[str, Any] = {
+        # With a last part of "." nothing there is taken for a script of the folder's name.
+        "path": path if folder is None else f"{folder}/.",
+        "name": name,
+        "revision": revision,
+        "data_files": {split: list(files)} if files else None,
+    }
     with _told(path):
-        builder = datasets.load_dataset_builder(
-            # With a last part of "." nothing there is taken for a script of the folder's name.
-            path if folder is None else f"{folder}/.",
-            name,
-            revision=revision,
-            data_files={split: list(files)} if files else None,
-        )
+        builder = datasets.load_dataset_builder(**place)
+        if hasattr(builder.config, "on_mixed_types"):
+            # Where one value of a column is of another type, all of its file would become JSON: "a cat" with its
+            # quotes. It is an argument, since what it changes must not come from the cache.
+            builder = datasets.load_dataset_builder(**place, on_mixed_types="refuse")
     files_of_splits: Mapping[str, Sequence[str]] = builder.config.data_files or {}
     _check_split(path, split, list(files_of_splits) or list(builder.info.splits or ()))
     urls = [str(url) for url in files_of_splits.get(split, ())]
@@ -346,7 +372,7 @@ class StreamedRows:
             batches = iter((stream if columns is None else stream.select_columns(list(columns))).iter(at_once))
         while True:
             with _told(self._where):
-                table = next(batches, None)
+                table: Any = next(batches, None)  # a table, in this format
                 if table is None:
                     return
                 table.validate(full=True)

@@ -563,6 +563,20 @@ def test_a_damaged_file_is_one_line_that_names_it_or_its_set(tmp_path, how, stre
     assert "\n" not in str(caught.value) and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", [{"prompt": 7}, {"prompt": ["a"]}, {"score_0": "high"}, {"image_0": 5}])
+def test_a_value_of_another_type_in_json_is_one_line_with_file_column_and_row(tmp_path, change, stream, capsys):
+    """Left to itself, `datasets` would make JSON of all values of that column in that file: captions with quotes."""
+    source = stored(tmp_path / "set", examples(4), "json", stream=stream)
+    file = tmp_path / "set" / "train-1.jsonl"
+    first, second = map(json.loads, file.read_text().splitlines())
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(second | change)}")
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"^{file}: .*Column\(/{name}\) changed from .* in row 1\)") as caught:
+        open_source(source)
+    assert "\n" not in str(caught.value) and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("how", "stream"), [("save_to_disk", False), ("arrow", True)])
 def test_a_text_that_would_end_far_beyond_its_file_is_not_read(tmp_path, how, stream):
     """Arrow takes places for granted: it would end the program, or show its memory."""
