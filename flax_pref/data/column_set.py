@@ -167,7 +167,8 @@ class ColumnSet:
         self._form = columns.form
         self.winner_listed_first = self._form == "roles"
         self.image_names = columns.of_images[0], columns.of_images[-1]
-        self._has_paths = all(_is_path(rows.schema.field(name).type) for name in columns.of_images)
+        self._places = {name: _place(rows.schema, name) or (name,) for _, name in named_columns(columns)}
+        self._has_paths = all(_is_path(_type(rows.schema, self._places[name])) for name in columns.of_images)
         self._said = tuple(
             dict.fromkeys(
                 name
@@ -211,6 +212,14 @@ class ColumnSet:
             files += dict.fromkeys(itertools.chain.from_iterable(two for two in found if not isinstance(two, Drop)))
         return files
 
+    def _records(self, rows: Sequence[int], columns: Sequence[str], at_once: int) -> Iterator[Record]:
+        """Those of the columns by their names, also where they are within others."""
+        places = {name: self._places[name] for name in columns}
+        records = self._rows.records(rows, list(dict.fromkeys(place[0] for place in places.values())), at_once)
+        if all(len(place) == 1 for place in places.values()):
+            return records
+        return ({name: _inner(record, place) for name, place in places.items()} for record in records)
+
     # Which records make a row
 
     def _unit(self, row: int) -> int:
@@ -224,10 +233,10 @@ class ColumnSet:
         every = range(len(self._rows))
         if self._columns.group is None:
             (name,) = self._columns.scores
-            records = self._rows.records(every, [name], JUDGEMENTS_AT_ONCE)
+            records = self._records(every, [name], JUDGEMENTS_AT_ONCE)
             return [max(1, combinations(len(record[name] or ()))) for record in records]
         group, members = self._columns.group, {}
-        for row, record in enumerate(self._rows.records(every, [group], JUDGEMENTS_AT_ONCE)):
+        for row, record in enumerate(self._records(every, [group], JUDGEMENTS_AT_ONCE)):
             key = record[group]
             members.setdefault((key,) if key is not None else row, []).append(row)  # without one, it is alone
         self._members = [np.array(rows, np.int64) for rows in members.values()]
@@ -237,7 +246,7 @@ class ColumnSet:
         """What each row is made of, in order."""
         if self._members is None:
             units = [unit for unit, _ in itertools.groupby(rows, self._unit)]
-            records = self._rows.records(units, columns, at_once)
+            records = self._records(units, columns, at_once)
             for (unit, its_rows), record in zip(itertools.groupby(rows, self._unit), records, strict=True):
                 for row in its_rows:
                     yield fields.accepted(self._pair, row, (unit,), {unit: record})
@@ -249,7 +258,7 @@ class ColumnSet:
         for start in range(0, len(units), together):
             some = units[start : start + together]
             members = sorted(itertools.chain.from_iterable(map(self._records_of, some)))
-            records = dict(zip(members, self._rows.records(members, columns, at_once), strict=True))
+            records = dict(zip(members, self._records(members, columns, at_once), strict=True))
             for unit, its_rows in itertools.islice(asked, len(some)):
                 for row in its_rows:
                     yield fields.accepted(self._pair, row, self._records_of(unit), records)
@@ -397,7 +406,7 @@ class ColumnSet:
         """Whether images are only named in the table, as in a folder of images: the first row tells."""
         if not len(self._rows):
             return False
-        (record,) = self._rows.records([0], self._columns.of_images, IMAGES_AT_ONCE)
+        (record,) = self._records([0], self._columns.of_images, IMAGES_AT_ONCE)
         values = [record[name] for name in self._columns.of_images]
         values = values[0] if self._form == "list" else values
         return bool(values) and all(
@@ -412,22 +421,55 @@ def check_schema(schema: pa.Schema, columns: Columns, where: object) -> None:
         ValueError: it has not; names the table, the column, and those that are there.
     """
     for field, name in named_columns(columns):
-        if name not in schema.names:
+        place = _place(schema, name)
+        if place is None:
             there = ", ".join(map(repr, schema.names)) or "none"
             raise ValueError(
                 f"{where}: no column {name!r} for columns.{field}; there are {there}: name another one with "
                 f"--source.columns.{field.replace('_', '-')}"
             )
-        if schema.names.count(name) > 1:
+        if schema.names.count(place[0]) > 1:
             raise ValueError(f"{where}: column {name!r} is there twice; expected each once")
         expected, kinds = _EXPECTED[field]
-        found = kind = schema.field(name).type
+        found = kind = _type(schema, place)
         if columns.form == "list" and field in _OF_EACH_IMAGE:
             expected = f"lists of {expected}"
             kind = kind.value_type if _is_any(kind, _LIST) else kind if pa.types.is_null(kind) else pa.bool_()
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not _is_any(kind, (*kinds, pa.types.is_null)):
             raise ValueError(f"{where}: column {name!r} is of type {found}; columns.{field} expects {expected}")
+
+
+def outer_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns of a table that hold those that are named, each once."""
+    places = (_place(schema, name) for _, name in named_columns(columns))
+    return list(dict.fromkeys(place[0] for place in places if place is not None))
+
+
+def _place(schema: pa.Schema, name: str) -> tuple[str, ...] | None:
+    """Where a column is: in the table, or as `json.label` within the structs of another; None: nowhere."""
+    if name in schema.names:
+        return (name,)
+    for end in (i for i, character in enumerate(name) if character == "."):
+        if name[:end] in schema.names and pa.types.is_struct(schema.field(name[:end]).type):
+            within = pa.schema(list(schema.field(name[:end]).type))
+            if (rest := _place(within, name[end + 1 :])) is not None:
+                return name[:end], *rest
+    return None
+
+
+def _type(schema: pa.Schema, place: Sequence[str]) -> pa.DataType:
+    kind = schema.field(place[0]).type
+    for name in place[1:]:
+        kind = kind.field(name).type
+    return kind
+
+
+def _inner(record: Record, place: Sequence[str]) -> Any:
+    value: Any = record
+    for name in place:
+        value = None if value is None else value[name]
+    return value
 
 
 def named_columns(columns: Columns) -> Iterator[tuple[str, str]]:

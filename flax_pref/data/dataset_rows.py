@@ -20,7 +20,7 @@ from etils import epath
 from huggingface_hub import HfFileSystem, constants
 
 from flax_pref.checkpoints.hub import HUB_ID
-from flax_pref.data.column_set import ImageFiles, Record, Rows, check_schema, named_columns
+from flax_pref.data.column_set import ImageFiles, Record, Rows, check_schema, outer_columns
 from flax_pref.data.columns import Columns
 from flax_pref.data.hub_files import PREFIX, HubFile
 from flax_pref.data.parquet_rows import JUDGEMENTS_AT_ONCE, ParquetRows
@@ -191,8 +191,8 @@ def _built(
             # Where one value of a column is of another type, all of its file would become JSON: "a cat" with its
             # quotes. It is an argument, since what it changes must not come from the cache.
             builder = datasets.load_dataset_builder(**place, on_mixed_types="refuse")
-    files_of_splits: Mapping[str, Sequence[str]] = builder.config.data_files or {}
-    _check_split(path, split, list(files_of_splits) or list(builder.info.splits or ()))
+    files_of_splits = {str(there): urls for there, urls in (builder.config.data_files or {}).items()}
+    _check_split(path, split, list(files_of_splits or builder.info.splits or ()))
     urls = [str(url) for url in files_of_splits.get(split, ())]
     set_of = f"{path}, split {split}"
     if folder is None:
@@ -255,7 +255,7 @@ class ArrowRows:
         self.schema: pa.Schema = dataset.features.arrow_schema
         check_schema(self.schema, columns, where)
         with _told(where):
-            dataset.select_columns([name for _, name in named_columns(columns)]).data.validate(full=True)
+            dataset.select_columns(outer_columns(self.schema, columns)).data.validate(full=True)
         self._where, self._dataset = where, dataset.with_format("arrow")
         self._files = [epath.Path(file["filename"]) for file in dataset.cache_files]
 
@@ -311,7 +311,7 @@ class StreamedRows:
         if dataset.features is not None:
             self.schema: pa.Schema = dataset.features.arrow_schema
             check_schema(self.schema, columns, where)
-            names = dict.fromkeys(name for _, name in named_columns(columns))
+            names = outer_columns(self.schema, columns)
             asked = [name for name in names if not _holds_bytes(self.schema.field(name).type)]
         said, counts = [], []
         for part in range(self._parts):

@@ -15,7 +15,7 @@ import datasets
 import local_hub
 import pyarrow.parquet as pq
 import pytest
-from preference_sets import encoded_image, examples, read_all, write_hpdv3, write_pick_a_pic
+from preference_sets import encoded_image, examples, read_all, tar_of, write_hpdv3, write_pick_a_pic
 from stored_datasets import (
     SCORES,
     STORED,
@@ -141,6 +141,23 @@ def test_ids_models_confidence_margin_and_required_columns_are_read(tmp_path):
         Drop("good is false", damaged=False),
         Drop("id is missing", "id_1"),
     ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_within_others_are_named_with_a_dot_as_in_tars(tmp_path, stream):
+    rows, members = examples(4, ties=[1]), []
+    for i, row in enumerate(rows):
+        members += [(f"{i:03}.{place}.jpg", data) for place, data in enumerate(row.images)]
+        said = {"prompt": row.caption, "labels": dict(zip("ab", row.labels, strict=True)), "prompt.id": 7}
+        members += [(f"{i:03}.json", json.dumps(said).encode())]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.tar").write_bytes(tar_of(members))
+    columns = Columns(caption="json.prompt", images=("0.jpg", "1.jpg"), scores=("json.labels.a", "json.labels.b"))
+    source = Source(layout="datasets", path=str(tmp_path / "set"), columns=columns, stream=stream)
+    reader = open_source(source)
+    assert records(reader) == expected(rows) and list(reader.judgements(range(1, 2))) == [Tie()]
+    with pytest.raises(ValueError, match=r"no column 'json\.text' for columns\.caption; there are .*'json'"):
+        open_source(dataclasses.replace(source, columns=dataclasses.replace(columns, caption="json.text")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
