@@ -292,8 +292,8 @@ class ColumnSet:
         if isinstance(winner, Tie):
             return winner
         with _named(columns.caption):
-            caption, other = (fields.caption(each[columns.caption]) for each in pair.records)
-            if other != caption:
+            caption = fields.caption(record[columns.caption])
+            if pair.records[1] is not record and (other := fields.caption(pair.records[1][columns.caption])) != caption:
                 raise Rejected("captions of a group differ", fields.quote([caption, other]))
         ids = self._ids(pair)
         models = self._of_each(pair, columns.models)

@@ -260,6 +260,28 @@ def test_every_two_rows_of_a_group_are_a_row(tmp_path, suffix, order, stream):
     check_ranks(open_source(source), list(ids.values()))
 
 
+def test_ids_and_models_of_lists_and_groups_are_those_of_their_images(tmp_path):
+    image, names = as_struct(encoded_image(0)), ["x", "y", "z"]
+    one = {"prompt": "a", "ranks": [1, 2, 3], "images": [image] * 3, "ids": names, "models": ["m", "n", "m"]}
+    datasets.Dataset.from_list([one, one | {"ids": ["x", "y"]}]).save_to_disk(tmp_path / "lists")
+    columns = dataclasses.replace(LISTS, ids=("ids",), models=("models",))
+    source = Source(layout="datasets", path=str(tmp_path / "lists"), columns=columns)
+    said = list(open_source(source).judgements(range(6)))
+    expected = [
+        Judgement("a", 0, (names[i], names[j]), margin=j - i, models=("mnm"[i], "mnm"[j]))
+        for i, j in itertools.combinations(range(3), 2)
+    ]
+    assert said == [*expected, *[Drop("ids are not as many as ranks", "2 and 3")] * 3]
+    rows = [
+        {"prompt": "a", "prompt_id": 1, "rank": i, "image": image, "id": name, "model": "mnm"[i]}
+        for i, name in enumerate(names)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "groups")
+    columns = dataclasses.replace(GROUPS, ids=("id",), models=("model",))
+    source = Source(layout="datasets", path=str(tmp_path / "groups"), columns=columns)
+    assert list(open_source(source).judgements(range(3))) == expected
+
+
 def test_lists_and_groups_that_make_no_pair_are_rows_with_a_reason(tmp_path):
     image = as_struct(encoded_image(0))
     rows = [
