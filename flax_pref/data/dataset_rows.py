@@ -103,7 +103,7 @@ def _datasets() -> "Any":
 
 
 class _KeptLog(logging.Handler):
-    """Keeps what `datasets` logs, until it is known whether an error comes of it."""
+    """Keeps what libraries log, until it is known whether an error comes of it."""
 
     def __init__(self):
         super().__init__()
@@ -122,13 +122,16 @@ class _KeptLog(logging.Handler):
 @contextlib.contextmanager
 def _told(where: object) -> Iterator[None]:
     """Makes an error of `datasets` one line, with what its log says of it."""
-    log, kept = logging.getLogger("datasets"), _KeptLog()
-    handlers: list[logging.Handler] = log.handlers
-    log.handlers = [kept]
+    kept = _KeptLog()
+    handlers: dict[logging.Logger, list[logging.Handler]] = {}
+    for name in ("datasets", "huggingface_hub"):
+        log = logging.getLogger(name)
+        handlers[log], log.handlers = log.handlers, [kept]
     try:
         yield
-        for record, handler in itertools.product(kept.records, handlers):
-            handler.handle(record)
+        for record in kept.records:
+            for handler in handlers[logging.getLogger(record.name.partition(".")[0])]:
+                handler.handle(record)
     except Exception as error:  # its own, those of Arrow, of parsers and of HTTP clients
         reason = " ".join(f"{error.__cause__ or error}".split()) or type(error).__name__
         if isinstance(error, ConnectionError) or "find cache" in reason:
@@ -137,7 +140,8 @@ def _told(where: object) -> Iterator[None]:
                 "or download the set and give the path of its folder"
             ) from error
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{where}: datasets finds no such set or files ({reason})") from error
+            login = "; a private one needs a login (hf auth login)" if "on the Hub" in reason else ""
+            raise FileNotFoundError(f"{where}: datasets finds no such set or files ({reason}){login}") from error
         if "scripts are no longer supported" in reason:
             raise ValueError(
                 f"{where}: is made by a script, which datasets no longer runs; download the repository and name its "
@@ -149,7 +153,8 @@ def _told(where: object) -> Iterator[None]:
             f"{kept.file or where}: datasets cannot read it ({reason}); if damaged, write or download it again"
         ) from error
     finally:
-        log.handlers = handlers
+        for log, its_handlers in handlers.items():
+            log.handlers = its_handlers
 
 
 def _saved(folder: Path, split: str, columns: Columns) -> Loaded:
