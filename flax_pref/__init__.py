@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flax_pref.checkpoints.modules import merge_modules as merge_modules
     from flax_pref.checkpoints.single_file import save_single_file as save_single_file
     from flax_pref.compilation import use_cache as use_cache
+    from flax_pref.data.columns import Columns as Columns
     from flax_pref.data.consensus import Consensus as Consensus
     from flax_pref.data.encode_set import encode as encode
     from flax_pref.data.pipeline import InputConfig as InputConfig
@@ -77,6 +78,7 @@ _NAMES_OF = {
     "checkpoints.modules": "load_modules merge_modules",
     "checkpoints.single_file": "save_single_file",
     "compilation": "use_cache",
+    "data.columns": "Columns",
     "data.consensus": "Consensus",
     "data.encode_set": "encode",
     "data.pipeline": "InputConfig PairBatches",

@@ -137,7 +137,9 @@ def test_help_of_every_program_with_configs_lists_them(program, capsys, monkeypa
         "modules": {f"configs/sd15/{name}.py" for name in ("dpo", "modules", "tailorpo")}
         | {"configs/demo/tailorpo.py"},
         "encode": {"configs/demo/encode.py"}
-        | {f"configs/{name}/{file}.py" for name in ("sd15", "sdxl") for file in ("encode_pick_a_pic", "encode_small")},
+        | {f"configs/{name}/{file}.py" for name in ("sd15", "sdxl") for file in ("encode_pick_a_pic", "encode_small")}
+        | {f"configs/sd15/encode_{name}.py" for name in ("image_reward_db", "pick_a_pic_v1")}
+        | {f"configs/sdxl/encode_{name}.py" for name in ("hpdv3", "open_image_preferences")},
         "base": {"configs/demo/base.py"},
         "demo": {"configs/demo/demo.py"},
         "study": {"configs/demo/study.py"},

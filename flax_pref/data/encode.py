@@ -192,10 +192,10 @@ class PairEncoder:
         if isinstance(pair, Drop):
             return row, pair
         images = []
-        for role, data in (("winner", pair.winner), ("loser", pair.loser)):
+        for name, data in zip(pair.names, (pair.winner, pair.loser), strict=True):
             image = decode_image(data, smallest_side=self.encoding.smallest_side)
             if isinstance(image, Drop):
-                return row, image._replace(detail=f"{role}: {image.detail}")
+                return row, image._replace(detail=f"{name}: {image.detail}")
             images.append(image)
         size = nearest_size(self.sizes, [(image.height, image.width) for image in images])
         crop, resample = self.encoding.crop, self.encoding.resample

@@ -15,6 +15,7 @@ from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.modules import fingerprint
 from flax_pref.config import check_output_folder
 from flax_pref.data.buckets import size_text
+from flax_pref.data.columns import Columns
 from flax_pref.data.encode import Encoding, PairEncoder, check_sizes
 from flax_pref.data.images import decode_image
 from flax_pref.data.inspection import write_inspection
@@ -41,6 +42,7 @@ def encode(
     *,
     model: str,
     layout: Layout = "folder",
+    columns: Columns | None = None,
     size: tuple[int, int] | None = None,
     bucket_step: int | None = None,
     batch_size: int = 2,
@@ -50,10 +52,12 @@ def encode(
     Prints counts. Called again with the same arguments after a kill, it resumes. `encode_set` takes all other settings.
 
     Args:
-        pairs: file or folder of the preference set, local or gs://...; for "pick_a_pic" also the Hub id of a dataset.
+        pairs: file or folder of the preference set, local or gs://...; for "pick_a_pic" and "datasets" also the Hub
+            id of a dataset.
         output: folder of the prepared set.
         model: checkpoint whose autoencoder and text encoders are used: folder, Hub id, or "demo".
         layout: layout of the preference set; the default is a folder with pairs.jsonl and images.
+        columns: columns of the set, for layout "datasets".
         size: height and width in pixels that images are resized and cut to (default: the size that the UNet was
             trained on).
         bucket_step: encodes each pair in the size nearest to its aspect ratio, see `Encoding.bucket_step`; 64 for SDXL
@@ -78,7 +82,7 @@ def encode(
         EncodeConfig(
             output=Path(output),
             model=model,
-            source=Source(layout=layout, path=str(pairs)),
+            source=Source(layout=layout, path=str(pairs), columns=columns or Columns()),
             encoding=Encoding(size=size, bucket_step=bucket_step, batch_size=batch_size),
         )
     )
@@ -204,7 +208,7 @@ def _settings_of(config: EncodeConfig, checkpoint: Checkpoint) -> dict[str, Any]
         del encoding[name]
     parts = checkpoint.contents(("vae", *checkpoint.text_encoders))
     return {
-        **{"source": dataclasses.asdict(config.source), "choice": dataclasses.asdict(config.choice)},
+        **{"source": config.source.settings(), "choice": dataclasses.asdict(config.choice)},
         **{"model": config.model, "model_sha256": {part: fingerprint(path) for part, path in parts.items()}},
         **{**encoding, "dtype": default_dtype(config.dtype)},
     }

@@ -1,6 +1,5 @@
 """The Human Preference Datasets, HPDv2 (`ymhao/HPDv2`) and HPDv3 (`MizzenAI/HPDv3`): JSON lists and image files."""
 
-import bisect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from etils import epath
 
 from flax_pref.data import fields
 from flax_pref.data.json_rows import JsonRows, check_columns, field, list_elements, named_files, read_images
-from flax_pref.data.pairs import Drop, Judgement, Tie
+from flax_pref.data.pairs import Drop, Judgement, Tie, combination, combinations
 
 COMPARED = ("prompt", "file_path", "human_preference")  # columns of train.json of HPDv2
 RANKED = ("prompt", "image_path", "rank")  # of its test.json
@@ -28,6 +27,7 @@ class HPDv2:
     """
 
     winner_listed_first = False
+    image_names = None
 
     def __init__(self, file: epath.Path):
         """Opens the set; its images are in the folder of the file, or in train/ or test/ there.
@@ -92,6 +92,7 @@ class HPDv3:
     """
 
     winner_listed_first = True
+    image_names = None
 
     def __init__(self, file: epath.Path):
         """Opens the set; its images are in the folder of the file.
@@ -161,23 +162,13 @@ def _two_of_ranked(record: dict[str, Any], number: int) -> _Compared:
     prompt, paths, ranks = (field(record, name) for name in RANKED)
     if not _are_ranked(record):
         raise fields.Rejected("ranks mean nothing", f"{fields.quote(ranks)} of {fields.quote(paths)}")
-    i, j = _combination(len(ranks), number)
+    i, j = combination(len(ranks), number)
     names = fields.two_paths(paths[i], paths[j], (f"image_path[{i}]", f"image_path[{j}]"))
     if None in (ranks[i], ranks[j]):
         raise fields.Rejected("ranks mean nothing", fields.quote(ranks))
     first, second = (fields.finite(ranks[place], "rank") for place in (i, j))
     margin = abs(first - second)
     return _Compared(prompt, names, Tie() if not margin else int(ranks[j] < ranks[i]), margin)
-
-
-def _combination(n: int, number: int) -> tuple[int, int]:
-    """Element `number` of `itertools.combinations(range(n), 2)`, without those before it."""
-
-    def before(i: int) -> int:
-        return i * (2 * n - i - 1) // 2
-
-    i = bisect.bisect_right(range(n - 1), number, key=before) - 1
-    return i, i + 1 + number - before(i)
 
 
 def _are_ranked(record: Any) -> bool:
@@ -188,7 +179,7 @@ def _are_ranked(record: Any) -> bool:
 def _number_of_pairs(record: Any) -> int:
     """Rows that a record of test.json is; one where it is damaged, to be dropped."""
     count = len(record["rank"]) if _are_ranked(record) else 2
-    return count * (count - 1) // 2
+    return combinations(count)
 
 
 def _first_preferred(record: dict[str, Any]) -> Judgement:

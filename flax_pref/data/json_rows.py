@@ -122,14 +122,19 @@ def read_images(folder: epath.Path, names: tuple[str, str]) -> tuple[bytes, byte
     """
     found = []
     for name in names:
-        data = accepted(_read_image, folder, name)
+        data = accepted(read_image, folder, name)
         if isinstance(data, Drop):
             return data
         found.append(data)
     return found[0], found[1]
 
 
-def _read_image(folder: epath.Path, name: str) -> bytes:
+def read_image(folder: epath.Path, name: str) -> bytes:
+    """A file of a folder, opened only if it is a regular file within it.
+
+    Raises:
+        Rejected: it is not, or it cannot be read.
+    """
     try:
         if "://" not in os.fspath(folder):
             _check_regular(folder, name)

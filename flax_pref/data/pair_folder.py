@@ -22,6 +22,7 @@ class PairFolder:
     """
 
     winner_listed_first = True
+    image_names = None
 
     def __init__(self, folder: epath.Path):
         """Opens `pairs.jsonl`.

@@ -1,5 +1,6 @@
 """Preference pairs, whatever set they come from: one record for all, and an account of every row that gave none."""
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -57,6 +58,7 @@ class PreferencePair(NamedTuple):
             the row's number, so that place tells nothing.
         confidence: see `Judgement`.
         margin: see `Judgement`.
+        names: what winner and loser are called where one of them is damaged.
     """
 
     row: int
@@ -68,6 +70,7 @@ class PreferencePair(NamedTuple):
     winner_first: bool
     confidence: float | None = None
     margin: float | None = None
+    names: tuple[str, str] = ("winner", "loser")
 
 
 class PairReader(Protocol):
@@ -81,6 +84,11 @@ class PairReader(Protocol):
     """
 
     winner_listed_first: bool
+
+    @property
+    def image_names(self) -> tuple[str, str] | None:
+        """The columns of the two images; None where they have none."""
+        ...
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -130,9 +138,31 @@ def pairs(reader: PairReader, rows: Sequence[int]) -> Iterator[PreferencePair | 
             winner_first=_drawn_place(row) if reader.winner_listed_first else winner == 0,
             confidence=judgement.confidence,
             margin=judgement.margin,
+            names=_names(reader.image_names, winner),
         )
+
+
+def _names(columns: tuple[str, str] | None, winner: int) -> tuple[str, str]:
+    if columns is None:
+        return "winner", "loser"
+    return f"winner, column {columns[winner]}", f"loser, column {columns[1 - winner]}"
 
 
 def _drawn_place(row: int) -> bool:
     """A coin of the row's own, the same in every run."""
     return bool(hashlib.sha256(b"place %d" % row).digest()[0] & 1)
+
+
+def combinations(n: int) -> int:
+    """How many pairs n ranked images make."""
+    return n * (n - 1) // 2
+
+
+def combination(n: int, number: int) -> tuple[int, int]:
+    """Element `number` of `itertools.combinations(range(n), 2)`, without those before it."""
+
+    def before(i: int) -> int:
+        return i * (2 * n - i - 1) // 2
+
+    i = bisect.bisect_right(range(n - 1), number, key=before) - 1
+    return i, i + 1 + number - before(i)

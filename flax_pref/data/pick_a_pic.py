@@ -1,19 +1,16 @@
 """Preference pairs in the schema of Pick-a-Pic v1 and v2 (`yuvalkirstain/pickapic_v2`): parquet, in and out."""
 
-import bisect
-import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flax_pref.data import fields
 from flax_pref.data.pairs import Drop, Judgement, Tie
+from flax_pref.data.parquet_rows import IMAGES_AT_ONCE, JUDGEMENTS_AT_ONCE, OpenableFile, ParquetRows
 from flax_pref.files import replacing
 
 SCHEMA = pa.schema(
@@ -55,24 +52,14 @@ _TYPES = {
     **dict.fromkeys(("caption", "model_0", "model_1"), _TEXT),
 }
 
-_FOOTERS_AT_ONCE = 16  # of files that may lie across a network
-_JUDGEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 1024, 4
 _ROWS_PER_PAGE = 8  # written at least; a page can only be read as a whole
-_BUFFER = 2**20  # bytes of a column that are read at once, not all of a row group
-
-
-class OpenableFile(Protocol):
-    """A file, wherever it is; `str` of it is its name in messages."""
-
-    def open(self, mode: str) -> IO[Any]:
-        """Opens it."""
-        ...
 
 
 class PickAPic:
     """Random access to the rows of parquet files of Pick-a-Pic."""
 
     winner_listed_first = False
+    image_names = IMAGES
 
     def __init__(self, files: Sequence[OpenableFile]):
         """Reads the footers of the files, which are the set in this order.
@@ -80,52 +67,29 @@ class PickAPic:
         Raises:
             ValueError: a file is no parquet, or lacks a column.
         """
-        self.files = tuple(files)
-        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            groups = list(pool.map(_sizes_of_groups, self.files))
-        # The first row of each file and of each row group, and at last the end; the first row group of each file.
-        self._file_starts = list(itertools.accumulate(map(sum, groups), initial=0))
-        self._starts = list(itertools.accumulate(itertools.chain(*groups), initial=0))
-        self._first_groups = list(itertools.accumulate(map(len, groups), initial=0))
+        self._rows = ParquetRows(files, _check_schema)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._rows)
 
     def where(self, row: int) -> tuple[str, int]:
         """See `PairReader`."""
-        file = self._file(row)
-        return str(self.files[file]), row - self._file_starts[file]
+        return self._rows.where(row)
 
     def judgements(self, rows: range) -> Iterator[Judgement | Tie | Drop]:
         """See `PairReader`."""
-        for row in self._records(rows, SAID, _JUDGEMENTS_AT_ONCE):
+        for row in self._rows.records(rows, SAID, JUDGEMENTS_AT_ONCE):
             yield fields.accepted(_judgement, row)
 
     def images(self, rows: Sequence[int]) -> Iterator[tuple[bytes, bytes] | Drop]:
         """See `PairReader`."""
-        for row in self._records(rows, IMAGES, _IMAGES_AT_ONCE):
+        for row in self._rows.records(rows, IMAGES, IMAGES_AT_ONCE):
             missing = [name for name in IMAGES if row[name] is None]
             yield Drop("image is missing", missing[0]) if missing else (row["jpg_0"], row["jpg_1"])
 
     def image_files(self, rows: Sequence[int]) -> list[OpenableFile]:
         """See `PairReader`."""
-        return [self.files[i] for i in dict.fromkeys(map(self._file, rows))]
-
-    def _records(self, rows: Sequence[int], columns: Sequence[str], at_once: int) -> Iterator[dict[str, Any]]:
-        """Those of the columns that there are, of ascending rows; `at_once` of them are in memory, and a page."""
-        for file, rows_of_file in itertools.groupby(rows, self._file):
-            with _opened(self.files[file]) as parquet:
-                there = [name for name in columns if name in parquet.schema_arrow.names]
-                for place, rows_of_group in itertools.groupby(rows_of_file, self._group):
-                    wanted = [row - self._starts[place] for row in rows_of_group]
-                    yield from _rows(parquet, place - self._first_groups[file], wanted, there, at_once)
-
-    def _file(self, row: int) -> int:
-        return bisect.bisect_right(self._file_starts, row) - 1
-
-    def _group(self, row: int) -> int:
-        """Its place among the row groups of all files."""
-        return bisect.bisect_right(self._starts, row) - 1
+        return self._rows.files_of(rows)
 
 
 def _judgement(row: dict[str, Any]) -> Judgement | Tie:
@@ -147,57 +111,23 @@ def _judgement(row: dict[str, Any]) -> Judgement | Tie:
     )
 
 
-@contextlib.contextmanager
-def _opened(file: OpenableFile) -> Iterator[pq.ParquetFile]:
-    """The file, and its name on all that goes wrong with it."""
-    try:
-        with (
-            file.open("rb") as opened,
-            # Anything else reads whole row groups.
-            pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True) as parquet,
-        ):
-            yield parquet
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: cannot be read as parquet ({reason}); if damaged, download it again") from error
-
-
-def _sizes_of_groups(file: OpenableFile) -> list[int]:
-    """Number of rows of each row group, of a file with the columns of Pick-a-Pic."""
-    with _opened(file) as parquet:
-        schema = parquet.schema_arrow
-        missing = [name for name in READ if name not in schema.names]
-        if missing and set(missing) <= set(IMAGES):
-            raise ValueError(
-                f"{file}: no column {missing[0]!r}: this is the copy without images (pickapic_v2_no_images); get the "
-                "one with images, yuvalkirstain/pickapic_v2"
-            )
-        if missing:
-            raise ValueError(f"{file}: no column {missing[0]!r}; Pick-a-Pic has {', '.join(READ)}")
-        if twice := [name for name in _TYPES if schema.names.count(name) > 1]:
-            raise ValueError(f"{file}: column {twice[0]!r} is there twice; expected each once")
-        for name, (expected, allowed) in _TYPES.items():
-            kind = schema.field(name).type if name in schema.names else pa.null()
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not any(is_kind(kind) for is_kind in (*allowed, pa.types.is_null)):
-                raise ValueError(f"{file}: column {name!r} is of type {kind}; expected {expected}")
-        return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-
-
-def _rows(
-    parquet: pq.ParquetFile, group: int, wanted: Sequence[int], columns: Sequence[str], at_once: int
-) -> Iterator[dict[str, Any]]:
-    """Rows of a row group, by their ascending numbers in it."""
-    start = done = 0
-    for batch in parquet.iter_batches(batch_size=at_once, row_groups=[group], columns=columns):
-        end = start + len(batch)
-        stop = bisect.bisect_left(wanted, end)
-        if done < stop:
-            yield from batch.take([row - start for row in wanted[done:stop]]).to_pylist()
-        start, done = end, stop
-        if done == len(wanted):
-            return
-    raise pa.ArrowInvalid(f"row group {group} ends after {start} rows, before row {wanted[-1]}")
+def _check_schema(file: OpenableFile, schema: pa.Schema) -> None:
+    """That a file has the columns of Pick-a-Pic."""
+    missing = [name for name in READ if name not in schema.names]
+    if missing and set(missing) <= set(IMAGES):
+        raise ValueError(
+            f"{file}: no column {missing[0]!r}: this is the copy without images (pickapic_v2_no_images); get the "
+            "one with images, yuvalkirstain/pickapic_v2"
+        )
+    if missing:
+        raise ValueError(f"{file}: no column {missing[0]!r}; Pick-a-Pic has {', '.join(READ)}")
+    if twice := [name for name in _TYPES if schema.names.count(name) > 1]:
+        raise ValueError(f"{file}: column {twice[0]!r} is there twice; expected each once")
+    for name, (expected, allowed) in _TYPES.items():
+        kind = schema.field(name).type if name in schema.names else pa.null()
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_kind(kind) for is_kind in (*allowed, pa.types.is_null)):
+            raise ValueError(f"{file}: column {name!r} is of type {kind}; expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 from fsspec.core import url_to_fs
@@ -15,14 +15,18 @@ from huggingface_hub import HfFileSystem, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from flax_pref.checkpoints.hub import HUB_ID
+from flax_pref.data.column_set import ColumnSet
+from flax_pref.data.columns import Columns
+from flax_pref.data.dataset_rows import load
 from flax_pref.data.hpd import HPDv2, HPDv3
+from flax_pref.data.hub_files import HubFile
 from flax_pref.data.pair_folder import NAME, PairFolder
 from flax_pref.data.pairs import PairReader
 from flax_pref.data.pick_a_pic import PickAPic
 from flax_pref.data.webdataset import Tars
 from flax_pref.files import files_of_kind
 
-Layout = Literal["pick_a_pic", "hpdv2", "hpdv3", "folder", "webdataset"]
+Layout = Literal["pick_a_pic", "hpdv2", "hpdv3", "folder", "webdataset", "datasets"]
 
 _SPLIT = re.compile(r"((?:train|validation|test)(?:_unique)?)-")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 _TOTAL = re.compile(r"-of-(\d+)")
@@ -34,31 +38,58 @@ class Source:
 
     layout: Layout
     """How it is stored: pick_a_pic: parquet; hpdv2, hpdv3: a JSON list beside the images; folder: pairs.jsonl and the
-    images that it names; webdataset: tar files."""
+    images that it names; webdataset: tar files; datasets: anything that the library `datasets` loads, or wrote with
+    save_to_disk, with its columns named in `columns`."""
     path: str
-    """File or folder, local or gs://...; for pick_a_pic also the id of a dataset on the Hub, as
-    yuvalkirstain/pickapic_v2."""
+    """File or folder, local or gs://... (datasets: local); for pick_a_pic and datasets also the id of a dataset on the
+    Hub, as yuvalkirstain/pickapic_v2."""
     split: str = "train"
-    """Which part of it, where its files are named by parts (pick_a_pic, hpdv2, hpdv3)."""
+    """Which part of it, where its files are named by parts (pick_a_pic, hpdv2, hpdv3) or it has splits (datasets)."""
+    name: str | None = None
+    """Configuration of the set, where it has several (datasets)."""
+    revision: str | None = None
+    """Commit, branch or tag of the Hub repository (datasets; default: main)."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files of the split, relative to path (datasets; default: those that `datasets` finds)."""
+    stream: bool = False
+    """Read the files of a Hub repository where they are, and download none (datasets)."""
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    """Columns of the set (datasets)."""
+
+    def __post_init__(self):
+        if self.layout == "datasets":
+            if not self.columns.named:
+                raise ValueError(
+                    "source: layout datasets needs the columns of the images: name columns.winner and columns.loser, "
+                    "or columns.images with columns.label or columns.scores"
+                )
+        elif set_ := [name for name in _OF_DATASETS if getattr(self, name) != _OF_DATASETS[name]]:
+            raise ValueError(f"source: {set_[0]} is a setting of layout datasets, not of {self.layout}; leave it out")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that say something about this layout, as values that JSON can hold."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if self.layout == "datasets" or name not in _OF_DATASETS
+        }
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "Source":
+        """The source that `settings`, perhaps read from JSON, tell of.
+
+        Raises:
+            TypeError: they are of something else.
+        """
+        columns: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.get("columns", {}).items()
+        }
+        files = tuple(settings.get("files", ()))
+        return cls(**{**settings, "files": files, "columns": Columns(**columns)})
 
 
-class HubFile(NamedTuple):
-    """A file of a dataset on the Hub, read without downloading all of it."""
-
-    filesystem: HfFileSystem
-    path: str
-
-    @property
-    def name(self) -> str:
-        """Without its folders."""
-        return self.path.rpartition("/")[2]
-
-    def open(self, mode: str) -> IO[bytes]:
-        """Opens it."""
-        return self.filesystem.open(self.path, mode)
-
-    def __str__(self) -> str:
-        return f"hf://{self.path}"
+_OF_DATASETS = {"name": None, "revision": None, "files": (), "stream": False, "columns": Columns()}
 
 
 File = TypeVar("File", epath.Path, Path, HubFile)
@@ -221,6 +252,19 @@ def _open_webdataset(source: Source) -> Tars:
     return Tars(_regular(files))
 
 
+def _open_datasets(source: Source) -> ColumnSet:
+    rows, images, class_names = load(
+        source.path,
+        split=source.split,
+        name=source.name,
+        revision=source.revision,
+        files=source.files,
+        stream=source.stream,
+        columns=source.columns,
+    )
+    return ColumnSet(rows, source.columns, images, class_names)
+
+
 def _regular(files: list[File]) -> list[File]:
     """The files, none of which is a FIFO, device or folder.
 
@@ -241,4 +285,5 @@ _OPENERS: dict[str, Callable[[Source], PairReader]] = {
     "hpdv3": lambda source: HPDv3(_json_list(source)),
     "folder": _open_folder,
     "webdataset": _open_webdataset,
+    "datasets": _open_datasets,
 }

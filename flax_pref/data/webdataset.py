@@ -85,6 +85,7 @@ class Tars:
     """
 
     winner_listed_first: bool
+    image_names = None
 
     def __init__(self, files: Sequence[epath.Path]):
         """Reads the headers of all members.

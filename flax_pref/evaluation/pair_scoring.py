@@ -8,6 +8,7 @@ and to the set: other weights under the same name are scored again.
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -277,7 +278,7 @@ class _SourceImages:
         """
         folder, settings = records.folder, records.metadata["settings"]
         try:
-            source, choice = Source(**settings["source"]), settings["choice"]
+            source, choice = Source.from_settings(settings["source"]), settings["choice"]
             choice = Choice(**{**choice, "models": tuple(choice["models"])})
             self._shard_size, self._smallest_side = settings["shard_size"], settings["smallest_side"]
             known = settings["source_sha256"]
@@ -285,7 +286,7 @@ class _SourceImages:
             raise UserError(
                 f"{folder}: its settings do not say what it was encoded from; encode the set again to score it"
             ) from error
-        source = Source(layout=source.layout, path=path or source.path, split=source.split)
+        source = dataclasses.replace(source, path=path or source.path)
         try:
             self.reader = open_source(source)
         except FileNotFoundError as error:

@@ -83,7 +83,7 @@ def run(capsys, *arguments):
         (("x",), 2, "no program 'x'; expected one of sample, score,"),
         (("train",), 2, "usage: flax-pref train CONFIG [--FIELD VALUE ...]; flax-pref train --help lists the configs"),
         (("train", "sd15/dop"), 2, "sd15/dop: no such config file, and no config of this name; perhaps you meant"),
-        (("encode", "mine"), 2, "shipped configs: demo/encode, sd15/encode_pick_a_pic, sd15/encode_small, sdxl/encode"),
+        (("encode", "mine"), 2, "shipped configs: demo/encode, sd15/encode_image_reward_db, sd15/encode_pick_a_pic, "),
         (("train", "demo/encode"), 2, "demo/encode: config is a EncodeConfig, but flax-pref train needs a TrainConfig"),
         (("train", "demo/dpo", "--stepz", "3"), 2, "see flax-pref train demo/dpo --help"),
         (("sample", "--model", "demo", "--step", "3"), 2, "see flax-pref sample --help"),

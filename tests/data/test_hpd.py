@@ -7,8 +7,8 @@ from etils import epath
 from preference_sets import encoded_image, examples, read_all, write_hpdv2, write_hpdv3
 
 from flax_pref.data import json_rows
-from flax_pref.data.hpd import HPDv2, HPDv3, _combination
-from flax_pref.data.pairs import Drop, Judgement, Tie
+from flax_pref.data.hpd import HPDv2, HPDv3
+from flax_pref.data.pairs import Drop, Judgement, Tie, combination
 
 
 def opened(kind, file):
@@ -84,9 +84,9 @@ def test_each_two_images_that_hpdv2_ranks_are_a_row_and_the_lower_rank_wins(rank
 
 def test_rankings_of_any_number_of_images_give_each_two_of_them_once_in_order():
     for n in range(2, 40):
-        assert [_combination(n, i) for i in range(n * (n - 1) // 2)] == list(itertools.combinations(range(n), 2))
+        assert [combination(n, i) for i in range(n * (n - 1) // 2)] == list(itertools.combinations(range(n), 2))
     n = 10**6
-    assert _combination(n, n * (n - 1) // 2 - 1) == (n - 2, n - 1) and _combination(n, n - 1) == (1, 2)
+    assert combination(n, n * (n - 1) // 2 - 1) == (n - 2, n - 1) and combination(n, n - 1) == (1, 2)
 
 
 def test_a_ranking_of_many_images_is_read_once_not_for_each_two_of_them(ranked, monkeypatch):

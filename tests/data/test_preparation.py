@@ -21,6 +21,7 @@ import fsspec
 import numpy as np
 import preference_sets
 import pytest
+import stored_datasets
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from PIL import Image
@@ -76,6 +77,11 @@ def write_rows(file, rows):
     return file
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    stored_datasets.offline(tmp_path / "cache", monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline(BASE, with_unet=False)
@@ -86,8 +92,16 @@ def encoder(pipeline):
     return PairEncoder(pipeline, ENCODING)
 
 
+def source_of(file, layout):
+    """Layouts with a colon are ways to store a set for `datasets`; those that end in a star are streamed."""
+    layout, _, how = layout.partition(":")
+    if layout != "datasets":
+        return Source(layout=layout, path=str(file))
+    return stored_datasets.source_of(file, how.rstrip("*"), stream=how.endswith("*"))
+
+
 def opened(file, choice=None, layout="pick_a_pic"):
-    reader = open_source(Source(layout=layout, path=str(file)))
+    reader = open_source(source_of(file, layout))
     return reader, select(reader, choice or Choice())
 
 
@@ -176,17 +190,10 @@ def test_a_set_in_memory_has_the_records_of_the_prepared_one(tmp_path, encoder):
 
 def test_every_layout_gives_the_same_records(tmp_path, encoder):
     rows = preference_sets.examples(6)
-    writers = {
-        "pick_a_pic": preference_sets.write_pick_a_pic,
-        "hpdv2": preference_sets.write_hpdv2,
-        "hpdv3": preference_sets.write_hpdv3,
-        "folder": preference_sets.write_pair_folder,
-        "webdataset": preference_sets.write_tars,
-    }
     prepared = {}
-    for layout, write in writers.items():
+    for layout, write in LAYOUTS.items():
         (tmp_path / layout).mkdir()
-        path = write(tmp_path / layout, rows)
+        path = write(tmp_path / layout, rows) or tmp_path / layout
         prepare(tmp_path / f"{layout} prepared", path, encoder, layout=layout)
         prepared[layout] = PreparedSet(tmp_path / f"{layout} prepared")
     for layout, records in prepared.items():
@@ -388,6 +395,10 @@ LAYOUTS = {
     "hpdv3": preference_sets.write_hpdv3,
     "folder": preference_sets.write_pair_folder,
     "webdataset": preference_sets.write_tars,
+    **{
+        f"datasets:{how}": stored_datasets.STORED[how.rstrip("*")][0]
+        for how in ("save_to_disk", "parquet", "images", "json*")
+    },
 }
 
 
@@ -421,9 +432,11 @@ def test_a_source_with_other_images_or_labels_is_not_mixed_with_what_it_was(tmp_
     write_swapped(source, layout, rows, caption="another")
     with pytest.raises(UserError, match="was begun when the source had other captions: choose another --output, or re"):
         prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
-    if layout in ("pick_a_pic", "hpdv2", "webdataset"):
+    if layout in ("pick_a_pic", "hpdv2", "webdataset") or layout.startswith("datasets"):
         write_swapped(source, layout, rows, winner_first=True)
-        with pytest.raises(UserError, match="was begun when the source had other winners: choose another --output"):
+        with pytest.raises(
+            UserError, match=r"was begun when the source had other winners(, ids)?: choose another --outpu"
+        ):
             prepare(tmp_path / "set", source, encoder, layout=layout, shard_size=2)
     assert contents(tmp_path / "set") == before
     write_swapped(source, layout, rows)  # the same again, but in files that were written later
@@ -494,7 +507,7 @@ class Bucket(MemoryFileSystem):
         return "/" + path.removeprefix("gs://").strip("/")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("datasets")])
 def test_a_file_in_a_bucket_that_was_written_again_is_named(tmp_path, encoder, layout, monkeypatch):
     for name in ("gs", "gcs"):
         monkeypatch.setitem(_registry, name, Bucket)
@@ -624,18 +637,22 @@ def test_what_kills_leave_behind_does_not_stay(tmp_path, encoder):
     assert again.finished and contents(tmp_path / "set") == expected
 
 
-def test_processes_write_what_one_writes(tmp_path, encoder, monkeypatch):
-    file = write_set(tmp_path / "a.parquet", damaged=(5,))
-    prepare(tmp_path / "one", file, encoder)
+@pytest.mark.parametrize("layout", ["pick_a_pic", "datasets:parquet", "datasets:json*"])
+def test_processes_write_what_one_writes(tmp_path, encoder, layout):
+    rows, source = preference_sets.examples(30, size=(64, 64)), tmp_path / "source"
+    rows[5] = rows[5]._replace(winner=rows[5].winner[:300])
+    LAYOUTS[layout](source, rows)
+    prepare(tmp_path / "one", source, encoder, layout=layout)
     options = {"shard_size": 8, "max_drop_share": 0.2, "process_count": 3}
     begun = [
-        Preparation(tmp_path / "three", *opened(file), {"size": [64, 64]}, process_index=i, **options) for i in range(3)
+        Preparation(tmp_path / "three", *opened(source, layout=layout), {"size": [64, 64]}, process_index=i, **options)
+        for i in range(3)
     ]
     for process in begun:
         process.begin()
     shards = [process.pending() for process in begun]
     assert sorted(itertools.chain(*shards)) == sorted(
-        [(CAPTIONS, i) for i in range(2)] + [(PAIRS, i) for i in range(4)]
+        [(CAPTIONS, i) for i in range(4)] + [(PAIRS, i) for i in range(4)]
     )
     for process in reversed(begun):
         process.encode(encoder)
