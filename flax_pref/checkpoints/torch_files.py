@@ -10,11 +10,12 @@ import functools
 import io
 import math
 import pickletools
+import re
 import reprlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -215,7 +216,7 @@ def _rebuild_newer_tensor(storage, offset, shape, strides, requires_grad, hooks,
 
 
 # What stands in for the functions that a pickle calls.
-FUNCTIONS: Mapping[str, Callable] = {
+FUNCTIONS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_newer_tensor,
@@ -225,6 +226,14 @@ FUNCTIONS: Mapping[str, Callable] = {
     "torch.device": lambda name, *number: ":".join((name, *(f"{index:d}" for index in number))),
     "collections.OrderedDict": lambda pairs=(): dict(_checked(*pair) for pair in pairs),
 }
+NUMPY_DTYPE = Global("a type of NumPy's numbers")
+# What trainers keep beside weights: numbers of NumPy, which come back as None, and the names of callbacks.
+FUNCTIONS |= {
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), lambda *arguments: None),
+    "numpy.dtype": lambda *arguments: NUMPY_DTYPE,
+    "_codecs.encode": lambda text, encoding: b"",
+}
+CALLBACKS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
 KNOWN = {*FUNCTIONS, *STORAGE_DTYPES, *TENSOR_DTYPES}
 
 VALUES = {
@@ -239,6 +248,8 @@ PLAIN_KEYS = (str, int, float, bytes, type(None))
 
 def _checked(key: Any, value: Any) -> tuple[Any, Any]:
     """An item of a dictionary; the hash of a nested key could exhaust the stack."""
+    if isinstance(key, Global):
+        key = key.name
     if not isinstance(key, PLAIN_KEYS):
         raise ValueError(f"a {type(key).__name__} as the key of a dictionary")
     return key, value
@@ -268,7 +279,7 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
         return stack[-1]
 
     def push_global(name: str) -> None:
-        if name not in KNOWN:
+        if name not in KNOWN and not CALLBACKS.fullmatch(name):
             raise Refused(
                 f"asks for {name!r:.100}; reading it would run code, and only tensors and plain data are read"
             )
@@ -328,9 +339,10 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
                 if not isinstance(function, Global) or function.name not in FUNCTIONS:
                     raise Refused(f"calls {_told(function)}; reading it would run code")
                 stack.append(FUNCTIONS[function.name](*arguments))
-            case "BUILD":  # attributes of a state dict: versions of its modules
+            case "BUILD":  # attributes of a state dict, which are versions of its modules, or of a type of numbers
                 stack.pop()
-                top(dict)
+                if stack[-1] != NUMPY_DTYPE:
+                    top(dict)
             case "STOP":
                 return stack.pop()
             case other:

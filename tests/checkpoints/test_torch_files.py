@@ -6,6 +6,8 @@ import pickle
 import random
 import re
 import struct
+import sys
+import types
 import warnings
 import zipfile
 import zlib
@@ -150,7 +152,6 @@ def hostile(canary):
         "__import__": Calls(__import__, "os"),
         "setstate": Calls(Stateful, state={"a": 1}),
         "numpy reconstruct": np.arange(3),
-        "numpy scalar": np.float64(3),
         "inside a dict": {"state_dict": OrderedDict(a=[Calls(os.system, command)])},
     }
     for name, value in built.items():
@@ -399,3 +400,28 @@ def test_a_torchscript_program_is_refused_with_what_to_use_instead(tmp_path):
             archive.writestr(f"ViT-L-14/{name}", b"\x80\x02}.")
     with pytest.raises(ValueError, match=r"TorchScript.*openai/clip-vit-large-patch14"):
         read_torch_file(file)
+
+
+def test_what_a_trainer_keeps_beside_weights_does_not_keep_them_from_being_read(tmp_path, monkeypatch):
+    """As in the checkpoints that Stable Diffusion was released with: callbacks by their class, scores of NumPy."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.callbacks", types.ModuleType("pytorch_lightning.callbacks"))
+    monkeypatch.setitem(sys.modules, name, module)
+    state = {"monitor": "loss", "best_model_score": np.float64(0.5), "current_score": torch.tensor(0.5)}
+    saved = {"state_dict": {"w": torch.ones(2)}, "callbacks": {module.ModelCheckpoint: state}, "epoch": 3}
+    torch.save(saved, tmp_path / "v1.ckpt")
+    read = read_torch_file(tmp_path / "v1.ckpt")
+    np.testing.assert_array_equal(np.asarray(read["state_dict"]["w"]), [1, 1])
+    assert read["callbacks"][f"{name}.ModelCheckpoint"]["monitor"] == "loss" and read["epoch"] == 3
+
+
+def test_a_callback_that_is_called_is_refused(tmp_path):
+    pickle_of = b"\x80\x02cpytorch_lightning.callbacks.base\nCallback\n)R."
+    (tmp_path / "x.pt").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle_of)
+    with pytest.raises(ValueError, match=r"calls .*Callback.*; reading it would run code"):
+        read_torch_file(tmp_path / "x.pt")
