@@ -69,11 +69,22 @@ def _adapted(network: Network, modules, rank, alpha, targets, key) -> nnx.Module
     return module
 
 
-def load_lora_network(network: Network, files: Mapping[str, str | Path]) -> Network:
+# What a module is made of: a file, or several with a strength each, whose deltas add up.
+Files = str | Path | Sequence[tuple[str | Path, float]]
+
+
+def parts_of(files: Files) -> list[tuple[Path, float]]:
+    """Files of a module with their strengths; that of a single one is 1."""
+    single = isinstance(files, str | Path)
+    return [(Path(files), 1.0)] if single else [(Path(file), strength) for file, strength in files]
+
+
+def load_lora_network(network: Network, files: Mapping[str, Files]) -> Network:
     """The network with a bank of stored adapters, e.g. `{"pos": "pos.safetensors", "neg": "neg.safetensors"}`.
 
-    The bank's rank is the largest of the files, and its alpha is its rank: the scales `alpha / rank` of the files are
-    multiplied into B, and smaller ranks are filled up with zeros. Files are read as by `load_lora`.
+    The bank's rank is the largest of the modules, and its alpha is its rank: the scales `alpha / rank` of the files are
+    multiplied into B, and smaller ranks are filled up with zeros. Files are read as by `load_lora`. A module of several
+    files, `{"pos": [("a.safetensors", 0.8), ("b.safetensors", 0.5)]}`, has the sum of their ranks.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -81,13 +92,16 @@ def load_lora_network(network: Network, files: Mapping[str, str | Path]) -> Netw
     """
     if not files:
         raise ValueError("load_lora_network: files is empty, expected a file for each module")
-    stored = {Path(file): _read_adapters(Path(file), network) for file in files.values()}
+    read: dict[Path, dict[tuple, Adapter]] = {}
+    for file, _ in (part for parts in files.values() for part in parts_of(parts)):
+        if file not in read:
+            read[file] = _read_adapters(file, network)
+    stored = {name: _sum([(read[file], x) for file, x in parts_of(parts)]) for name, parts in files.items()}
     adapted = {path: adapter for adapters in stored.values() for path, adapter in adapters.items()}
     # What a module leaves alone has an adapter that changes nothing.
     idle = {path: Adapter(np.zeros_like(a[..., :1]), np.zeros_like(b[:1]), 1.0) for path, (a, b, _) in adapted.items()}
-    stored = {file: idle | adapters for file, adapters in stored.items()}
     rank = max(adapter.rank for adapters in stored.values() for adapter in adapters.values())
-    lora = stack_lora([_bank(_even(stored[Path(file)], rank)) for file in files.values()])
+    lora = stack_lora([_bank(_even(idle | adapters, rank)) for adapters in stored.values()])
     targets = sorted(map(_dotted, adapted))
     key = jax.random.key(0)  # of shapes only
     module = nnx.eval_shape(lambda: _adapted(network, tuple(files), rank, rank, targets, key))
@@ -405,6 +419,24 @@ def _even(adapters: Mapping[tuple, Adapter], rank: int) -> dict[tuple, Adapter]:
         b = np.pad(b * np.float32(alpha / len(b)), ((0, more), (0, 0)))
         even[path] = Adapter(a, b, float(rank))
     return even
+
+
+def _sum(parts: Sequence[tuple[Mapping[tuple, Adapter], float]]) -> dict[tuple, Adapter]:
+    """The adapters with the sum of deltas times strengths: ranks side by side."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return dict(parts[0][0])
+    found: dict[tuple, list[Adapter]] = {}
+    for adapters, strength in parts:
+        for path, (a, b, alpha) in adapters.items():
+            found.setdefault(path, []).append(Adapter(a, b * np.float32(strength * alpha / len(b)), float(len(b))))
+    return {
+        path: Adapter(
+            np.concatenate([adapter.a for adapter in adapters], axis=-1),
+            np.concatenate([adapter.b for adapter in adapters]),
+            float(sum(adapter.rank for adapter in adapters)),
+        )
+        for path, adapters in found.items()
+    }
 
 
 def _bank(adapters: Mapping[tuple, Adapter]) -> dict:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,15 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import open_unet
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.lora import FILE_NAMES, PEFT_CONFIG, PEFT_WEIGHTS, load_lora_network, merge_lora_network
+from flax_pref.checkpoints.lora import (
+    FILE_NAMES,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Files,
+    load_lora_network,
+    merge_lora_network,
+    parts_of,
+)
 from flax_pref.checkpoints.lycoris import fold_adapters, has_other_adapters
 from flax_pref.checkpoints.single_file import holds_network, read_single_file
 from flax_pref.checkpoints.weights import read_shapes
@@ -32,7 +40,7 @@ class Guided(NamedTuple):
 
 
 def load_modules(
-    base: Network, sources: Mapping[str, str | Path], *, own_base: str | Path | None = None, dtype=jnp.float32
+    base: Network, sources: Mapping[str, Files], *, own_base: str | Path | None = None, dtype=jnp.float32
 ) -> Guided:
     """Reads modules by their names in rules.
 
@@ -41,6 +49,8 @@ def load_modules(
         sources: for each module a file of adapters (safetensors), a folder with one, the folder of a PEFT adapter, a
             UNet folder of diffusers, or a whole checkpoint in that layout or as a single file. Plain LoRA shares the
             weights of the base; adapters of other kinds, see `checkpoints.lycoris`, are folded into a copy of them.
+            Several files with a strength each, `[("a.safetensors", 0.8), ("b.safetensors", 0.5)]`, make one module,
+            whose difference from the base is the weighted sum of theirs.
         own_base: the UNet folder or checkpoint that the modules were trained on, where they guide another fine-tune of
             the same family. Given, LoRA modules predict on their own base, and it is there as the network "own_base",
             for rules that compare with it; None: LoRA modules move onto `base`.
@@ -58,21 +68,48 @@ def load_modules(
         >>> images.shape
         (1, 64, 64, 3)
     """
-    found = {name: _find(source) for name, source in sources.items()}
-    kinds = {name: _kind(path) for name, path in found.items()}
-    files = {name: path for name, path in found.items() if kinds[name] == "lora"}
-    modules = {name: _load_like(base, path, dtype) for name, path in found.items() if kinds[name] == "network"}
+    found = {name: [(_find(path), x) for path, x in parts_of(files)] for name, files in sources.items()}
+    kinds = {path: _kind(path) for parts in found.values() for path, _ in parts}
+    files = {name: parts for name, parts in found.items() if all(kinds[path] == "lora" for path, _ in parts)}
     own = base
     if own_base is not None:
         path = _find(own_base)
         if _kind(path) != "network":
             raise ValueError(f"{own_base}: holds adapters, expected the base that the modules were trained on")
         own = _load_like(base, path, dtype)
-    for name in [name for name, kind in kinds.items() if kind == "folded"]:
-        print(f"{found[name]}: is no plain LoRA; module {name!r} has weights of its own, {_memory(own)} more")
-        modules[name] = fold_adapters(found[name], own)
+    modules = {}
+    for name, parts in found.items():
+        if name in files:
+            continue
+        if [kinds[path] for path, _ in parts] != ["network"]:
+            told = ", ".join(str(path) for path, _ in parts)
+            print(f"{told}: is no plain LoRA; module {name!r} has weights of its own, {_memory(own)} more")
+        networks = [(_whole(path, kinds[path], base, own, dtype), strength) for path, strength in parts]
+        modules[name] = _combined(own, networks)
     adapted = load_lora_network(own, files) if files else own
     return Guided(adapted, modules) if own_base is None else Guided(base, {OWN_BASE: adapted, **modules})
+
+
+def _whole(path: Path, kind: str, base: Network, own: Network, dtype) -> Network:
+    """A network whose weights have a module in them."""
+    if kind == "network":
+        return _load_like(base, path, dtype)
+    if kind == "folded":
+        return fold_adapters(path, own)
+    return merge_lora_network(own, load_lora_network(own, {"module": path}), {"module": 1.0})
+
+
+def _combined(own: Network, networks: Sequence[tuple[Network, float]]) -> Network:
+    """`theta + sum of strength (theta_i - theta)`, in float32."""
+    if len(networks) == 1 and networks[0][1] == 1:
+        return networks[0][0]
+    shares = [strength for _, strength in networks]
+
+    def total(base, *leaves):
+        scaled = (share * (leaf.astype(jnp.float32) - base) for share, leaf in zip(shares, leaves, strict=True))
+        return functools.reduce(operator.add, scaled, base.astype(jnp.float32)).astype(base.dtype)
+
+    return own._replace(params=jax.tree.map(total, own.params, *(network.params for network, _ in networks)))
 
 
 def _kind(path: Path) -> Literal["lora", "folded", "network"]:

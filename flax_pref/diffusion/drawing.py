@@ -1,6 +1,7 @@
 """From flags to the parts that draw images: checkpoint, modules, rule, solver and size, each resolved once."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from flax_pref.models.quantized import quantize
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
 
+STRENGTH = re.compile(r"-?(\d+\.?\d*|\.\d+)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
@@ -31,7 +34,7 @@ class Drawing:
     Attributes:
         flags: that were resolved.
         checkpoint: the model, without its weights.
-        sources: path of each module by its name.
+        sources: paths of each module by its name, with their strengths.
         rule: that combines the modules.
         terms: arguments of `rules.named_rule` for the rule to sample with, which JSON can hold: those of `rule`, or of
             classifier-free guidance where the modules are merged into the weights.
@@ -42,7 +45,7 @@ class Drawing:
 
     flags: DrawingFlags
     checkpoint: Checkpoint
-    sources: Mapping[str, str]
+    sources: Mapping[str, Sequence[tuple[str, float]]]
     rule: Rule
     terms: Mapping[str, Any]
     sampled: Rule
@@ -51,12 +54,14 @@ class Drawing:
 
     def fingerprints(self) -> dict[str, Any]:
         """Names and SHA-256 of the files that the images depend on."""
-        hashed = _module_files(self.flags, self.sources)
+        parts = {name: [path for path, _ in parts] for name, parts in self.sources.items()}
+        if self.flags.module_base is not None:
+            parts[OWN_BASE] = [self.flags.module_base]
         return {
-            "modules": {name: Path(path).name for name, path in self.sources.items()},
+            "modules": {name: _told(parts) for name, parts in self.sources.items()},
             "model_sha256": fingerprint(self.checkpoint.path),
             **{f"{name}_sha256": fingerprint(path) for name, path in self.checkpoint.replaced().items()},
-            "modules_sha256": {name: fingerprint(path) for name, path in hashed.items()},
+            "modules_sha256": {name: "+".join(map(fingerprint, paths)) for name, paths in parts.items()},
         }
 
     def load(self, *, dtype: str, batch_size: int, mesh: Mesh | None = None) -> TextToImage:
@@ -107,7 +112,7 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     if weights:
         _check_modules(rule, sources, flags)
     checkpoint = open_model(flags, weights=weights)
-    for path in _module_files(flags, sources).values():
+    for path in _module_files(flags, sources):
         find_checkpoint(path)
     size = _size(checkpoint.config("unet"), checkpoint.config("vae"), flags)
     solver = _solver(checkpoint, flags)
@@ -133,23 +138,36 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
 # Rule and modules
 
 
-def _sources(flags: DrawingFlags) -> dict[str, str]:
-    """Path of each module."""
-    modules: dict[str, str] = {}
+def _sources(flags: DrawingFlags) -> dict[str, list[tuple[str, float]]]:
+    """Paths of each module, with their strengths."""
+    modules: dict[str, list[tuple[str, float]]] = {}
     for text in flags.module:
-        name, _, path = text.partition("=")
-        if not name or not path or name in modules or name in ("base", OWN_BASE):
+        name, _, file = text.partition("=")
+        path, _, strength = file.rpartition(":")
+        if path and STRENGTH.fullmatch(strength):
+            file, strength = path, float(strength)
+        else:
+            strength = 1.0
+        if not name or not file or name in ("base", OWN_BASE):
             raise UserError(f"--module {text}: expected NAME=PATH with a name of its own, e.g. pos=pos.safetensors")
-        modules[name] = path
+        if any(file == other for other, _ in modules.get(name, ())):
+            raise UserError(f"--module {text}: {file} is part of {name} already; expected each file once")
+        modules.setdefault(name, []).append((file, strength))
     return modules
 
 
-def _module_files(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, str]:
+def _told(parts: Sequence[tuple[str, float]]) -> str:
+    """Names of a module's files; strengths other than 1 after a colon."""
+    return "+".join(Path(path).name + (f":{strength:g}" if strength != 1 else "") for path, strength in parts)
+
+
+def _module_files(flags: DrawingFlags, sources: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
     """Paths of the modules, and of the base that they were trained on where the flags name one."""
-    return {**sources} | ({OWN_BASE: flags.module_base} if flags.module_base is not None else {})
+    paths = [path for parts in sources.values() for path, _ in parts]
+    return paths if flags.module_base is None else [*paths, flags.module_base]
 
 
-def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
+def _terms(flags: DrawingFlags, sources: Mapping[str, Any]) -> dict[str, Any]:
     """The rule that the flags describe, as arguments of `named_rule` that JSON can hold."""
     if not find_rule(flags.rule).contrasts:
         needless = {"--w": flags.w is not None, "--merge": flags.merge, "--every": flags.every != 1}
@@ -208,7 +226,7 @@ def _check_strengths(flags: DrawingFlags, steps: int) -> None:
                 )
 
 
-def _check_modules(rule: Rule, sources: Mapping[str, str], flags: DrawingFlags) -> None:
+def _check_modules(rule: Rule, sources: Mapping[str, Any], flags: DrawingFlags) -> None:
     """Checks that the modules are those that the rule asks for."""
     there = {"base", *sources} | ({OWN_BASE} if flags.module_base is not None else set())
     asked = set(rule.networks())

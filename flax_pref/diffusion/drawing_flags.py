@@ -30,9 +30,10 @@ class DrawingFlags(ModelFlags):
     """What images are drawn with."""
 
     module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Preference module as NAME=PATH; repeat the flag for each. PATH is a LoRA file, or a folder with LoRA or full
-    weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned,
-    any names for multi."""
+    """Preference module as NAME=PATH or NAME=PATH:STRENGTH; repeat the flag for each, and for more files of one module,
+    whose differences from the base add up. PATH is a file of adapters, or a folder with adapters or full weights. The
+    rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned, any names for
+    multi."""
     module_base: str | None = None
     """Checkpoint that the modules were trained on, if it is not the model: their difference is predicted on it
     (default: LoRA modules are moved onto the model)."""

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from flax_pref.checkpoints.lora import load_lora_network, lora_network, save_lora
+from flax_pref.checkpoints.lora import load_lora_network, lora_network, merge_lora_network, save_lora
 from flax_pref.checkpoints.modules import OWN_BASE, _find, fingerprint, load_modules, merge_modules
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, merge_weights, pgd
@@ -199,3 +199,28 @@ def test_what_is_no_module_is_refused(stored, tmp_path):
         load_modules(wider, {"pos": stored / "pos"})
     with pytest.raises(ValueError, match="no network 'dpo'"):
         merge_modules(base, load_modules(base, {"pos": stored / "pos"}), {"dpo": 1.0})
+
+
+def test_several_files_make_one_module_with_the_weighted_sum_of_their_deltas(tmp_path):
+    base = network(0)
+    _, lora = bank(base, 1)
+    for i, name in enumerate("ab"):
+        save_lora(select_lora(lora, i), tmp_path / f"{name}.safetensors", alpha=3.0)
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    both = load_lora_network(base, {"pos": [(a, 0.5), (b, -2.0)], "neg": b})
+    alone = load_lora_network(base, {"a": a, "b": b})
+    for module, weights in (("pos", {"a": 0.5, "b": -2.0}), ("neg", {"b": 1.0})):
+        ours = merge_lora_network(base, both, {module: 1.0}).params
+        theirs = merge_lora_network(base, alone, weights).params
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, theirs)
+
+
+def test_a_file_and_a_network_make_one_module(tmp_path):
+    base, other = network(0), network(1)
+    save_network(other, tmp_path / "unet")
+    save_lora(select_lora(bank(base, 1)[1], 0), tmp_path / "a.safetensors", alpha=3.0)
+    guided = load_modules(base, {"pos": [(tmp_path / "unet", 0.5), (tmp_path / "a.safetensors", 2.0)]})
+    lora = load_lora_network(base, {"a": tmp_path / "a.safetensors"})
+    delta = merge_lora_network(base, lora, {"a": 2.0}).params
+    expected = jax.tree.map(lambda x, y, z: x + 0.5 * (y - x) + (z - x), base.params, other.params, delta)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), guided.modules["pos"].params, expected)

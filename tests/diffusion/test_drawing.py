@@ -4,6 +4,7 @@ from importlib import resources
 
 import pytest
 
+from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.config import UserError
 from flax_pref.diffusion import drawing
 from flax_pref.diffusion.drawing import resolve_drawing
@@ -98,7 +99,7 @@ def test_flags_are_resolved_once(tmp_path, monkeypatch):
     def load(*arguments, **options):
         raise Loading
 
-    counts = dict.fromkeys(("_sources", "describe", "find_checkpoint"), 0)
+    counts = dict.fromkeys(("_sources", "open_model", "find_checkpoint"), 0)
 
     def counted(name, function):
         def count(*arguments, **options):
@@ -109,8 +110,8 @@ def test_flags_are_resolved_once(tmp_path, monkeypatch):
 
     for name in counts:
         monkeypatch.setattr(drawing, name, counted(name, getattr(drawing, name)))
-    monkeypatch.setattr(drawing, "load_pipeline", load)
+    monkeypatch.setattr(Checkpoint, "load", load)
     flags = ImageFlags(prompt=("a",), rule="cpgd", w="2", out=str(tmp_path / "out"), **BOTH)
     with pytest.raises(Loading):
         set_drawing.draw_images(flags)
-    assert counts == {"_sources": 1, "describe": 1, "find_checkpoint": 3}, "of the checkpoint and two modules"
+    assert counts == {"_sources": 1, "open_model": 1, "find_checkpoint": 2}, "of two modules"
