@@ -30,6 +30,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from flax_pref.checkpoints.module_info import STRENGTH, ModuleInfo
 from flax_pref.checkpoints.original import unet_layers
 from flax_pref.checkpoints.weights import KERNEL_AXES
 from flax_pref.files import read_json, replacing, unique_keys, write_json
@@ -244,6 +245,7 @@ def save_lora(
     dtype=jnp.float32,
     layout: str = "diffusers",
     config: UNetConfig | None = None,
+    info: ModuleInfo | None = None,
 ) -> None:
     """Writes one module; the file or folder appears under its name only when it is complete.
 
@@ -263,7 +265,8 @@ def save_lora(
         alpha: as given to `add_lora`. Kohya's layout keeps it in float32.
         dtype: of the stored matrices: float32, float16 or bfloat16.
         layout: "diffusers", "kohya" or "peft".
-        config: of the UNet; kohya's names depend on it.
+        config: of the UNet; kohya's names depend on it, and so does what `info` tells.
+        info: how the module was made, for the file's metadata.
 
     Raises:
         FileExistsError: the folder for "peft" holds other than an adapter of PEFT.
@@ -323,8 +326,25 @@ def save_lora(
         tensors |= {name + ALPHA: np.array(alpha, np.float32) for name in names.values()}
     else:
         metadata[METADATA] = json.dumps({f"unet.{key}": value for key, value in peft.items()})
+    if info is not None and config is not None:
+        weights = _serialized(tensors, {})
+        content = weights[8 + int.from_bytes(weights[:8], "little") :]
+        rank = len(next(iter(adapters.values()))[1])
+        metadata |= info.metadata(config, rank=rank, alpha=alpha, weights=content)
     with replacing(file) as unfinished:
         unfinished.write_bytes(_serialized(tensors, metadata))
+
+
+def tell_strength(file: str | Path, w: float) -> None:
+    """Writes the strength that was chosen for a module into its file, as `flax_pref.w` of the metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged.
+    """
+    tensors, metadata = read_adapter_file(Path(file))
+    with replacing(Path(file)) as unfinished:
+        unfinished.write_bytes(_serialized(tensors, {**metadata, STRENGTH: f"{w:g}"}))
 
 
 def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from flax_pref.checkpoints.checkpoint import Pipeline
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import FILE_NAMES, READERS, load_lora, merge_lora_network, save_lora
+from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.single_file import save_single_file
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.config import check_least
@@ -72,6 +73,7 @@ def export_modules(
     lora: LoRA,
     config: ExportConfig,
     encoders: Callable[[], Pipeline],
+    info: ModuleInfo,
 ) -> dict[Layout, list[Path]]:
     """Writes every module; all processes call it, and the first one writes.
 
@@ -84,6 +86,7 @@ def export_modules(
         lora: kind of the adapters.
         config: how to write.
         encoders: reads the rest of the checkpoint, for single files.
+        info: how the modules were made, but for their names.
 
     Returns:
         the files or folders of each layout.
@@ -121,6 +124,7 @@ def export_modules(
                 dtype=jnp.dtype(config.dtype),
                 layout=layout,
                 config=base.config,
+                info=dataclasses.replace(info, name=name),
             )
     wait_for_others("modules are written")
     return written

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from flax_pref.checkpoints.checkpoint import Checkpoint, Pipeline
 from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.model_flags import ModelFlags
+from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
@@ -693,9 +694,15 @@ class Run:
         params = self.program.result(state)
         with writing(folder, "which resumes from the last checkpoint"):
             rest = partial(self.checkpoint.load, with_unet=False)
-            written = export_modules(
-                folder, self.program.trained, self.base, self.frozen, params, config.lora, config.export, rest
+            info = ModuleInfo(
+                name="",
+                base=Path(config.model).name,
+                method=type(config.method).__name__,
+                steps=int(state.step),
+                prediction_type=self.schedule.prediction_type,
             )
+            modules = self.program.trained, self.base, self.frozen, params, config.lora
+            written = export_modules(folder, *modules, config.export, rest, info)
         tell(summary(written))
 
 

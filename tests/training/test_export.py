@@ -1,22 +1,29 @@
 """What a run writes is read by others, and predicts as the run does."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints.small import small_pipeline
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny import LENGTH, WIDTH, tiny_checkpoint
 
 from flax_pref.checkpoints.diffusers import load_pipeline, load_unet
+from flax_pref.checkpoints.lora import tell_strength
+from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import load_modules, merge_modules
 from flax_pref.config import load_config
 from flax_pref.models.bank import Bank, Member
+from flax_pref.models.presets import SD15, SDXL
 from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
 from flax_pref.training.networks import LoRA, trained_networks
 
 MODULES = ("pos", "neg")
 KIND = LoRA(rank=2, alpha=3.0)
+INFO = ModuleInfo(name="", base="v1-5", method="DiffusionDPO", steps=7)
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 8, 8, 4), np.float32)
 TIMESTEPS = np.array([30, 981], np.int32)
@@ -44,7 +51,7 @@ def runs(base):
 def export(folder, base, run, layout="diffusers", dtype="float32"):
     trained, params = run
     config = ExportConfig(layout=layout, dtype=dtype)
-    return export_modules(folder, trained, base, base.params, params, KIND, config, lambda: small_pipeline("sd1"))
+    return export_modules(folder, trained, base, base.params, params, KIND, config, lambda: small_pipeline("sd1"), INFO)
 
 
 @jax.jit
@@ -103,6 +110,7 @@ def test_a_run_without_a_layout_writes_files_for_diffusers_and_for_comfyui_and_s
 
 
 CONFIG = """
+from flax_pref.models.presets import SD15, SDXL
 from flax_pref.training.export import ExportConfig
 config = ExportConfig()
 """
@@ -190,7 +198,7 @@ def test_a_single_file_is_the_checkpoint_with_the_module_in_its_weights(tmp_path
     params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(first)(pipeline.unet.params, jax.random.key(0)))
     config = ExportConfig(layout=("single",))
     rest = (trained, pipeline.unet, pipeline.unet.params, params, KIND)
-    written = export_modules(tmp_path, *rest, config, lambda: pipeline)
+    written = export_modules(tmp_path, *rest, config, lambda: pipeline, INFO)
     assert written["single"] == [tmp_path / "pos_checkpoint.safetensors"]
     loaded = load_pipeline(tmp_path / "pos_checkpoint.safetensors")
     for ours, expected in ((loaded.vae, pipeline.vae), (loaded.text_encoders[0], pipeline.text_encoders[0])):
@@ -204,3 +212,27 @@ def test_a_single_file_is_the_checkpoint_with_the_module_in_its_weights(tmp_path
         guided = load_modules(pipeline.unet, {"pos": tmp_path / "pos.safetensors"})
         merged = merge_modules(pipeline.unet, guided, {"pos": 1.0, "base": -1.0})
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loaded.unet.params, merged.params)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_file_tells_what_other_programs_look_for(tmp_path, base, runs, layout):
+    (pos, _) = export(tmp_path, base, runs["lora"], layout)[layout]
+    tell_strength(pos, 2.5)
+    with safe_open(pos, framework="numpy") as file:
+        told = file.metadata()
+    content = pos.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert {"ss_network_dim": "2", "ss_network_alpha": "3", "ss_output_name": "pos"}.items() <= told.items()
+    assert told["sshs_model_hash"] == digest and told["modelspec.hash_sha256"] == f"0x{digest}"
+    assert told["flax_pref.method"] == "DiffusionDPO" and told["flax_pref.w"] == "2.5"
+    guided = load_modules(base, {"pos": pos})
+    assert guided.base.params.keys() == base.params.keys()
+
+
+def test_the_family_is_told_in_the_words_of_others():
+    for preset, version, architecture in (
+        (SD15, "sd_v1", "stable-diffusion-v1/lora"),
+        (SDXL, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ):
+        told = INFO.metadata(preset.unet, rank=4, alpha=2.0, weights=b"")
+        assert told["ss_base_model_version"] == version and told["modelspec.architecture"] == architecture
