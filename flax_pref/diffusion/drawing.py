@@ -13,10 +13,11 @@ from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.config import UserError
-from flax_pref.diffusion.drawing_flags import DrawingFlags
+from flax_pref.diffusion.drawing_flags import SPACINGS, DrawingFlags
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
-from flax_pref.diffusion.solvers import Solver, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import Solver
 from flax_pref.diffusion.text_to_image import TextToImage, trained_size
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import quantize
@@ -110,7 +111,7 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
         find_checkpoint(path)
     family = describe(str(folder))
     size = _size(family.unet, family.vae, flags)
-    solver = _solver(family.scheduler_config, folder, flags)
+    solver = _solver(family.scheduler_config, folder, flags, family.unet)
     _check_strengths(flags, len(solver.timesteps))
     if flags.merge:
         terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
@@ -232,10 +233,17 @@ def _rules_with(modules: Sequence[str]) -> list[str]:
 # Solver and size
 
 
-def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFlags) -> Solver:
+def _solver(scheduler_config: Mapping[str, Any], folder: Path, flags: DrawingFlags, unet: UNetConfig) -> Solver:
     """The solver of the flags, or of the checkpoint."""
+    sigmas, spacing = flags.sigmas, flags.spacing
+    if sigmas == "ays" and unet.addition_embed_type is not None:
+        sigmas = "ays_sdxl"
+    if spacing is not None and spacing not in SPACINGS:
+        spacing = [int(text) for text in spacing.split(",")]
     try:
-        return solver_from_config(scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
+        return solver_from_config(
+            scheduler_config, flags.steps, name=flags.solver, eta=flags.eta, sigmas=sigmas, spacing=spacing
+        )
     except (ValueError, TypeError) as error:
         file = folder / "scheduler" / "scheduler_config.json"
         raise UserError(f"{file}: {error}; --solver chooses another one, --steps their number") from error

@@ -18,7 +18,8 @@ from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank,
 from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
 from flax_pref.models.network import Network, replicated
 from flax_pref.models.unet import UNetConfig
@@ -39,7 +40,7 @@ class TextToImage:
 
     Attributes:
         pipeline: the checkpoint; its UNet is the network "base" of rules and may carry adapters.
-        solver: the sampling steps, see `diffusion.solvers.solver_from_config` (default: the checkpoint's scheduler).
+        solver: the sampling steps, see `solver_from_config` (default: those of the checkpoint's scheduler).
         size: height and width of the images in pixels (default: the size that the UNet was trained on).
         batch_size: images per call of the sampler; a multiple of the devices that share a batch.
         modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules

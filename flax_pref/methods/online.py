@@ -102,7 +102,7 @@ class OnlineMethod:
     steps: int = 20
     """Of DDIM, for each image."""
     eta: float = 1.0
-    """Share of new noise in a step of DDIM: above 0, at most 1; see `solvers.ddim`."""
+    """Share of new noise in a step of DDIM: above 0, at most 1; see `timestep_solvers.ddim`."""
     guidance_scale: float = 5.0
     """s of classifier-free guidance, while images are drawn and in the loss; 1 is none."""
 
@@ -117,7 +117,7 @@ class OnlineMethod:
 
     @property
     def solver_name(self) -> str:
-        """What draws; see `solvers.solver_from_config`."""
+        """What draws; see `scheduler_configs.solver_from_config`."""
         return "ddim"
 
     def kept(self, number: jax.Array) -> jax.Array:
