@@ -145,11 +145,25 @@ class NoiseSchedule:
         Returns:
             float32 `[B, H, W, C]`.
         """
-        signal_scale, noise_scale = (
-            jnp.asarray(np.sqrt(table), jnp.float32)[timesteps][:, None, None, None]
-            for table in (self.alphas_cumprod, 1 - self.alphas_cumprod)
-        )
+        signal_scale, noise_scale = self._scales(timesteps)
         return signal_scale * latents.astype(jnp.float32) + noise_scale * noise.astype(jnp.float32)
+
+    def target(self, latents: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """What the network is to predict: the noise, or the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0`.
+
+        The velocity is that of arXiv:2202.00512, appendix D; without signal it is `-x_0`. Arguments and result are as
+        in `add_noise`.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        signal_scale, noise_scale = self._scales(timesteps)
+        return signal_scale * noise.astype(jnp.float32) - noise_scale * latents.astype(jnp.float32)
+
+    def _scales(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`sqrt(abar)` and `sqrt(1 - abar)`, `[B, 1, 1, 1]` each."""
+        tables = (np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod))
+        signal_scale, noise_scale = (jnp.asarray(x, jnp.float32)[timesteps][:, None, None, None] for x in tables)
+        return signal_scale, noise_scale
 
 
 def _without_terminal_signal(abar: np.ndarray) -> np.ndarray:
