@@ -18,7 +18,7 @@ from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_st
 from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.solvers import Solver
-from flax_pref.diffusion.text_to_image import TextToImage, trained_size
+from flax_pref.diffusion.text_to_image import IMITATED_GUIDANCE, TextToImage, trained_size
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import quantize
 from flax_pref.models.unet import UNetConfig
@@ -39,6 +39,7 @@ class Drawing:
         sampled: the rule to sample with.
         solver: of the flags or the checkpoint.
         size: height and width in pixels.
+        imitated_guidance: guidance scale that a UNet which imitates guidance (LCM) is told.
     """
 
     flags: DrawingFlags
@@ -49,6 +50,7 @@ class Drawing:
     sampled: Rule
     solver: Solver
     size: tuple[int, int]
+    imitated_guidance: float
 
     def fingerprints(self) -> dict[str, Any]:
         """Names and SHA-256 of the files that the images depend on."""
@@ -84,6 +86,7 @@ class Drawing:
             batch_size=batch_size,
             modules={name: prepared(network) for name, network in guided.modules.items()},
             mesh=mesh,
+            imitated_guidance=self.imitated_guidance,
         )
 
 
@@ -110,16 +113,21 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     for path in _module_files(flags, sources).values():
         find_checkpoint(path)
     family = describe(str(folder))
+    imitated, guiding = IMITATED_GUIDANCE, flags
+    if family.unet.time_cond_proj_dim is not None:
+        imitated, guiding = _imitated_guidance(flags)
+        terms = _terms(guiding, sources)
+        rule = named_rule(**terms)
     size = _size(family.unet, family.vae, flags)
     solver = _solver(family.scheduler_config, folder, flags, family.unet)
     _check_strengths(flags, len(solver.timesteps))
     if flags.merge:
-        terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
+        terms = _terms(dataclasses.replace(guiding, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
     sampled = named_rule(**terms)
     tabulate(sampled, len(solver.timesteps), 1)
     return Drawing(
         **{"flags": flags, "folder": folder, "sources": sources, "rule": rule, "terms": terms, "sampled": sampled},
-        **{"solver": solver, "size": size},
+        **{"solver": solver, "size": size, "imitated_guidance": imitated},
     )
 
 
@@ -171,6 +179,17 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, str]) -> dict[str, Any]:
         **({} if flags.proxy is None else {"proxy": flags.proxy}),
         **({} if flags.shaping is None else {"shaping": flags.shaping}),
     }
+
+
+def _imitated_guidance(flags: DrawingFlags) -> tuple[float, DrawingFlags]:
+    """The guidance scale that a UNet is told, and the flags of a rule that does not guide a second time."""
+    try:
+        return float(flags.guidance_scale), dataclasses.replace(flags, guidance_scale="1")
+    except ValueError as error:
+        raise UserError(
+            f"--guidance-scale {flags.guidance_scale}: this UNet is told the scale (time_cond_proj_dim) and imitates "
+            "guidance; expected a number"
+        ) from error
 
 
 def _merged_strengths(w: str) -> float | dict[str, float]:
