@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 
 from flax_pref import methods
 from flax_pref.diffusion.schedule import NoiseSchedule
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.methods.errors import PairMethod, draw_noise
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -107,3 +108,39 @@ def test_the_timestep_without_signal_has_finite_losses_and_gradients(method, sch
     assert np.isfinite(trained).all()
     # Without signal, errors of the noise are the same for both images of a pair.
     assert trained.any() or schedule.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("name", ["TailorPO", "SPO", "D3PO", "DDPO", "DiffusionNFT"])
+def test_online_losses_are_finite_from_the_timestep_without_signal(name):
+    method = getattr(methods, name)(steps=10, guidance_scale=1.0)
+    solver = solver_from_config(
+        {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        10,
+        name=method.solver_name,
+        eta=method.eta,
+    )
+    steps = np.array([0, 0, 5, 9])
+    x = {key: RNG.standard_normal((4, *SHAPE)).astype(np.float32) for key in ("latents", "winner", "loser", "clean")}
+    text = RNG.standard_normal((4, 2, 6)).astype(np.float32)
+    batch = {
+        **x,
+        "next_latents": x["winner"],
+        "row": jax.tree.map(lambda column: column[steps], solver),
+        "signal": ZERO_SNR.alphas_cumprod[np.asarray(solver.timesteps, int)[steps]].astype(np.float32),
+        **{"text": text, "empty": np.zeros_like(text)},
+        **{"rewards": np.tile(np.float32([0.9, 0.1]), (4, 1)), "reward": np.ones(4, np.float32)},
+        **{"log_prob": np.full(4, -1.0, np.float32), "advantage": np.float32([1, -1, 1, -1])},
+    }
+    if name == "D3PO":  # two images of each prompt
+        batch |= {key: np.stack([batch[key], x["loser"]], axis=1) for key in ("latents", "next_latents")}
+
+    def loss(gain):
+        def predicted(networks, latents, timesteps, text):
+            gains = jnp.stack([gain if network in method.modules else jnp.float32(0.4) for network in networks])
+            return gains[:, None, None, None] * latents + text.mean((2, 3))[..., None, None, None]
+
+        return method.loss(predicted, batch, KEY)[0]
+
+    assert np.asarray(batch["row"].timesteps)[0] == 999 and batch["signal"][0] == 0
+    value, gradient = jax.value_and_grad(loss)(jnp.float32(0.45))
+    assert np.isfinite(value) and np.isfinite(gradient) and gradient != 0
