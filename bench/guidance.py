@@ -20,7 +20,8 @@ from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import to_stored
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, cpgd_conditional, pgd, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.attention import Kernel
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.common import family_of, random_inputs, random_network, time_in_turns
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.methods import DiffusionNFT
 from flax_pref.models.lora import BASE
 from flax_pref.models.network import with_remat

@@ -18,7 +18,7 @@ from flax_pref.checkpoints.modules import load_modules, merge_modules
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, Schedule, cfg, cpgd, cpgd_conditional, merge_weights, tabulate
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.evaluation.statistics import bootstrap_interval, gains
 from flax_pref.world import judge

@@ -17,7 +17,7 @@ from bench.guidance import sampler, sampler_inputs
 from flax_pref.data.prompts import Prompt
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.latents import decode_latents
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import to_bytes
 from flax_pref.images.image_files import ImageFormat
 from flax_pref.images.image_set import ImageSet, Item, Writer

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flax_pref.diffusion.guidance import multi as multi
     from flax_pref.diffusion.guidance import npo as npo
     from flax_pref.diffusion.guidance import pgd as pgd
-    from flax_pref.diffusion.solvers import solver_from_config as solver_from_config
+    from flax_pref.diffusion.scheduler_configs import solver_from_config as solver_from_config
     from flax_pref.diffusion.text_to_image import TextToImage as TextToImage
     from flax_pref.evaluation.run_report import compare as compare
     from flax_pref.evaluation.run_scoring import score as score
@@ -84,7 +84,7 @@ _NAMES_OF = {
     "data.pipeline": "InputConfig PairBatches",
     "data.prepared": "PreparedSet",
     "diffusion.guidance": "Rule Schedule autoguidance cfg chats cpgd cpgd_conditional merge_weights multi npo pgd",
-    "diffusion.solvers": "solver_from_config",
+    "diffusion.scheduler_configs": "solver_from_config",
     "diffusion.text_to_image": "TextToImage",
     "evaluation.run_report": "compare",
     "evaluation.run_scoring": "score",

@@ -15,7 +15,7 @@ from bench.common import time_in_turns
 from bench.guidance import sampler, sampler_inputs
 from flax_pref.checkpoints.weights import abstract_network
 from flax_pref.diffusion.guidance import cfg
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.presets import FAMILIES, SD15
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig

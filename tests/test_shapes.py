@@ -16,7 +16,7 @@ from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import combine, image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import ddim
+from flax_pref.diffusion.timestep_solvers import ddim
 from flax_pref.methods.online import OnlineMethod
 from flax_pref.models.bank import Bank
 from flax_pref.models.clip import CLIPTextModel

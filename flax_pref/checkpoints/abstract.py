@@ -51,7 +51,7 @@ def describe(model: str | ModelFlags) -> Family:
 def conditioning_shapes(
     unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig], *, sizes: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the conditioning on one prompt, for SDXL with or without the sizes; see `diffusion.conditioning`."""
+    """Shapes of the conditioning on one prompt; with or without sizes (SDXL) and guidance scale (LCM)."""
     shapes: dict[str, tuple[int, ...]] = {
         "encoder_hidden_states": (text_encoders[0].max_position_embeddings, unet.cross_attention_dim)
     }
@@ -59,4 +59,6 @@ def conditioning_shapes(
         shapes["text_embeds"] = (text_encoders[1].projection_dim,)
         if sizes:
             shapes["time_ids"] = (6,)
+    if sizes and unet.time_cond_proj_dim is not None:
+        shapes["timestep_cond"] = (unet.time_cond_proj_dim,)
     return shapes

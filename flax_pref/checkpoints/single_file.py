@@ -286,10 +286,12 @@ def _unet_config(shapes: Shapes, sample_size: int, pooled: int | None) -> UNetCo
     layers = tuple(max(depth, 1) for depth in depths)
     kinds = tuple("CrossAttn" * (depth > 0) for depth in depths)
     added: dict[str, Any] = {}
+    if "time_embed.cond_proj.weight" in shapes:
+        added["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     if "label_emb.0.0.weight" in shapes:
         width = shapes["label_emb.0.0.weight"][1]
         each = SDXL.unet.addition_time_embed_dim if pooled is None else (width - pooled) // 6
-        added = {
+        added |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": each,
             "projection_class_embeddings_input_dim": width,

@@ -24,7 +24,7 @@ from flax_pref.data.sources import Source, open_source
 from flax_pref.demo.report import LABELS, MethodResult, Sweep, WChoice, build_report, write_report
 from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd, tabulate
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.methods import DiffusionDPO, Method, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS

@@ -44,9 +44,6 @@ def denoising(
 
     Returns:
       loss, and the metrics `loss`.
-
-    Raises:
-      ValueError: see `methods.errors.noisy_images`.
     """
     noisy = noisy_images(batch, key, schedule, ("latents",))
     (error,) = errors(predict, (network,), noisy)

@@ -34,8 +34,9 @@ from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, RATES, Budget, Onl
 from flax_pref.demo.report import Sweep
 from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, npo, pgd
 from flax_pref.diffusion.sampler import draw_normal, image_keys
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.shaping import length
-from flax_pref.diffusion.solvers import no_history, solver_from_config, step
+from flax_pref.diffusion.solvers import no_history, step
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.files import replacing
 from flax_pref.methods import (

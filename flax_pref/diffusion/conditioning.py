@@ -1,7 +1,7 @@
 """What a UNet is told beside latents and timestep: encoded prompts, and in SDXL pooled prompts and image sizes.
 
-Conditioning is a dict of arrays under the names of the UNet's arguments: `encoder_hidden_states`, and in SDXL
-`text_embeds` and `time_ids` too.
+Conditioning is a dict of arrays under the names of the UNet's arguments: `encoder_hidden_states`, in SDXL `text_embeds`
+and `time_ids` too, and for networks that imitate guidance `timestep_cond`.
 """
 
 import warnings
@@ -133,6 +133,37 @@ def with_sizes(
     ids = size_ids(original_size or target_size, crop_top_left, target_size)
     prompts = conditioning["encoder_hidden_states"].shape[:-2]
     return {**conditioning, "time_ids": np.tile(ids, (*prompts, 1)) if prompts else ids}
+
+
+def guidance_embedding(guidance_scale: float, size: int) -> Float[np.ndarray, " size"]:
+    """What networks that imitate guidance are told of its scale s: sines and cosines of 1000 (s - 1), float32.
+
+    The w-embedding of latent consistency models (arXiv:2310.04378, section 4.2), in the precision they were trained
+    with: the angles are so large that it counts.
+
+    Args:
+        guidance_scale: s.
+        size: `time_cond_proj_dim` of the network.
+    """
+    half = size // 2
+    step = np.log(np.float32(10000.0)) / np.float32(max(half - 1, 1))
+    angles = np.float32(guidance_scale - 1) * np.float32(1000.0) * np.exp(np.arange(half, dtype=np.float32) * -step)
+    return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(size % 2)]).astype(np.float32)
+
+
+def with_guidance(conditioning: Mapping[str, Any], unet: UNetConfig, guidance_scale: float) -> dict[str, Any]:
+    """Conditioning with the `timestep_cond` of a guidance scale, where the UNet asks for it (LCM).
+
+    Args:
+        conditioning: of prompts, or of one without the leading axis.
+        unet: config of the network.
+        guidance_scale: that the network imitates.
+    """
+    if unet.time_cond_proj_dim is None:
+        return dict(conditioning)
+    embedding = guidance_embedding(guidance_scale, unet.time_cond_proj_dim)
+    prompts = conditioning["encoder_hidden_states"].shape[:-2]
+    return {**conditioning, "timestep_cond": np.tile(embedding, (*prompts, 1)) if prompts else embedding}
 
 
 def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:

@@ -14,11 +14,12 @@ from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.config import UserError
-from flax_pref.diffusion.drawing_flags import DrawingFlags
+from flax_pref.diffusion.drawing_flags import SPACINGS, DrawingFlags
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
 from flax_pref.diffusion.rules import CONTRASTING, RULES, find_rule, named_rule
-from flax_pref.diffusion.solvers import Solver, solver_from_config
-from flax_pref.diffusion.text_to_image import TextToImage, trained_size
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import Solver
+from flax_pref.diffusion.text_to_image import IMITATED_GUIDANCE, TextToImage, trained_size
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.quantized import quantize
 from flax_pref.models.unet import UNetConfig
@@ -41,6 +42,7 @@ class Drawing:
         sampled: the rule to sample with.
         solver: of the flags or the checkpoint.
         size: height and width in pixels.
+        imitated_guidance: guidance scale that a UNet which imitates guidance (LCM) is told.
     """
 
     flags: DrawingFlags
@@ -51,6 +53,7 @@ class Drawing:
     sampled: Rule
     solver: Solver
     size: tuple[int, int]
+    imitated_guidance: float
 
     def fingerprints(self) -> dict[str, Any]:
         """Names and SHA-256 of the files that the images depend on."""
@@ -89,6 +92,7 @@ class Drawing:
             batch_size=batch_size,
             modules={name: prepared(network) for name, network in guided.modules.items()},
             mesh=mesh,
+            imitated_guidance=self.imitated_guidance,
         )
 
 
@@ -114,23 +118,22 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     checkpoint = open_model(flags, weights=weights)
     for path in _module_files(flags, sources):
         find_checkpoint(path)
-    size = _size(checkpoint.config("unet"), checkpoint.config("vae"), flags)
+    unet = checkpoint.config("unet")
+    imitated, guiding = IMITATED_GUIDANCE, flags
+    if unet.time_cond_proj_dim is not None:
+        imitated, guiding = _imitated_guidance(flags)
+        terms = _terms(guiding, sources)
+        rule = named_rule(**terms)
+    size = _size(unet, checkpoint.config("vae"), flags)
     solver = _solver(checkpoint, flags)
     _check_strengths(flags, len(solver.timesteps))
     if flags.merge:
-        terms = _terms(dataclasses.replace(flags, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
+        terms = _terms(dataclasses.replace(guiding, rule="cfg", w=None, every=1, between="hold", merge=False), sources)
     sampled = named_rule(**terms)
     tabulate(sampled, len(solver.timesteps), 1)
     return Drawing(
-        **{
-            "flags": flags,
-            "checkpoint": checkpoint,
-            "sources": sources,
-            "rule": rule,
-            "terms": terms,
-            "sampled": sampled,
-        },
-        **{"solver": solver, "size": size},
+        **{"flags": flags, "checkpoint": checkpoint, "sources": sources, "rule": rule, "terms": terms},
+        **{"sampled": sampled, "solver": solver, "size": size, "imitated_guidance": imitated},
     )
 
 
@@ -197,6 +200,17 @@ def _terms(flags: DrawingFlags, sources: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _imitated_guidance(flags: DrawingFlags) -> tuple[float, DrawingFlags]:
+    """The guidance scale that a UNet is told, and the flags of a rule that does not guide a second time."""
+    try:
+        return float(flags.guidance_scale), dataclasses.replace(flags, guidance_scale="1")
+    except ValueError as error:
+        raise UserError(
+            f"--guidance-scale {flags.guidance_scale}: this UNet is told the scale (time_cond_proj_dim) and imitates "
+            "guidance; expected a number"
+        ) from error
+
+
 def _merged_strengths(w: str) -> float | dict[str, float]:
     """Strengths that are numbers, as weights can hold them."""
     strengths = _schedules(w)
@@ -259,8 +273,15 @@ def _rules_with(modules: Sequence[str]) -> list[str]:
 
 def _solver(checkpoint: Checkpoint, flags: DrawingFlags) -> Solver:
     """The solver of the flags, or of the checkpoint."""
+    sigmas, spacing = flags.sigmas, flags.spacing
+    if sigmas == "ays" and checkpoint.config("unet").addition_embed_type is not None:
+        sigmas = "ays_sdxl"
+    if spacing is not None and spacing not in SPACINGS:
+        spacing = [int(text) for text in spacing.split(",")]
     try:
-        return solver_from_config(checkpoint.scheduler_config, flags.steps, name=flags.solver, eta=flags.eta)
+        return solver_from_config(
+            checkpoint.scheduler_config, flags.steps, name=flags.solver, eta=flags.eta, sigmas=sigmas, spacing=spacing
+        )
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{checkpoint.described_by}: {error}; --solver chooses another one, --steps their number"

@@ -25,6 +25,30 @@ PRESETS = {
 INTERVALS = {"late": {"guidance_scale": "@0:0.5", "w": "@0.5:1"}}
 
 
+# `scheduler_configs.NAMES`, which JAX would be imported for.
+SolverName = Literal[
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm++",
+    "dpm++_karras",
+    "dpm++_sde",
+    "dpm++_2s",
+    "dpm++_3m",
+    "dpm++_3m_sde",
+    "euler",
+    "euler_a",
+    "euler_karras",
+    "heun",
+    "lcm",
+    "lms",
+    "pndm",
+    "tcd",
+    "unipc",
+]
+SPACINGS = ("leading", "trailing", "linspace")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawingFlags(ModelFlags):
     """What images are drawn with."""
@@ -66,10 +90,17 @@ class DrawingFlags(ModelFlags):
 
     steps: int = 50
     """Sampling steps."""
-    solver: Literal["ddim", "dpm++", "dpm++_karras", "euler", "euler_karras", "pndm"] | None = None
-    """Solver (default: the one of the checkpoint's scheduler)."""
-    eta: float = 0.0
-    """Stochasticity of ddim, from 0 (deterministic) to 1 (DDPM)."""
+    solver: SolverName | None = None
+    """Solver, whatever the checkpoint's scheduler says (default: the one of the scheduler). docs/solvers.md lists for
+    which models each is."""
+    sigmas: Literal["karras", "exponential", "beta", "ays"] | None = None
+    """Noise levels that the solver visits; ays: Align Your Steps for SD1.5 or SDXL (default: the scheduler's)."""
+    spacing: str | None = None
+    """Spacing of the timesteps: leading, trailing, linspace, or a list such as 999,749,499,249 (default: the
+    scheduler's)."""
+    eta: float | None = None
+    """Share of new noise in a step, from 0 (deterministic) to 1: of ddim (default: 0), or gamma of tcd (default:
+    0.3)."""
     height: int | None = None
     """Image height in pixels (default: the size that the network was trained on)."""
     width: int | None = None
@@ -103,6 +134,15 @@ class DrawingFlags(ModelFlags):
         for name, value in (("eta", self.eta), ("rescale", self.rescale)):
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"--{name} {value}: expected 0 to 1")
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            timesteps = self.spacing.split(",")
+            if not all(text.strip().isascii() and text.strip().isdigit() for text in timesteps):
+                raise UserError(f"--spacing {self.spacing}: expected {', '.join(SPACINGS)} or timesteps as 999,499")
+            if len(timesteps) != self.steps:
+                raise UserError(
+                    f"--spacing {self.spacing}: {len(timesteps)} timesteps for --steps {self.steps}; expected one for "
+                    "each step"
+                )
         if "=" in self.guidance_scale:
             raise UserError(
                 f"--guidance-scale {self.guidance_scale}: expected one strength, it is the same for all modules"

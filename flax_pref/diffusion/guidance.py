@@ -594,16 +594,18 @@ class Table:
         return sum(len(plan.rows) for plan in self.plans)
 
 
-def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
+def tabulate(rule: Rule, num_steps: int, num_images: int, *, keep_unguided: bool = False) -> Table:
     """The table of a rule.
 
     Its layout depends on the rule and on intervals only, not on strengths: a row whose coefficient is zero because w is
-    stays, or a sweep over w would recompile.
+    stays, or a sweep over w would recompile. A guidance scale that is 1 throughout is off, and predictions that only it
+    needs are not made.
 
     Args:
         rule: to follow.
         num_steps: S, the rows of a solver.
         num_images: N; strengths that are given per image must be as many.
+        keep_unguided: whether a guidance scale of 1 is one like any other, for a program that has its layout.
 
     Raises:
         ValueError: a strength has another number of values, or a coefficient is not finite.
@@ -617,7 +619,8 @@ def tabulate(rule: Rule, num_steps: int, num_images: int) -> Table:
     networks = [network for network, _ in rows]
     rows = tuple(sorted(rows, key=lambda row: networks.index(row[0])))  # rows of one network beside each other
     # What a step needs, by a scale like any other where guidance is on: values must not decide.
-    steady_typical, contrasts_typical = rule.terms(np.where(s.active(num_steps), np.pi, 1.0))
+    guided = s.active(num_steps) & (keep_unguided or not all(np.all(np.asarray(value) == 1) for value in s.values))
+    steady_typical, contrasts_typical = rule.terms(np.where(guided, np.pi, 1.0))
     steady_needs = np.array([_needs(steady_typical, row, num_steps) for row in rows])
     # For each contrast, the steps in which it counts, and in which it needs each row.
     needs = {name: np.array([_needs(part, row, num_steps) for row in rows]) for name, part in contrasts_typical.items()}

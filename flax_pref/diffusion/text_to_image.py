@@ -14,17 +14,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from flax_pref.checkpoints.diffusers import Pipeline
-from flax_pref.diffusion.conditioning import chunks, encode_batch, encode_blank, encode_empty, warn_of_cuts, with_sizes
+from flax_pref.diffusion.conditioning import (
+    chunks,
+    encode_batch,
+    encode_blank,
+    encode_empty,
+    warn_of_cuts,
+    with_guidance,
+    with_sizes,
+)
 from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import Solver, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import Solver
 from flax_pref.models.bank import AXIS, Bank, Member, Stack, stack
 from flax_pref.models.network import Network, replicated
 from flax_pref.models.unet import UNetConfig
 from flax_pref.models.vae import VAEConfig
 
 STEPS = 50
+IMITATED_GUIDANCE = 7.5
 FROM_CHECKPOINT: Any = None  # of a field of TextToImage: it takes the checkpoint's
 
 
@@ -39,7 +49,7 @@ class TextToImage:
 
     Attributes:
         pipeline: the checkpoint; its UNet is the network "base" of rules and may carry adapters.
-        solver: the sampling steps, see `diffusion.solvers.solver_from_config` (default: the checkpoint's scheduler).
+        solver: the sampling steps, see `solver_from_config` (default: those of the checkpoint's scheduler).
         size: height and width of the images in pixels (default: the size that the UNet was trained on).
         batch_size: images per call of the sampler; a multiple of the devices that share a batch.
         modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules
@@ -49,6 +59,8 @@ class TextToImage:
         original_size: for SDXL, height and width in pixels that the image pretends to have had before it was resized;
             None: as `size`.
         crop_top_left: for SDXL, where the image pretends to have been cropped, in pixels from the top and the left.
+        imitated_guidance: guidance scale that UNets with `time_cond_proj_dim` (LCM) are told to imitate; others have no
+            use for it. Rules for such UNets need no guidance of their own, and the default rule has none.
         watch_steps: whether the progress bar counts steps, not images. The program then calls back to the host in every
             step, and such programs are not kept in JAX's compilation cache.
 
@@ -74,6 +86,7 @@ class TextToImage:
     mesh: Mesh | None = None
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
+    imitated_guidance: float = IMITATED_GUIDANCE
     watch_steps: bool = False
     steps: dataclasses.InitVar[int | None] = None
 
@@ -111,8 +124,8 @@ class TextToImage:
             prompts: N texts, or a single one.
             prompt_ids: N numbers (default: 0 to N - 1); the noise of an image is a function of its id and its seed
                 alone.
-            rule: guidance rule, see `diffusion.guidance` (default: classifier-free guidance with scale 7.5); strengths
-                that differ per image are `[N]`.
+            rule: guidance rule, see `diffusion.guidance` (default: classifier-free guidance with scale 7.5, or none for
+                UNets that imitate it); strengths that differ per image are `[N]`.
             seed: one for all images, or N of them.
             negative_prompts: N texts that the "empty" rows of the rule see; None: what the checkpoint means by no
                 prompt.
@@ -133,7 +146,9 @@ class TextToImage:
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
         warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
         ids, seeds = np.asarray(prompt_ids), np.broadcast_to(seeds, len(prompts))
-        table = tabulate(cfg() if rule is None else rule, len(self.solver.timesteps), len(prompts))
+        imitates = self.pipeline.unet.config.time_cond_proj_dim is not None
+        default = cfg(1.0) if imitates else cfg()
+        table = tabulate(default if rule is None else rule, len(self.solver.timesteps), len(prompts))
         images = []
         batches, steps = list(chunks(len(prompts), self.batch_size)), len(self.solver.timesteps)
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
@@ -189,9 +204,10 @@ class TextToImage:
         return text, jax.device_put(self.with_sizes(empty), self.sharding)
 
     def with_sizes(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Conditioning with the sizes that SDXL is told of the images; see `conditioning.with_sizes`."""
+        """Conditioning with sizes (SDXL) and guidance scale (LCM); see `conditioning.with_sizes`, `with_guidance`."""
         pretended = {"original_size": self.original_size, "crop_top_left": self.crop_top_left}
-        return with_sizes(conditioning, self.pipeline.unet.config, self.size, **pretended)
+        unet = self.pipeline.unet.config
+        return with_guidance(with_sizes(conditioning, unet, self.size, **pretended), unet, self.imitated_guidance)
 
     @property
     def shards(self) -> int:

@@ -71,7 +71,7 @@ class DSPO(PairMethod):
 
         def residuals(network: str) -> RowLatents:
             noise_pred = predict_rows(predict, (network,) * len(PAIR), noisy.latents, noisy.timesteps, noisy.text)
-            return residual(noise_pred, noisy.noise)
+            return residual(noise_pred, noisy.target)
 
         module, reference = residuals(self.modules[0]), jax.lax.stop_gradient(residuals(BASE))
         winner, loser = (mean_square(module) - mean_square(reference)).T

@@ -1,7 +1,11 @@
 """Preference pairs: noised images, denoising errors, and what all methods that learn from pairs share.
 
-L is the denoising error, the mean over a latent of the squared error of the predicted noise (arXiv:2006.11239, equation
-14). The two images of a pair share timestep and noise, and so do the modules and the reference, which is the base: with
+L is the denoising error, the mean over a latent of the squared error of what the network predicts: the noise
+(arXiv:2006.11239, equation 14) or the velocity. An error of the velocity is that of the noise divided by abar. So such
+networks are trained, and the DPO example of diffusers takes it too; the authors' code of Diffusion-DPO knows the noise
+alone. In errors of the noise, timesteps without signal would not count.
+
+The two images of a pair share timestep and noise, and so do the modules and the reference, which is the base: with
 adapters the backbone without them, no second copy of the weights.
 """
 
@@ -71,9 +75,6 @@ class PairMethod:
             key: draws timesteps and noise.
             schedule: of the noise.
             empty: conditioning on no prompt, a pytree as `text` without its first axis; for methods that drop prompts.
-
-        Raises:
-            ValueError: the base does not predict noise.
         """
         raise NotImplementedError
 
@@ -105,13 +106,13 @@ class NoisyImages(NamedTuple):
       latents: of each row.
       timesteps: of each image.
       text: what else the networks are told, a pytree of `[B, R, ...]` arrays.
-      noise: what the networks are to predict, the same for all rows of an image.
+      target: what the networks are to predict: the noise, one for all rows of an image, or the velocity of each row.
     """
 
     latents: RowLatents
     timesteps: Timesteps
     text: Tree
-    noise: Float[jax.Array, "images 1 height width channels"]
+    target: Float[jax.Array, "images targets height width channels"]
 
 
 def noisy_images(
@@ -124,18 +125,13 @@ def noisy_images(
       key: draws timesteps and noise.
       schedule: of the noise.
       images: names of the image of each of the R rows.
-
-    Raises:
-      ValueError: the networks do not predict noise.
     """
-    if schedule.prediction_type != "epsilon":
-        raise ValueError(
-            f"methods: prediction_type is {schedule.prediction_type!r}, expected 'epsilon': their errors are those "
-            "of predicted noise; take a base that predicts noise"
-        )
     timesteps, noise = draw_noise(schedule, batch[images[0]], key)
     latents = jnp.stack([schedule.add_noise(batch[image], noise, timesteps) for image in images], axis=1)
-    return NoisyImages(latents, timesteps, text_of_images(batch, images), noise[:, None])
+    # All rows have one noise, but each its own velocity.
+    targets = images if schedule.prediction_type != "epsilon" else images[:1]
+    target = jnp.stack([schedule.target(batch[image], noise, timesteps) for image in targets], axis=1)
+    return NoisyImages(latents, timesteps, text_of_images(batch, images), target)
 
 
 def without_prompts(batch: Mapping[str, Any], dropped: Bool[jax.Array, " images"], empty: Tree) -> dict[str, Any]:
@@ -167,21 +163,21 @@ def draw_noise(
 def errors(predict: Predict, networks: tuple[str, ...], noisy: NoisyImages) -> PerRow:
     """L of the network of each row, rows first so that they can be unpacked; one batched prediction."""
     noise_pred = predict_rows(predict, networks, noisy.latents, noisy.timesteps, noisy.text)
-    return denoising_error(noise_pred, noisy.noise).T
+    return denoising_error(noise_pred, noisy.target).T
 
 
 def denoising_error(
-    noise_pred: Float[Array, "*rows height width channels"], noise: Float[Array, "... height width channels"]
+    pred: Float[Array, "*rows height width channels"], target: Float[Array, "... height width channels"]
 ) -> Float[jax.Array, "*rows"]:
-    """`L = mean over H, W, C of (eps_theta - eps)^2` in no less than float32; the noise is broadcast."""
-    return jnp.square(residual(noise_pred, noise)).mean(axis=(-3, -2, -1))
+    """L, the mean over H, W, C of the squares of `residual`; the target is broadcast."""
+    return jnp.square(residual(pred, target)).mean(axis=(-3, -2, -1))
 
 
 def residual(
-    noise_pred: Float[Array, "*rows height width channels"], noise: Float[Array, "... height width channels"]
+    pred: Float[Array, "*rows height width channels"], target: Float[Array, "... height width channels"]
 ) -> Float[jax.Array, "*rows height width channels"]:
-    """`eps_theta - eps` in no less than float32; the gradient of L with respect to `eps_theta` is a multiple of it."""
-    return jnp.asarray(noise_pred, jnp.promote_types(noise_pred.dtype, jnp.float32)) - noise
+    """Prediction minus target in no less than float32; the gradient of L with respect to pred is a multiple of it."""
+    return jnp.asarray(pred, jnp.promote_types(pred.dtype, jnp.float32)) - target
 
 
 def reference_errors(predict: Predict, noisy: NoisyImages) -> PerRow:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_pref.config import check_field
-from flax_pref.diffusion.guidance import NOTHING, Rule, cfg, eps, pgd, tabulate
+from flax_pref.diffusion.guidance import Rule, cfg, pgd, tabulate
 from flax_pref.diffusion.sampler import Predict, draw_normal, predict_rows, sample_trajectory
 from flax_pref.diffusion.solvers import Solver
 from flax_pref.methods.errors import LogisticMethod, preference_losses
@@ -102,7 +102,7 @@ class OnlineMethod:
     steps: int = 20
     """Of DDIM, for each image."""
     eta: float = 1.0
-    """Share of new noise in a step of DDIM: above 0, at most 1; see `solvers.ddim`."""
+    """Share of new noise in a step of DDIM: above 0, at most 1; see `timestep_solvers.ddim`."""
     guidance_scale: float = 5.0
     """s of classifier-free guidance, while images are drawn and in the loss; 1 is none."""
 
@@ -117,7 +117,7 @@ class OnlineMethod:
 
     @property
     def solver_name(self) -> str:
-        """What draws; see `solvers.solver_from_config`."""
+        """What draws; see `scheduler_configs.solver_from_config`."""
         return "ddim"
 
     def kept(self, number: jax.Array) -> jax.Array:
@@ -294,10 +294,8 @@ def pair_loss(logits: PerImage, batch: Mapping[str, Any], method: "Preferences")
 
 
 def policy_rule(method: OnlineMethod) -> Rule:
-    """What the policy draws with: classifier-free guidance, or where s = 1 its prediction for the prompt alone."""
+    """What the policy draws with: classifier-free guidance; where s = 1, its prediction for the prompt alone."""
     (network,) = method.modules
-    if method.guidance_scale == 1:
-        return Rule(formula=lambda s: (eps(network, "text"), NOTHING))
     return cfg(method.guidance_scale, network)
 
 

@@ -55,8 +55,8 @@ class SDPO(DiffusionDPO):
         policy = self.modules[0]
         noisy = noisy_images(batch, key, schedule)
         noise_pred = predict_rows(predict, (policy, policy), noisy.latents, noisy.timesteps, noisy.text)
-        winner, loser = denoising_error(noise_pred, noisy.noise).T - reference_errors(predict, noisy)
-        weight = safeguard(noise_pred, noisy.noise, self.mu)
+        winner, loser = denoising_error(noise_pred, noisy.target).T - reference_errors(predict, noisy)
+        weight = safeguard(noise_pred, noisy.target, self.mu)
         # The value is that of `loser`, the gradient is `weight` times as large.
         guarded = jax.lax.stop_gradient(loser) + weight * (loser - jax.lax.stop_gradient(loser))
         logits = -self.beta / 2 * (winner - guarded)
@@ -64,7 +64,7 @@ class SDPO(DiffusionDPO):
         return loss, {**pair_metrics(loss, logits, winner, loser), "safeguard": weight.mean()}
 
 
-def safeguard(noise_pred: jax.Array, noise: jax.Array, mu: float) -> jax.Array:
+def safeguard(noise_pred: jax.Array, target: jax.Array, mu: float) -> jax.Array:
     """`clip((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1)` where `<g_w, g_l>` is positive, else 1; a constant.
 
     `g_w` and `g_l` are the gradients of `L_w` and `L_l` with respect to the predictions, so that a small step
@@ -73,14 +73,14 @@ def safeguard(noise_pred: jax.Array, noise: jax.Array, mu: float) -> jax.Array:
 
     Args:
       noise_pred: `[B, 2, H, W, C]`, of winner and loser.
-      noise: `[B, 1, H, W, C]`.
+      target: `[B, 1, H, W, C]`, or of each.
       mu: the share.
 
     Returns:
       `[B]`.
     """
     # Residuals instead of gradients, which are a multiple of them that cancels in the ratio.
-    winner, loser = jnp.moveaxis(jax.lax.stop_gradient(residual(noise_pred, noise)), 1, 0)
+    winner, loser = jnp.moveaxis(jax.lax.stop_gradient(residual(noise_pred, target)), 1, 0)
     own, shared = jnp.square(winner).sum(axis=(1, 2, 3)), (winner * loser).sum(axis=(1, 2, 3))
     opposed = shared <= 0
     return jnp.where(opposed, 1.0, jnp.clip((1 - mu) * own / jnp.where(opposed, 1.0, shared), 0.0, 1.0))

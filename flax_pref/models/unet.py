@@ -53,7 +53,6 @@ SUPPORTED = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
@@ -96,6 +95,7 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
@@ -123,7 +123,13 @@ class UNetConfig:
                     f"{depth} block_out_channels"
                 )
         sizes = ("in_channels", "out_channels", "block_out_channels", "norm_num_groups", "cross_attention_dim")
-        more = ("attention_head_dim", "time_embedding_dim", "addition_time_embed_dim", "sample_size")
+        more = (
+            "attention_head_dim",
+            "time_embedding_dim",
+            "time_cond_proj_dim",
+            "addition_time_embed_dim",
+            "sample_size",
+        )
         config_io.check_sizes(self, (*sizes, *more, "projection_class_embeddings_input_dim"))
         config_io.check_sizes(self, ("layers_per_block",), config_io.MOST_LAYERS)
         config_io.check_sizes(self, ("transformer_layers_per_block",), config_io.MOST_LAYERS, least=0)
@@ -170,14 +176,27 @@ class UNetConfig:
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers over a sinusoidal embedding; float32, for it is small and everything hangs on it."""
+    """Two linear layers over a sinusoidal embedding; float32, for it is small and everything hangs on it.
 
-    def __init__(self, in_channels: int, out_channels: int, *, param_dtype, rngs: nnx.Rngs):
+    With `cond_channels`, a projected condition is added to the embedding first.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, cond_channels: int | None = None, param_dtype, rngs: nnx.Rngs
+    ):
+        self.cond_proj = (
+            Linear(cond_channels, in_channels, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+            if cond_channels is not None
+            else None
+        )
         self.linear_1 = Linear(in_channels, out_channels, param_dtype=param_dtype, rngs=rngs)
         self.linear_2 = Linear(out_channels, out_channels, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, in] -> [B, out]`."""
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """`[B, in]`, and `[B, cond]` or None, to `[B, out]`."""
+        if condition is not None:
+            assert self.cond_proj is not None, "see UNet2DCondition.embed_time"
+            x = x + self.cond_proj(condition.astype(jnp.float32))
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -471,7 +490,13 @@ class UNet2DCondition(nnx.Module):
 
         self.config = config
         self.dtype = dtype
-        self.time_embedding = TimestepEmbedding(channels[0], config.time_channels, param_dtype=param_dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(
+            channels[0],
+            config.time_channels,
+            cond_channels=config.time_cond_proj_dim,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.add_embedding = (
             TimestepEmbedding(
                 config.projection_class_embeddings_input_dim, config.time_channels, param_dtype=param_dtype, rngs=rngs
@@ -528,6 +553,7 @@ class UNet2DCondition(nnx.Module):
         encoder_hidden_states: jax.Array,
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts the noise in noisy latents.
 
@@ -539,14 +565,17 @@ class UNet2DCondition(nnx.Module):
                 (SDXL); None for all others.
             time_ids: `[B, 6]` original height and width, crop top and left, target height and width in pixels, for the
                 same networks; None for all others.
+            timestep_cond: `[B, E]` the guidance scale that the network imitates, for networks with
+                `time_cond_proj_dim` (LCM); see `diffusion.conditioning.with_guidance`. None: they are told none.
 
         Returns:
             noise_pred `[B, H, W, C_out]`.
 
         Raises:
-            ValueError: text_embeds or time_ids are given to a network that takes none, or are missing.
+            ValueError: text_embeds, time_ids or timestep_cond are given to a network that takes none, or the first two
+                are missing.
         """
-        temb = self.embed_time(timesteps, text_embeds, time_ids)
+        temb = self.embed_time(timesteps, text_embeds, time_ids, timestep_cond)
         x = latents.astype(self.dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
@@ -564,8 +593,18 @@ class UNet2DCondition(nnx.Module):
                 x = block(x, skips, temb, encoder_hidden_states)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
-    def embed_time(self, timesteps: jax.Array, text_embeds: jax.Array | None, time_ids: jax.Array | None) -> jax.Array:
+    def embed_time(
+        self,
+        timesteps: jax.Array,
+        text_embeds: jax.Array | None,
+        time_ids: jax.Array | None,
+        timestep_cond: jax.Array | None,
+    ) -> jax.Array:
         """The vector `[B, time_channels]` that every resnet sees: timestep, and size and pooled prompt in SDXL."""
+        if timestep_cond is not None and self.config.time_cond_proj_dim is None:
+            raise ValueError(
+                "UNet2DCondition: timestep_cond [B, E] must not be given to a network with time_cond_proj_dim=None"
+            )
         needed = self.add_embedding is not None
         if (text_embeds is not None) != needed or (time_ids is not None) != needed:
             raise ValueError(
@@ -575,7 +614,7 @@ class UNet2DCondition(nnx.Module):
         sinusoids = functools.partial(
             timestep_embedding, flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift
         )
-        temb = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]))
+        temb = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]), timestep_cond)
         if self.add_embedding is None or text_embeds is None or time_ids is None:
             return temb
         assert self.config.addition_time_embed_dim is not None, "UNetConfig asks for it"

@@ -19,7 +19,8 @@ from flax_pref.data.preparation import EncodeConfig
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
 from flax_pref.diffusion.conditioning import encode_ids
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import clean_estimate
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.platform import default_dtype

@@ -91,6 +91,8 @@ class ExportedSampler:
         strengths = {"w": w, "guidance_scale": guidance_scale}
         terms = self.description["rule"] | {name: given for name, given in strengths.items() if given is not None}
         table = tabulate(named_rule(**terms), self.description["steps"], len(prompts))
+        if layout_of(table) != self.description["layout"]:  # the program may predict without the prompt all the same
+            table = tabulate(named_rule(**terms), self.description["steps"], len(prompts), keep_unguided=True)
         if layout_of(table) != self.description["layout"]:
             asked, exported = (
                 f"w={rule.get('w')} and guidance_scale={rule['guidance_scale']}"

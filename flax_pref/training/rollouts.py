@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_pref.data.pipeline import saved_step
 from flax_pref.diffusion.sampler import Predict, image_keys
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import clean_estimate, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import clean_estimate
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.network import Network, replicated

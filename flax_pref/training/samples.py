@@ -13,7 +13,7 @@ from flax_pref.diffusion.conditioning import encode_blank, encode_empty, encode_
 from flax_pref.diffusion.guidance import Rule, tabulate
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.bank import Bank
 from flax_pref.parallel.sharding import batch_sharding
 

@@ -38,7 +38,7 @@ from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.data.selection import Choice, select
 from flax_pref.data.sources import Source, open_source
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.evaluation.runs import open_run, read_image
 from flax_pref.evaluation.scoring import Scores
 from flax_pref.images.image_set import ImageSet, Item

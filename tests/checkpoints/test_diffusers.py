@@ -24,7 +24,7 @@ from flax_pref.checkpoints.diffusers import (
 )
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import save_network, to_stored
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig

@@ -11,7 +11,7 @@ import pytest
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.world import judge
 from flax_pref.world import scenes as world

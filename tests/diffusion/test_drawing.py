@@ -1,15 +1,18 @@
 """Flags become the parts that draw images, once."""
 
 from importlib import resources
+from typing import get_args
 
+import numpy as np
 import pytest
 
 from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.config import UserError
-from flax_pref.diffusion import drawing
+from flax_pref.diffusion import drawing, noise_levels
 from flax_pref.diffusion.drawing import resolve_drawing
-from flax_pref.diffusion.drawing_flags import DrawingFlags, with_preset
+from flax_pref.diffusion.drawing_flags import SPACINGS, DrawingFlags, SolverName, with_preset
 from flax_pref.diffusion.guidance import Schedule, cpgd, merge_weights, tabulate
+from flax_pref.diffusion.scheduler_configs import NAMES
 from flax_pref.images import set_drawing
 from flax_pref.images.image_flags import ImageFlags
 
@@ -115,3 +118,20 @@ def test_flags_are_resolved_once(tmp_path, monkeypatch):
     with pytest.raises(Loading):
         set_drawing.draw_images(flags)
     assert counts == {"_sources": 1, "open_model": 1, "find_checkpoint": 2}, "of two modules"
+
+
+def test_sigmas_spacing_and_solver_are_flags():
+    def timesteps(**flags):
+        return np.asarray(resolve_drawing(DrawingFlags(**{"model": "demo", **flags})).solver.timesteps).tolist()
+
+    assert timesteps(steps=3, spacing="900,500,100", solver="lcm") == [900, 500, 100]
+    assert timesteps(steps=2, spacing="trailing", solver="euler_a") == [999, 499]
+    assert timesteps(steps=10, sigmas="ays", solver="dpm++")[:3] == [999, 850, 736]
+    assert timesteps(steps=2, sigmas="karras", solver="euler") == timesteps(steps=2, solver="euler_karras")
+
+
+def test_the_flags_name_every_solver():
+    assert get_args(SolverName) == tuple(NAMES)
+    assert SPACINGS == noise_levels.SPACINGS
+    listed = get_args(get_args(DrawingFlags.__annotations__["sigmas"])[0])
+    assert {*listed, "ays_sdxl"} == set(noise_levels.SIGMAS)

@@ -70,10 +70,19 @@ def test_a_rule_costs_as_many_predictions_as_its_formula_has(name, rows):
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_layout_does_not_depend_on_strengths(name):
-    strengths = [0, 1, 2.5, -1.0, [0.0, 3.0], Schedule((0, 2), "linear"), Schedule((1, 0), "cosine")]
+    strengths = [0, 0.5, 2.5, -1.0, [0.0, 3.0], Schedule((0, 2), "linear"), Schedule((1, 0), "cosine")]
     strengths += [Schedule((0, 0, 1, 2), "list")]
-    layouts = {layout(tabulate(RULES[name][0](w, s), 4, 2)) for w in strengths for s in strengths}
+    layouts = {layout(tabulate(RULES[name][0](w, s), 4, 2)) for w in [*strengths, 1] for s in strengths}
     assert len(layouts) == 1
+    kept = {layout(tabulate(RULES[name][0](w, 1), 4, 2, keep_unguided=True)) for w in strengths}
+    assert kept == layouts
+
+
+@pytest.mark.parametrize("s", [1, 1.0, [1.0, 1.0], Schedule((1, 1), "linear")])
+def test_a_guidance_scale_of_one_throughout_predicts_no_empty_prompt(s):
+    for rule in (cfg(s), pgd(2.0, s), cpgd(2.0, s)):
+        table = tabulate(rule, 4, 2)
+        assert {table.rows[r][1] for plan in table.plans for r in plan.rows} == {"text"}
 
 
 def test_a_network_that_is_named_twice_is_predicted_once():

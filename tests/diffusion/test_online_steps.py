@@ -8,7 +8,8 @@ import pytest
 from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample_trajectory
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import clean_estimate, ddim, log_prob
+from flax_pref.diffusion.solvers import clean_estimate, log_prob
+from flax_pref.diffusion.timestep_solvers import ddim
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

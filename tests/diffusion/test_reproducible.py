@@ -19,7 +19,7 @@ from flax_pref.checkpoints.lora import lora_network
 from flax_pref.world import scenes as world
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import draw_normal, image_keys
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.parallel.mesh import make_mesh
 
@@ -65,6 +65,10 @@ for name, (mesh, batch_size, chosen) in draws.items():
     texts = np.array(prompts, object)[chosen]
     images = draw(texts, ids[chosen], cfg(3.0), seed=seeds[chosen])
     found["images"][name] = float(np.abs(images - expected[chosen]).max())
+ancestral = solver_from_config(pipeline.scheduler_config, 2, name="euler_a")
+alone = TextToImage(pipeline, ancestral, (64, 64), 8)(prompts, ids, cfg(3.0), seed=seeds)
+shared = TextToImage(pipeline, ancestral, (64, 64), 8, mesh=meshes[8])(prompts, ids, cfg(3.0), seed=seeds)
+found["images"]["8 devices, euler_a"] = float(np.abs(alone - shared).max())
 print(json.dumps(found))
 """
 

@@ -32,7 +32,6 @@ def test_a_schedule_can_be_closed_over_by_cached_functions():
     [
         ("beta_schedule", "squaredcos_cap_v2", "'linear' or 'scaled_linear'"),
         ("prediction_type", "sample", "'epsilon' or 'v_prediction'"),
-        ("rescale_betas_zero_snr", True, "False"),
         ("thresholding", True, "False"),
         ("trained_betas", [0.1, 0.2], "None"),
         ("num_train_timesteps", 0, "integers from 1 to 100000"),

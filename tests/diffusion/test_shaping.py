@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from test_sampler import EMPTY, IDS, SCHEDULE, SOLVER, TEXT, S, W, draw, network, noises
 
+from flax_pref.diffusion.exponential_solvers import dpmpp
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, multi, pgd, tabulate
 from flax_pref.diffusion.shaping import parse_shaping
-from flax_pref.diffusion.solvers import dpmpp, euler, pndm
+from flax_pref.diffusion.sigma_solvers import euler
+from flax_pref.diffusion.timestep_solvers import pndm
 
 ABAR = SCHEDULE.alphas_cumprod
 

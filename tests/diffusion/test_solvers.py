@@ -8,55 +8,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from scheduler_walks import SD, SHAPE, assert_same_trajectory
 
+from flax_pref.diffusion.exponential_solvers import dpmpp
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import Solver, ddim, dpmpp, euler, log_prob, no_history, pndm, solver_from_config, step
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.sigma_solvers import euler
+from flax_pref.diffusion.solvers import log_prob, no_history, step
+from flax_pref.diffusion.timestep_solvers import ddim, pndm
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SHAPE = (2, 4, 3, 2)
 # diffusers' Euler scheduler makes an array of a tensor in a way that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-
-
-@jax.jit
-def trajectory(solver: Solver, noise_preds: np.ndarray, noises: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the network sees and what comes out of every step, for given predictions `[S, ...]`."""
-
-    def advance(carry, table):
-        latents, history = carry
-        row, noise_pred, noise = table
-        after, history = step(latents, noise_pred, row, noise if solver.stochastic else None, history)
-        return (after, history), (row.input_scale * latents, after)
-
-    start = jnp.asarray(solver.init_noise_sigma * noises[-1])
-    return jax.lax.scan(advance, (start, no_history(solver, start)), (solver, noise_preds, noises[:-1]))[1]
-
-
-def reference_trajectory(scheduler, noise_preds: np.ndarray, noises: np.ndarray, **extra):
-    latents = torch.from_numpy(noises[-1]) * scheduler.init_noise_sigma
-    inputs, outputs = [], []
-    for i, t in enumerate(scheduler.timesteps):
-        inputs.append(scheduler.scale_model_input(latents, t))
-        if extra:
-            extra["variance_noise"] = torch.from_numpy(noises[i])
-        latents = scheduler.step(torch.from_numpy(noise_preds[i]), t, latents, **extra).prev_sample
-        outputs.append(latents)
-    return torch.stack(inputs).numpy(), torch.stack(outputs).numpy()
-
-
-def assert_same_trajectory(solver: Solver, scheduler, steps: int, timestep_atol: float = 0.0, **extra):
-    rng = np.random.default_rng(steps)
-    scheduler.set_timesteps(steps)
-    np.testing.assert_allclose(solver.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=timestep_atol)
-    rows = len(scheduler.timesteps)
-    noise_preds = rng.standard_normal((rows, *SHAPE), dtype=np.float32)
-    noises = rng.standard_normal((rows + 1, *SHAPE), dtype=np.float32)
-    expected = reference_trajectory(scheduler, noise_preds, noises, **extra)
-    for ours, theirs in zip(trajectory(solver, noise_preds, noises), expected, strict=True):
-        # Relative to each step's largest latent: errors do not shrink where latents happen to be close to zero.
-        size = np.abs(theirs).max(axis=(1, 2, 3, 4))
-        error = np.abs(ours - theirs).max(axis=(1, 2, 3, 4)) / size
-        assert error.max() < 1e-5
 
 
 @pytest.mark.parametrize("steps", [4, 7, 15, 50])
@@ -154,7 +116,7 @@ def test_unusual_numbers_of_steps_visit_the_timesteps_that_diffusers_visits(step
 def test_dpm_solver_takes_unusual_numbers_of_steps(steps, spacing, karras):
     reference = DPMSolverMultistepScheduler(timestep_spacing=spacing, use_karras_sigmas=karras)
     reference.set_timesteps(steps)
-    solver = dpmpp(NoiseSchedule(), steps, spacing=spacing, karras=karras)
+    solver = dpmpp(NoiseSchedule(), steps, spacing=spacing, sigmas="karras" if karras else None)
     np.testing.assert_array_equal(solver.timesteps, reference.timesteps.numpy())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(solver))
 
@@ -198,10 +160,10 @@ def test_the_published_schedulers_sample_with_their_own_solver_by_default():
 def test_another_scheduler_class_is_refused_with_the_names_that_may_be_asked_for():
     with pytest.raises(
         ValueError,
-        match=r"_class_name='HeunDiscreteScheduler' is not supported; supported: DDIMScheduler or DPMSolver.*; "
-        r"pass as name one of ddim, dpm\+\+, dpm\+\+_karras, euler, euler_karras, pndm to",
+        match=r"_class_name='ScoreSdeVeScheduler' is not supported; supported: DDIMScheduler or DDPMScheduler or .*; "
+        r"pass as name one of ddim, ddpm, deis, dpm\+\+, dpm\+\+_karras, .* to sample with that instead",
     ):
-        solver_from_config(SD | {"_class_name": "HeunDiscreteScheduler"}, 10)
+        solver_from_config(SD | {"_class_name": "ScoreSdeVeScheduler"}, 10)
 
 
 @pytest.mark.parametrize(
@@ -210,17 +172,16 @@ def test_another_scheduler_class_is_refused_with_the_names_that_may_be_asked_for
         ("DDIMScheduler", "clip_sample", True),
         ("DDIMScheduler", "thresholding", True),
         ("DDIMScheduler", "prediction_type", "sample"),
-        ("DPMSolverMultistepScheduler", "algorithm_type", "sde-dpmsolver++"),
+        ("DPMSolverMultistepScheduler", "algorithm_type", "sde-dpmsolver"),
         ("DPMSolverMultistepScheduler", "final_sigmas_type", "lowest"),
         ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1),
-        ("DPMSolverMultistepScheduler", "solver_order", 3),
-        ("DPMSolverMultistepScheduler", "solver_type", "heun"),
+        ("DPMSolverMultistepScheduler", "solver_order", 4),
+        ("DPMSolverMultistepScheduler", "solver_type", "euler"),
         ("DPMSolverMultistepScheduler", "use_lu_lambdas", True),
         ("EulerDiscreteScheduler", "sigma_min", 0.1),
-        ("EulerDiscreteScheduler", "use_exponential_sigmas", True),
         ("EulerDiscreteScheduler", "interpolation_type", "log_linear"),
         ("EulerDiscreteScheduler", "timestep_type", "continuous"),
-        ("EulerDiscreteScheduler", "final_sigmas_type", "sigma_min"),
+        ("EulerDiscreteScheduler", "final_sigmas_type", "lowest"),
         ("PNDMScheduler", "skip_prk_steps", False),
     ],
 )
@@ -263,10 +224,10 @@ def test_eta_outside_its_range_is_refused(eta):
 
 
 def test_eta_and_unknown_names_are_refused_where_they_mean_nothing():
-    with pytest.raises(ValueError, match=r"eta=0\.5 applies to ddim only"):
+    with pytest.raises(ValueError, match=r"eta=0\.5 applies to ddim and tcd only, euler draws no noise"):
         solver_from_config(SD, 5, name="euler", eta=0.5)
-    with pytest.raises(ValueError, match=r"name must be one of ddim, dpm\+\+, .*, got 'heun'"):
-        solver_from_config(SD, 5, name="heun")
+    with pytest.raises(ValueError, match=r"name must be one of ddim, ddpm, .*, got 'ancestral'"):
+        solver_from_config(SD, 5, name="ancestral")
 
 
 def row_of(solver, i):
@@ -345,10 +306,10 @@ def test_a_solver_that_draws_no_noise_has_no_log_probabilities():
     "solvers",
     [
         [
-            dpmpp(NoiseSchedule(), 6, spacing=s, karras=k)
+            dpmpp(NoiseSchedule(), 6, spacing=s, sigmas="karras" if k else None)
             for s, k in itertools.product(("leading", "linspace"), (False, True))
         ],
-        [euler(NoiseSchedule(), 6, karras=karras) for karras in (False, True)],
+        [euler(NoiseSchedule(), 6, sigmas="karras" if karras else None) for karras in (False, True)],
         [ddim(NoiseSchedule(), 6, eta=eta) for eta in (0.2, 1.0)],
         [pndm(schedule, 6) for schedule in (NoiseSchedule(), NoiseSchedule(prediction_type="v_prediction"))],
     ],

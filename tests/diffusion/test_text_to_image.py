@@ -10,7 +10,7 @@ from training.tiny import tiny_checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.diffusion.guidance import chats, npo
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.lora import join_lora, split_lora
 from flax_pref.serving.export import export_sampler

@@ -7,7 +7,7 @@ import pytest
 from preference_formulas import SCHEDULE
 
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.methods import DiffusionNFT
 
 COUNT, SHAPE, TOLERANCE = 4, (2, 3, 2), 1e-6

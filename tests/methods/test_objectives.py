@@ -86,7 +86,7 @@ def test_each_row_is_its_own_image_under_the_noise_and_the_timestep_of_its_pair(
     noisy = noisy_images(batch, KEY, SCHEDULE, images)
     timesteps, noise = draw_noise(SCHEDULE, batch["winner"], KEY)
     np.testing.assert_array_equal(noisy.timesteps, timesteps)
-    np.testing.assert_array_equal(noisy.noise[:, 0], noise)
+    np.testing.assert_array_equal(noisy.target[:, 0], noise)
     abar = SCHEDULE.alphas_cumprod[np.asarray(timesteps)][:, None, None, None]
     for r, image in enumerate(images):
         np.testing.assert_array_equal(noisy.text[:, r], batch["text"])

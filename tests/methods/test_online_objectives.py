@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from preference_formulas import SCHEDULE, gradients, sigmoid
 
-from flax_pref.diffusion.solvers import ddim
+from flax_pref.diffusion.timestep_solvers import ddim
 from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.methods.ddpo import advantages
 

@@ -548,12 +548,6 @@ def test_the_score_of_mapo_does_not_overflow_where_training_has_diverged():
     assert float(likelihood(jnp.float32(1e-6))) == pytest.approx(1, rel=1e-6)
 
 
-def test_a_base_that_does_not_predict_noise_is_refused():
-    velocity = type(SCHEDULE)(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="prediction_type is 'v_prediction', expected 'epsilon'"):
-        DiffusionDPO(beta=1.0).loss(predict_with({}), BATCH, KEY, schedule=velocity)
-
-
 def test_no_module_to_train_is_an_error():
     with pytest.raises(ValueError, match="train is 'none'; expected 'both', 'pos' or 'neg'"):
         PositiveNegative(train="none")

@@ -25,8 +25,8 @@ from flax_pref.diffusion.guidance import cfg, cpgd, cpgd_conditional, pgd, tabul
 from flax_pref.diffusion.latents import decode_latents
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import ddim
 from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.diffusion.timestep_solvers import ddim
 from flax_pref.models.bank import AXIS, Bank, Member, stack
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.lora import join_lora, select_lora, split_lora

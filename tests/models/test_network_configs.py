@@ -7,7 +7,7 @@ import pytest
 
 from flax_pref.checkpoints.weights import read_config
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.files import read_json
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig

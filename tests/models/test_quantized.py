@@ -11,7 +11,7 @@ import pytest
 from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.bank import Bank, Member
 from flax_pref.models.quantized import Quantized, quantize
 

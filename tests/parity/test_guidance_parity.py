@@ -15,7 +15,7 @@ from flax_pref.checkpoints.diffusers import load_unet
 from flax_pref.checkpoints.lora import load_lora_network
 from flax_pref.diffusion.guidance import cpgd, pgd, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.bank import Bank, Member
 
 CONFIG = SD15_UNET | {

@@ -11,7 +11,7 @@ from torch_reference import nchw
 from flax_pref.checkpoints.diffusers import load_pipeline, save_pipeline
 from flax_pref.diffusion.guidance import cfg
 from flax_pref.diffusion.sampler import image_keys
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 
 # diffusers' and transformers' own housekeeping, none of ours.

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from flax_pref.checkpoints.tokenizer import load_tokenizer
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.presets import FAMILIES
 from flax_pref.models.unet import UNet2DCondition, UNetConfig

@@ -206,9 +206,7 @@ def test_a_single_file_is_the_checkpoint_with_the_module_in_its_weights(tmp_path
     if weights == "full":
         jax.tree.map(np.testing.assert_array_equal, loaded.unet.params, params["pos"])
     else:
-        export_modules(
-            tmp_path, trained, pipeline.unet, pipeline.unet.params, params, KIND, ExportConfig(), lambda: None
-        )
+        export_modules(tmp_path, *rest, ExportConfig(), lambda: pipeline, INFO)
         guided = load_modules(pipeline.unet, {"pos": tmp_path / "pos.safetensors"})
         merged = merge_modules(pipeline.unet, guided, {"pos": 1.0, "base": -1.0})
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loaded.unet.params, merged.params)

@@ -19,7 +19,8 @@ from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Br
 from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.schedule import NoiseSchedule
-from flax_pref.diffusion.solvers import log_prob, solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
+from flax_pref.diffusion.solvers import log_prob
 from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, TailorPO
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.training.rollouts import Prompts, RolloutConfig

@@ -13,7 +13,7 @@ from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.diffusion.conditioning import encode_empty, encode_prompts
 from flax_pref.diffusion.guidance import cfg
-from flax_pref.diffusion.solvers import solver_from_config
+from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.methods import D3PO, DDPO, SPO, TailorPO
 from flax_pref.models.lora import bank_predict, join_lora, split_lora
