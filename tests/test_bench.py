@@ -155,7 +155,6 @@ def test_the_real_sampler_is_measured_with_its_writer(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("load", "--part", "pipeline"), "--part pipeline needs --folder"),
         (("guidance", "--batch-size", "0"), "--batch-size 0; expected at least one image"),
         (("guidance", "--steps", "0"), "steps must lie in 1"),
         (("writing", "--images", "0"), "0 images in batches of 4"),

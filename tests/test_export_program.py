@@ -12,10 +12,10 @@ import pytest
 from jax import export as jax_export
 from PIL import Image
 
+from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
-from flax_pref.diffusion import drawing
 from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.serving.sampler import FORMAT, load_sampler
 from sample import export, images
@@ -217,7 +217,7 @@ def test_a_jax_that_is_too_new_or_too_old_is_told_which_one_wrote_the_program(ex
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(flags, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "load_pipeline", None)
+    monkeypatch.setattr(Checkpoint, "load", None)
     with pytest.raises((UserError, OSError), match=message):
         export.main(["--model", "demo", "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()

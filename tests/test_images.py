@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
@@ -273,7 +274,7 @@ DEMO = ("--model", "demo", "--prompt", "a")
         (("--model", "no/such/model", "--prompt", "a"), "no/such/model: no such file or folder"),
         (("--model", "owner/name", "--prompt", "a"), "owner/name: no such file or folder, the Hub cannot be reached"),
         (("--model", "flax_pref/world", "--prompt", "a"), "flax_pref/world/model_index.json: no such file; expected a"),
-        (("--model", "README.md", "--prompt", "a"), "README.md: may hold code"),
+        (("--model", "README.md", "--prompt", "a"), "README.md: is no file of weights (.safetensors, .ckpt"),
         ((*DEMO, "--step", "3"), "perhaps you meant --steps"),
         ((*DEMO, "--steps", "0"), "--steps 0: expected at least 1"),
         ((*DEMO, "--steps", "5000"), "scheduler_config.json: solver: steps must lie in 1"),
@@ -347,7 +348,7 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, m
     out = () if "--out" in flags else ("--out", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["images", *flags, *out])
     monkeypatch.setattr(drawing, "fingerprint", refuse)
-    monkeypatch.setattr(drawing, "load_pipeline", refuse)
+    monkeypatch.setattr(Checkpoint, "load", refuse)
     from flax_pref.config import run_main
 
     try:
@@ -361,7 +362,7 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(flags, message, tmp_path, m
 
 
 def test_a_second_program_in_the_same_folder_is_told_who_writes_there_and_loads_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "load_pipeline", refuse)
+    monkeypatch.setattr(Checkpoint, "load", refuse)
     out = tmp_path / "out"
     out.mkdir()
     message = (

@@ -131,6 +131,7 @@ OTHERS = (
         "a network of a folder in the layout of diffusers: give that folder, with its model_index.json",
     ),
 )
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 SUPPORTED = "expected Stable Diffusion 1.x, 2.x or XL in the layout of the original code, or a folder of diffusers"
 
 
@@ -152,6 +153,8 @@ def read_single_file(file: Path, *, prediction_type: PredictionType | None = Non
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or of another kind; names the file and a key.
     """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: is no file of weights ({', '.join(SUFFIXES)}); {SUPPORTED}")
     shapes = read_shapes(file)
     try:
         return _read(file, shapes, prediction_type)

@@ -219,15 +219,6 @@ def test_a_large_network_is_written_in_shards_that_diffusers_and_we_read(pipelin
     assert all((theirs[name].numpy() == ours[name]).all() for name in ours)
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_single_file_is_refused_with_the_way_to_a_folder(suffix, tmp_path):
-    file = tmp_path / f"v1-5{suffix}"
-    file.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"is a single file, expected a folder.*from_single_file") as error:
-        load_pipeline(file)
-    assert ("may hold code" in str(error.value)) == (suffix == ".ckpt")
-
-
 def test_pickled_weights_are_refused_and_said_how_to_convert(vae_folder):
     (vae_folder / WEIGHTS).rename(vae_folder / "diffusion_pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"pickle files are refused.*safe_serialization=True"):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_preparation import contents, opened, photo
 
+from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.config import UserError, parse_flags
 from flax_pref.data import encode_set as encode_set_module
@@ -341,8 +342,8 @@ def test_sizes_that_the_autoencoder_cannot_take_are_refused_before_the_set_is_re
     tmp_path, monkeypatch, encoding, message
 ):
     config = config_of(tmp_path / "set", write_set(tmp_path / "a.parquet", count=2), **encoding)
-    for name in ("select", "load_pipeline"):
-        monkeypatch.setattr(encode_set_module, name, None)
+    monkeypatch.setattr(encode_set_module, "select", None)
+    monkeypatch.setattr(Checkpoint, "load", None)
     with pytest.raises(ValueError, match=message):
         encode_set(config)
 

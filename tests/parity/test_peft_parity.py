@@ -130,7 +130,7 @@ def test_a_folder_of_peft_is_a_module_of_the_programs(plain):
 
 
 CHANGES = {
-    "use_dora": (True, "'use_dora' is not supported"),
+    "use_dora": (True, "'use_dora' is set, but"),
     "lora_bias": (True, "'lora_bias' is not supported"),
     "bias": ("all", "'bias' is not supported"),
     "modules_to_save": (["conv_in"], "'modules_to_save' is not supported"),

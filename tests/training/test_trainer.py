@@ -264,7 +264,7 @@ def test_buckets_that_the_autoencoder_or_the_mesh_cannot_take_are_refused_before
     for name in (PAIRS, CAPTIONS):  # half latents
         file = odd / name / "metadata.json"
         file.write_text(file.read_text().replace("14", "13"))
-    monkeypatch.setattr(trainer, "load_unet", None)
+    monkeypatch.setattr(trainer.Run, "_load_base", None)
     with pytest.raises(ValueError, match=r"odd: size=\(13, 18\): height and width must be multiples of 2"):
         train(run("odd", data=odd))
     with pytest.raises(ValueError, match=r"a batch of 4 cannot be divided over accumulation=1 and the mesh 'data=3'"):
@@ -618,8 +618,7 @@ def test_a_run_that_was_begun_without_a_consensus_has_no_setting_of_one(run):
 def test_a_consensus_that_cannot_be_is_one_line_before_anything_is_loaded(
     world, scored, tmp_path, flags, message, capsys, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "find_checkpoint", None)
-    monkeypatch.setattr(trainer, "load_unet", None)
+    monkeypatch.setattr(trainer, "open_model", None)
     config = ["configs/demo/dpo.py", "--data", str(scored), "--model", str(world / "sd15"), "--output", str(tmp_path)]
     with contextlib.suppress(SystemExit):
         assert run_main(modules.main, [*config, *flags]) == 1
