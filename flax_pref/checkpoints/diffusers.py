@@ -103,7 +103,7 @@ def open_checkpoint(
     else:
         checkpoint = read_folder(found, variant=variant)
     if vae is not None:
-        checkpoint = checkpoint.with_vae(open_vae(vae, variant=variant))
+        checkpoint = checkpoint.with_vae(open_vae(vae, checkpoint.class_name, variant=variant))
     if text_encoders is not None:
         checkpoint = checkpoint.with_text_encoders(open_checkpoint(text_encoders, variant=variant))
     return checkpoint
@@ -121,11 +121,12 @@ def open_model(flags: ModelFlags, *, weights: bool = True) -> Checkpoint:
     )
 
 
-def open_vae(path_or_id: str | Path, *, variant: str | None = None) -> Part:
+def open_vae(path_or_id: str | Path, class_name: str, *, variant: str | None = None) -> Part:
     """Finds the autoencoder of a checkpoint, or one that is kept alone.
 
     Args:
         path_or_id: as for `load_pipeline`, or a folder with the config.json of an autoencoder.
+        class_name: of the checkpoint that it is for.
         variant: of the weight files.
 
     Raises:
@@ -133,7 +134,7 @@ def open_vae(path_or_id: str | Path, *, variant: str | None = None) -> Part:
     """
     found = find_checkpoint(path_or_id, variant=variant)
     if found.is_file():
-        return read_single_file(found).part("vae")
+        return read_single_file(found, class_name=class_name).part("vae")
     if (found / "config.json").is_file():
         return _part("vae", found, variant)
     return read_folder(found, variant=variant).part("vae")

@@ -66,6 +66,7 @@ class Layout(NamedTuple):
 
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE_ALONE = "encoder.conv_in.weight"
 END = "<|endoftext|>"
 LAYOUTS = {
     "sd1": Layout(
@@ -139,7 +140,9 @@ SUPPORTED = "expected Stable Diffusion 1.x, 2.x or XL in the layout of the origi
 # Reading
 
 
-def read_single_file(file: Path, *, prediction_type: PredictionType | None = None) -> Checkpoint:
+def read_single_file(
+    file: Path, *, prediction_type: PredictionType | None = None, class_name: str | None = None
+) -> Checkpoint:
     """Finds the networks of a file; reads no weights.
 
     Averages of the weights (EMA) beside the weights themselves are left out, as diffusers does.
@@ -148,6 +151,7 @@ def read_single_file(file: Path, *, prediction_type: PredictionType | None = Non
         file: `.safetensors`, or a `.ckpt` or `.pt` of torch, which `checkpoints.torch_files` reads.
         prediction_type: what the UNet predicts, where the file does not say. Without it, Stable Diffusion 1.x and XL
             predict noise unless the file has the key "v_pred".
+        class_name: of the checkpoint that an autoencoder is for, which a file that holds it alone does not say.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -157,7 +161,7 @@ def read_single_file(file: Path, *, prediction_type: PredictionType | None = Non
         raise ValueError(f"{file}: is no file of weights ({', '.join(SUFFIXES)}); {SUPPORTED}")
     shapes = read_shapes(file)
     try:
-        return _read(file, shapes, prediction_type)
+        return _read(file, shapes, prediction_type, class_name)
     except (LookupError, ValueError) as error:
         text = str(error) if isinstance(error, ValueError) else f"no weight {error.args[0]!r}"
         raise ValueError(text if text.startswith(f"{file}:") else f"{file}: {text}") from error
@@ -168,11 +172,13 @@ def holds_network(names: Iterable[str]) -> bool:
     return any(name.startswith((f"{UNET}input_blocks.", "input_blocks.0.")) for name in names)
 
 
-def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None) -> Checkpoint:
+def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, class_name: str | None) -> Checkpoint:
     name = _family(file, shapes)
+    if VAE_ALONE in shapes and class_name is not None:
+        name = next(name for name, layout in LAYOUTS.items() if layout.class_name == class_name)
     layout = LAYOUTS[name]
     prefixes = {"unet": UNET, "vae": VAE, **layout.text_encoders}
-    for part, first in (("unet", "input_blocks.0.0.weight"), ("vae", "encoder.conv_in.weight")):
+    for part, first in (("unet", "input_blocks.0.0.weight"), ("vae", VAE_ALONE)):
         if first in shapes:  # a file of this network alone
             prefixes = {part: ""}
     found: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -227,7 +233,7 @@ def _family(file: Path, shapes: Shapes) -> str:
     projections = [shape for key, shape in shapes.items() if key.endswith(".1.proj_in.weight")]
     if any(len(shape) == 2 for shape in projections):
         return "sd2"
-    if not projections and not {"encoder.conv_in.weight", f"{VAE}encoder.conv_in.weight"} & set(shapes):
+    if not projections and not {VAE_ALONE, f"{VAE}{VAE_ALONE}"} & set(shapes):
         raise ValueError(f"{file}: holds none of the networks of Stable Diffusion; {SUPPORTED}")
     return "sd1"
 

@@ -183,7 +183,7 @@ class OfflineArm(NamedTuple):
     caption_dropout: float = 0.2
 
 
-OFFLINE_RATES = (1.5e-4, 5e-4, 1.5e-3)
+OFFLINE_RATES = (1.5e-4, 5e-4, 1.5e-3, 4.5e-3)
 OFFLINE = {
     "DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta), lambda w, s: cfg(s, "dpo")),
     "Poly-DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta, poly_alpha=8.0), lambda w, s: cfg(s, "dpo")),

@@ -261,8 +261,9 @@ def test_a_file_with_the_unet_alone_takes_the_rest_from_elsewhere(saved, tmp_pat
     same(load_pipeline(alone, vae=folder / "vae", text_encoders=file), pipeline)
 
 
-def test_names_without_a_prefix_are_a_network_alone(saved, tmp_path):
-    pipeline, file, folder = saved["sd1"]
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_names_without_a_prefix_are_a_network_alone(saved, tmp_path, family):
+    pipeline, file, folder = saved[family]
 
     def strip(prefix):
         def change(tensors):
