@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from flax_pref.config import UserError
 from flax_pref.files import one_writer
@@ -60,12 +61,15 @@ def test_the_demo_runs_without_torch_and_twice_the_same(tmp_path):
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
     assert strip_time(reports[0]) == strip_time(reports[1])
     assert reports[0]["prompts"] >= 16
-    assert set(reports[0]["methods"]) == {"base", "dpo", "pgd", "cpgd"}
+    assert set(reports[0]["methods"]) == {"base", "cfg", "dpo", "pgd", "cpgd"}
     assert "held-out prompts" in done.stdout
     assert "step/s" in done.stderr and "image/s" in done.stderr, "progress with rates"
     expected = {".lock", "config.json", "pairs.parquet", "dpo.safetensors", "pos.safetensors", "neg.safetensors"}
-    expected |= {"report.json", "report.html", "grid.png", "sweep.png"}
+    expected |= {"report.json", "report.html", "grid.png", "sweep.png", "training"}
     assert {path.name for path in (tmp_path / "first").iterdir()} == expected
+    for module, rule in (("dpo", "pgd"), ("pos", "cpgd"), ("neg", "cpgd")):
+        with safe_open(tmp_path / "first" / f"{module}.safetensors", framework="numpy") as file:
+            assert float(file.metadata()["flax_pref.w"]) == reports[0]["methods"][rule]["w"]
 
 
 DEMO = ("-m", "train.demo", "configs/demo/demo.py")

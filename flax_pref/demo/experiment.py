@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flax_pref.checkpoints.diffusers import load_pipeline
-from flax_pref.checkpoints.lora import load_lora_network
+from flax_pref.checkpoints.lora import load_lora_network, tell_strength
 from flax_pref.config import check_least, check_positive, check_seed, check_share
 from flax_pref.data.encode import EncodedSet, Encoding, PairEncoder
 from flax_pref.data.images import encode_jpeg
@@ -313,6 +313,8 @@ class Demo:
         best = {name: sweep.best(name) for name in sweep.scores}
         for name, ends in sweep.ends().items():
             print(f"note: {LABELS[name]} is best at {ends:g}, the end of its candidates; name others beyond it")
+        for module, rule in (("dpo", "pgd"), ("pos", "cpgd"), ("neg", "cpgd")):
+            tell_strength(config.output / f"{module}.safetensors", best[rule])
         rules = {
             "base": cfg(s),
             "cfg": cfg(best["cfg"]),
