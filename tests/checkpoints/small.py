@@ -43,9 +43,9 @@ def small_pipeline(family: str) -> Pipeline:
         layers_per_block=1,
     )
     return Pipeline(
-        unet=_random("unet", unet),
-        vae=_random("vae", vae),
-        text_encoders=tuple(_random("text_encoder", text) for text in texts),
+        unet=random_network("unet", unet),
+        vae=random_network("vae", vae),
+        text_encoders=tuple(random_network("text_encoder", text) for text in texts),
         tokenizers=tuple(clip_tokenizer(pad_token=token) for token in layout.pad_tokens),
         scheduler_config={**layout.scheduler_config, "prediction_type": "epsilon"},
         force_zeros_for_empty_prompt=family == "sdxl",
@@ -64,7 +64,8 @@ SDXL_BLOCKS = {
 }
 
 
-def _random(kind, config):
+def random_network(kind, config):
+    """A network with random weights, the same at each call."""
     network = abstract_network(kind, config)
     rng = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from checkpoints.small import small_pipeline
+from checkpoints.small import random_network, small_pipeline
 from safetensors.numpy import load_file, save_file
 
 from flax_pref.checkpoints.diffusers import load_pipeline, open_checkpoint, save_pipeline
@@ -82,6 +82,14 @@ def test_diffusers_reads_the_same_weights_from_the_file_as_from_the_folder(saved
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert (found[name] == tensor).all(), name
+
+
+def test_a_unet_that_is_told_a_guidance_scale_comes_back(saved, tmp_path):
+    pipeline = saved["sd1"][0]
+    config = dataclasses.replace(pipeline.unet.config, time_cond_proj_dim=32)
+    pipeline = pipeline.replace(unet=random_network("unet", config))
+    save_single_file(pipeline, tmp_path / "lcm.safetensors", dtype="float32")
+    same(load_pipeline(tmp_path / "lcm.safetensors"), pipeline)
 
 
 def test_a_folder_becomes_a_file(saved, tmp_path):
