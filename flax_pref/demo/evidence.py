@@ -132,6 +132,7 @@ class Evidence:
     def says(self, cell: str, one: str, other: str, **what) -> str:
         """One sentence: whether a way gains over another."""
         gained = self.gain(cell, one, other, **what)
+        one, other = (f'"{name}"' if "," in name else name for name in (one, other))  # a comma is no end of a name
         if not gained.sign:
             return f"Between {one} and {other} no difference is shown: {gained}."
         return f"{one} scores {'higher' if gained.sign > 0 else 'lower'} than {other}: {gained}."

@@ -186,7 +186,10 @@ def test_online_methods_are_compared_at_equal_budgets(tmp_path):
                     for term in ("reward", "calls", "predictions")
                 ]
     page = write_page(rows, config, QUESTIONS, "make study").read_text()
-    assert "At equal numbers of scored images: TailorPO, equal calls scores higher than D3PO, equal calls: +0.1" in page
+    assert (
+        'At equal numbers of scored images: "TailorPO, equal calls" scores higher than "D3PO, equal calls": +0.1'
+        in page
+    )
     assert re.search(r"^\| D3PO \| \+0\.\d+ \[.*-0\.050 \[-0\.050, -0\.050\] \|$", page, re.MULTILINE)
 
 
