@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 PredictionType = Literal["epsilon", "v_prediction"]
+PLACES = ("model", "vae", "text_encoders")  # of these settings, which name places
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

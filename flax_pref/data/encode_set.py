@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax_pref.checkpoints.abstract import describe
 from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import open_model
+from flax_pref.checkpoints.model_flags import PLACES
 from flax_pref.checkpoints.modules import fingerprint
 from flax_pref.config import check_output_folder
 from flax_pref.data.buckets import size_text
@@ -33,7 +34,7 @@ from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 
 # What may differ between hosts. Of the inputs, which may lie elsewhere, the content is compared when it is known.
-FREE_OF_HOSTS = ("hosts", "model", "source.path", "mesh", "encoding.batch_size")
+FREE_OF_HOSTS = ("hosts", *PLACES, "source.path", "mesh", "encoding.batch_size")
 
 
 def encode(
@@ -132,7 +133,7 @@ def _encode(reader: PairReader, config: EncodeConfig, process: int, processes: i
         process_index=process,
         process_count=processes,
     )
-    agree(lambda: flat(_contents_of(preparation, config), free=("model", "source.path")))
+    agree(lambda: flat(_contents_of(preparation, config), free=(*PLACES, "source.path")))
     preparation.begin()
     if preparation.finished:
         print(f"{config.output}: is complete; nothing to do")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import open_model
+from flax_pref.checkpoints.embeddings import add_embedding
 from flax_pref.checkpoints.hub import find_checkpoint
 from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
 from flax_pref.config import UserError
@@ -35,6 +36,7 @@ class Drawing:
     Attributes:
         flags: that were resolved.
         checkpoint: the model, without its weights.
+        embeddings: path of each textual inversion by its word.
         sources: paths of each module by its name, with their strengths.
         rule: that combines the modules.
         terms: arguments of `rules.named_rule` for the rule to sample with, which JSON can hold: those of `rule`, or of
@@ -47,6 +49,7 @@ class Drawing:
 
     flags: DrawingFlags
     checkpoint: Checkpoint
+    embeddings: Mapping[str, str]
     sources: Mapping[str, Sequence[tuple[str, float]]]
     rule: Rule
     terms: Mapping[str, Any]
@@ -64,6 +67,7 @@ class Drawing:
             "modules": {name: _told(parts) for name, parts in self.sources.items()},
             "model_sha256": fingerprint(self.checkpoint.path),
             **{f"{name}_sha256": fingerprint(path) for name, path in self.checkpoint.replaced().items()},
+            **{f"embedding_{name}_sha256": fingerprint(file) for name, file in self.embeddings.items()},
             "modules_sha256": {name: "+".join(map(fingerprint, paths)) for name, paths in parts.items()},
         }
 
@@ -77,6 +81,8 @@ class Drawing:
         """
         flags = self.flags
         pipeline = self.checkpoint.load(jnp.dtype(dtype))
+        for name, file in self.embeddings.items():
+            pipeline = add_embedding(pipeline, name, file)
         guided = load_modules(pipeline.unet, self.sources, own_base=flags.module_base, dtype=jnp.dtype(dtype))
         if flags.merge:
             guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(self.rule)), modules={})
@@ -110,13 +116,13 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
             make so many steps, a strength does not fit the steps, the size is not one of the checkpoint's, or a config
             file is not what the networks need.
     """
-    sources = _sources(flags)
+    sources, embeddings = _sources(flags), _embeddings(flags)
     terms = _terms(flags, sources)
     rule = named_rule(**terms)
     if weights:
         _check_modules(rule, sources, flags)
     checkpoint = open_model(flags, weights=weights)
-    for path in _module_files(flags, sources):
+    for path in (*_module_files(flags, sources), *embeddings.values()):
         find_checkpoint(path)
     unet = checkpoint.config("unet")
     imitated, guiding = IMITATED_GUIDANCE, flags
@@ -132,7 +138,14 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     sampled = named_rule(**terms)
     tabulate(sampled, len(solver.timesteps), 1)
     return Drawing(
-        **{"flags": flags, "checkpoint": checkpoint, "sources": sources, "rule": rule, "terms": terms},
+        **{
+            "flags": flags,
+            "checkpoint": checkpoint,
+            "embeddings": embeddings,
+            "sources": sources,
+            "rule": rule,
+            "terms": terms,
+        },
         **{"sampled": sampled, "solver": solver, "size": size, "imitated_guidance": imitated},
     )
 
@@ -157,6 +170,19 @@ def _sources(flags: DrawingFlags) -> dict[str, list[tuple[str, float]]]:
             raise UserError(f"--module {text}: {file} is part of {name} already; expected each file once")
         modules.setdefault(name, []).append((file, strength))
     return modules
+
+
+def _embeddings(flags: DrawingFlags) -> dict[str, str]:
+    """Path of each textual inversion by its word."""
+    found: dict[str, str] = {}
+    for text in flags.embedding:
+        name, _, path = text.partition("=")
+        if not name or not path or name in found:
+            raise UserError(
+                f"--embedding {text}: expected NAME=FILE with a name of its own, e.g. '<toy>=toy.safetensors'"
+            )
+        found[name] = path
+    return found
 
 
 def _told(parts: Sequence[tuple[str, float]]) -> str:

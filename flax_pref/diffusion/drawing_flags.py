@@ -58,6 +58,8 @@ class DrawingFlags(ModelFlags):
     whose differences from the base add up. PATH is a file of adapters, or a folder with adapters or full weights. The
     rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned, any names for
     multi."""
+    embedding: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Textual inversion as NAME=FILE; repeat the flag for each. Prompts that hold the word NAME see its vectors."""
     module_base: str | None = None
     """Checkpoint that the modules were trained on, if it is not the model: their difference is predicted on it
     (default: LoRA modules are moved onto the model)."""

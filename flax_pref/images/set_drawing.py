@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from flax_pref.checkpoints.model_flags import PLACES
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
@@ -40,7 +41,8 @@ WORKING = (
     *("batch_size", "mesh", "hosts", "attention"),
 )
 # What may differ between hosts: how each works, and where inputs lie, of which the content is compared.
-FREE_OF_HOSTS = ("hosts", "model", "module", "module_base", "prompts", "batch_size", "mesh", "attention")
+NAMED = (*PLACES, "module", "module_base", "embedding")  # files, which may lie elsewhere on another host
+FREE_OF_HOSTS = ("hosts", *NAMED, "prompts", "batch_size", "mesh", "attention")
 
 
 def draw_images(flags: ImageFlags) -> int:
@@ -63,7 +65,7 @@ def draw_images(flags: ImageFlags) -> int:
     with watched():
         begin_together(flags, FREE_OF_HOSTS)
         work = resolve_images(flags)
-        agree(lambda: flat({**work.settings, "prompts": work.prompts}, free=("model", "module_base")))
+        agree(lambda: flat({**work.settings, "prompts": work.prompts}, free=NAMED))
         images = ImageSet(
             flags.out,
             work.items,

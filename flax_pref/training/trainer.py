@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flax_pref.checkpoints.checkpoint import Checkpoint, Pipeline
 from flax_pref.checkpoints.diffusers import open_model
-from flax_pref.checkpoints.model_flags import ModelFlags
+from flax_pref.checkpoints.model_flags import PLACES, ModelFlags
 from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import abstract_network
@@ -210,7 +210,7 @@ FREE = (
 FREE_OF_INPUT = ("threads", "prefetch", "workers")
 # What may differ between hosts. Inputs may lie elsewhere on each: `contents_of` has what must be alike of them.
 FREE_OF_HOSTS = (
-    *("hosts", "host_timeout", "data", "model", "init_from", "online.prompts"),
+    *("hosts", "host_timeout", "data", *PLACES, "init_from", "online.prompts"),
     *(f"input.{name}" for name in FREE_OF_INPUT),
 )
 

@@ -135,3 +135,14 @@ def test_the_flags_name_every_solver():
     assert SPACINGS == noise_levels.SPACINGS
     listed = get_args(get_args(DrawingFlags.__annotations__["sigmas"])[0])
     assert {*listed, "ays_sdxl"} == set(noise_levels.SIGMAS)
+
+
+def test_textual_inversions_are_flags(tmp_path):
+    (tmp_path / "toy.safetensors").write_bytes(b"")
+    found = resolve_drawing(DrawingFlags(model="demo", embedding=(f"<toy>={tmp_path / 'toy.safetensors'}",)))
+    assert found.embeddings == {"<toy>": str(tmp_path / "toy.safetensors")}
+    for wrong in ("toy", "=toy.safetensors", "toy="):
+        with pytest.raises(UserError, match=f"--embedding {wrong}: expected NAME=FILE"):
+            resolve_drawing(DrawingFlags(model="demo", embedding=(wrong,)))
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+        resolve_drawing(DrawingFlags(model="demo", embedding=("<toy>=nowhere.safetensors",)))
