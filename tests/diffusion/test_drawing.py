@@ -144,5 +144,5 @@ def test_textual_inversions_are_flags(tmp_path):
     for wrong in ("toy", "=toy.safetensors", "toy="):
         with pytest.raises(UserError, match=f"--embedding {wrong}: expected NAME=FILE"):
             resolve_drawing(DrawingFlags(model="demo", embedding=(wrong,)))
-    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors: no such file"):
         resolve_drawing(DrawingFlags(model="demo", embedding=("<toy>=nowhere.safetensors",)))
