@@ -172,7 +172,7 @@ class OfflineArm(NamedTuple):
         method: of the settings of the demo.
         rule: of a strength and the guidance scale, as published.
         strengths: see `Way`.
-        learning_rate: the best of `OFFLINE_RATES` on training prompts, see the cell "offline tuning".
+        learning_rate: the best of `OFFLINE_RATES` and `MORE_RATES` on training prompts, see the cell "offline tuning".
         caption_dropout: share of prompts that are replaced by the empty one.
     """
 
@@ -184,6 +184,8 @@ class OfflineArm(NamedTuple):
 
 
 OFFLINE_RATES = (1.5e-4, 5e-4, 1.5e-3, 4.5e-3)
+# Where the best of these is the last or the first.
+MORE_RATES = {"DPO": (1.35e-2,), "SNPO": (1.35e-2,), "MaPO": (5e-5,)}
 OFFLINE = {
     "DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta), lambda w, s: cfg(s, "dpo")),
     "Poly-DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta, poly_alpha=8.0), lambda w, s: cfg(s, "dpo")),
@@ -213,7 +215,9 @@ ARMS |= {f"offline {name}": Arm(arm.method, _offline_training(arm)) for name, ar
 WAYS |= {f"offline {name}": offline_way(name) for name in OFFLINE}
 TUNING = {f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name in ONLINE for rate in RATES}
 OFFLINE_TUNING = {
-    f"offline {name}, rate {rate:g}": offline_way(name, rate) for name in OFFLINE for rate in OFFLINE_RATES
+    f"offline {name}, rate {rate:g}": offline_way(name, rate)
+    for name in OFFLINE
+    for rate in (*OFFLINE_RATES, *MORE_RATES.get(name, ()))
 }
 WAYS |= TUNING | OFFLINE_TUNING
 QUICK = (
