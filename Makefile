@@ -22,7 +22,7 @@ study: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The tests that show whether a Python and its JAX will do, in two minutes: make test-python PYTHON=python3.13.
+# The tests that show whether a Python and its JAX will do, in a few minutes: make test-python PYTHON=python3.13.
 test-python:
 	@if $(RUN_PYTHON) -c '' 2>/dev/null; then $(MAKE) test ARGS='$(CORE_TESTS)'; \
 	else echo 'skipped: there is no $(PYTHON) on this machine'; fi

@@ -59,7 +59,7 @@ def bench_load(bench: Load) -> dict:
 
 
 def _both(folder: Path, dtype: str) -> dict:
-    """The same checkpoint as a folder and as a single file, loaded in turns; of each the best of three."""
+    """Loads the same checkpoint as a folder and as a single file, in turns; keeps the fastest of three runs of each."""
     figures: dict = {"part": "pipeline", "dtype": dtype, "device": jax.devices()[0].device_kind}
     layouts = {"folder": folder / FOLDER, "single_file": folder / FILE}
     runs = [

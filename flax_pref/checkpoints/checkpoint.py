@@ -130,9 +130,9 @@ class Checkpoint:
         return self.networks[name]
 
     def replaced(self) -> dict[str, Path]:
-        """Where networks lie that are not the checkpoint's own, by their names."""
-        own = (self.path, *(self.path / name for name in self.networks))
-        return {name: part.path for name, part in self.networks.items() if part.path not in own}
+        """Where networks and tokenizers lie that are not the checkpoint's own, by their names."""
+        places = self.contents(tuple(self.networks))
+        return {name: path for name, path in places.items() if self.path not in (path, path.parent)}
 
     def contents(self, names: Sequence[str]) -> dict[str, Path]:
         """Folders and files of these parts, with the tokenizers of text encoders; a single file counts once.

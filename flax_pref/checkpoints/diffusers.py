@@ -105,7 +105,8 @@ def open_checkpoint(
     if vae is not None:
         checkpoint = checkpoint.with_vae(open_vae(vae, checkpoint.class_name, variant=variant))
     if text_encoders is not None:
-        checkpoint = checkpoint.with_text_encoders(open_checkpoint(text_encoders, variant=variant))
+        found = find_checkpoint(text_encoders, variant=variant)
+        checkpoint = checkpoint.with_text_encoders(_open_beside(found, checkpoint.class_name, variant))
     return checkpoint
 
 
@@ -133,11 +134,14 @@ def open_vae(path_or_id: str | Path, class_name: str, *, variant: str | None = N
         FileNotFoundError, ValueError: as `load_pipeline`.
     """
     found = find_checkpoint(path_or_id, variant=variant)
-    if found.is_file():
-        return read_single_file(found, class_name=class_name).part("vae")
     if (found / "config.json").is_file():
         return _part("vae", found, variant)
-    return read_folder(found, variant=variant).part("vae")
+    return _open_beside(found, class_name, variant).part("vae")
+
+
+def _open_beside(found: Path, class_name: str, variant: str | None) -> Checkpoint:
+    """A checkpoint whose UNet is not used, for parts of one of this class."""
+    return read_single_file(found, class_name=class_name) if found.is_file() else read_folder(found, variant=variant)
 
 
 def read_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -172,7 +176,7 @@ def read_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
 
 
 def _published(name: str) -> Checkpoint:
-    """What the presets say of a checkpoint of the Hub."""
+    """A published checkpoint as the presets describe it."""
     family, folder = PUBLISHED[name], Path(name)
     class_name = next(key for key, folders in FAMILIES.items() if len(folders) == len(family.text_encoders))
     encoders = [part for part, _ in FAMILIES[class_name]]

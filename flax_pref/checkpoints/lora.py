@@ -160,6 +160,14 @@ ALPHA = ".alpha"
 ENDINGS = {a: "lora_a" for a, _ in PAIRS} | {b: "lora_b" for _, b in PAIRS} | {ALPHA: "alpha"}
 PARTNERS = dict(PAIRS) | {b: a for a, b in PAIRS} | {ALPHA: LAYOUTS["kohya"][0]}
 
+# How names end in files of adapters that are no plain LoRA, see `checkpoints.lycoris`.
+OTHER_ENDINGS = (
+    *("lora_mid.weight", "dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+    *("diff", "diff_b", "w_norm", "b_norm", "on_input"),
+)
 # Why a weight has no place here, by its name.
 REFUSED = (
     (
@@ -167,7 +175,7 @@ REFUSED = (
         "text encoder adapters are not supported: train or save the UNet's alone",
     ),
     (
-        r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid|\.(diff|diff_b|w_norm|b_norm|on_input|[ab][12m]\.weight)$",
+        "|".join(rf"\.{re.escape(ending)}$" for ending in OTHER_ENDINGS),
         "the file is no plain LoRA: load it with load_modules, which gives such a module weights of its own",
     ),
     (r"oft_|lambda_layer", "OFT, BOFT and T-LoRA are not supported: train or save it as another kind"),

@@ -16,34 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flax_pref.checkpoints.lora import check_family, layers_by_name, peft_settings, read_adapter_file
+from flax_pref.checkpoints.lora import OTHER_ENDINGS, check_family, layers_by_name, peft_settings, read_adapter_file
 from flax_pref.checkpoints.weights import KERNEL_AXES
 from flax_pref.models.network import Network
 from flax_pref.models.tree import flatten_dict
 
 Parts = dict[str, np.ndarray]  # what a file has of one layer, by the endings of names
 
-# Endings of names, and those of them that no file of plain LoRA has.
-FACTORS = (
-    *("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha"),
-    *("lora_mid.weight", "dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    *(
-        "diff",
-        "diff_b",
-        "w_norm",
-        "b_norm",
-        "on_input",
-        "a1.weight",
-        "a2.weight",
-        "b1.weight",
-        "b2.weight",
-        "bm.weight",
-    ),
-    "weight",
-)
-PLAIN = 5
+# Endings of names; "weight" alone is IA3's.
+FACTORS = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha", *OTHER_ENDINGS, "weight")
 RENAMED = {
     **{"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"},
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
@@ -52,7 +33,7 @@ RENAMED = {
 
 def has_other_adapters(names: Iterable[str]) -> bool:
     """Whether a file holds more than plain LoRA, by the names of its weights."""
-    return any(name.endswith(tuple(f".{ending}" for ending in FACTORS[PLAIN:-1])) for name in names)
+    return any(name.endswith(tuple(f".{ending}" for ending in OTHER_ENDINGS)) for name in names)
 
 
 def fold_adapters(file: str | Path, network: Network) -> Network:

@@ -1,4 +1,4 @@
-"""What files of modules tell other programs beside weights: the keys of sd-scripts (`ss_`) and of modelspec.
+"""Metadata of module files for other programs: the keys of sd-scripts (`ss_`) and of modelspec.
 
 A1111 and ComfyUI managers show them, and find by them for which base a file was made.
 """
@@ -10,12 +10,22 @@ from flax_pref.models.unet import UNetConfig
 
 OWN = "flax_pref."
 STRENGTH = f"{OWN}w"
-# By the width of what cross-attention reads: modelspec's name of the family, and sd-scripts'.
-FAMILIES = {
-    768: ("stable-diffusion-v1", "sd_v1"),
-    1024: ("stable-diffusion-v2", "sd_v2"),
-    2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-}
+# Names of the families in modelspec and in sd-scripts, by the width of what cross-attention reads.
+ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+PREDICTION_KEY = "modelspec.prediction_type"
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def modelspec(architecture: str | None, prediction_type: str) -> dict[str, str]:
+    """The keys of modelspec that checkpoints and modules share.
+
+    Args:
+        architecture: name of the family, with "/lora" for adapters; None: unknown.
+        prediction_type: of the UNet, as a scheduler config names it.
+    """
+    told = {"modelspec.sai_model_spec": "1.0.0", PREDICTION_KEY: PREDICTIONS.get(prediction_type, prediction_type)}
+    return told if architecture is None else told | {"modelspec.architecture": architecture}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,20 +66,18 @@ class ModuleInfo:
             "ss_sd_model_name": self.base,
             "ss_max_train_steps": str(self.steps),
             "sshs_model_hash": digest,
-            "modelspec.sai_model_spec": "1.0.0",
             "modelspec.title": self.name,
-            "modelspec.prediction_type": "v" if self.prediction_type == "v_prediction" else "epsilon",
             "modelspec.hash_sha256": f"0x{digest}",
             f"{OWN}method": self.method,
             f"{OWN}base": self.base,
         }
-        if config.cross_attention_dim in FAMILIES:
-            family, version = FAMILIES[config.cross_attention_dim]
+        family, version = (names.get(config.cross_attention_dim) for names in (ARCHITECTURES, VERSIONS))
+        told |= modelspec(family and f"{family}/lora", self.prediction_type)
+        if version is not None:
             velocity = version == "sd_v2" and self.prediction_type == "v_prediction"
             told |= {
                 "ss_base_model_version": f"{version}_v" if velocity else version,
                 "ss_v2": str(version == "sd_v2"),
-                "modelspec.architecture": f"{family}/lora",
             }
         if self.w is not None:
             told[STRENGTH] = f"{self.w:g}"

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from flax_pref.checkpoints.checkpoint import Checkpoint, Part, Pipeline
 from flax_pref.checkpoints.clip_files import PARTS, OpenClipTensors
 from flax_pref.checkpoints.model_flags import PredictionType
+from flax_pref.checkpoints.module_info import ARCHITECTURES, PREDICTION_KEY, PREDICTIONS, modelspec
 from flax_pref.checkpoints.original import openclip_text, unet_layers, vae_layers
 from flax_pref.checkpoints.tokenizer import clip_tokenizer
 from flax_pref.checkpoints.weights import (
@@ -49,7 +50,7 @@ class Layout(NamedTuple):
         class_name: the class of diffusers that loads it.
         text_encoders: prefix of each text encoder's names, of transformers ("...transformer.") or OpenCLIP
             ("...model."), by its folder in the layout of diffusers.
-        text_configs: what they are like but for their sizes.
+        text_configs: their configs; the sizes come from the shapes.
         pad_tokens: of their tokenizers.
         scheduler_config: of the scheduler that the family ships with.
         scaling_factor: of its latents.
@@ -76,7 +77,7 @@ LAYOUTS = {
         pad_tokens=(END,),
         scheduler_config=SD15.scheduler_config,
         scaling_factor=SD15.vae.scaling_factor,
-        architecture="stable-diffusion-v1",
+        architecture=ARCHITECTURES[768],
     ),
     "sd2": Layout(
         class_name="StableDiffusionPipeline",
@@ -85,7 +86,7 @@ LAYOUTS = {
         pad_tokens=("!",),
         scheduler_config={**SD15.scheduler_config, "_class_name": "DDIMScheduler"},
         scaling_factor=SD15.vae.scaling_factor,
-        architecture="stable-diffusion-v2",
+        architecture=ARCHITECTURES[1024],
     ),
     "sdxl": Layout(
         class_name="StableDiffusionXLPipeline",
@@ -97,7 +98,7 @@ LAYOUTS = {
         pad_tokens=(END, "!"),
         scheduler_config=SDXL.scheduler_config,
         scaling_factor=SDXL.vae.scaling_factor,
-        architecture="stable-diffusion-xl-v1-base",
+        architecture=ARCHITECTURES[2048],
     ),
 }
 HEAD_WIDTH = 64  # of all text encoders, and of UNets whose projections are matrices
@@ -109,8 +110,7 @@ IGNORED = re.compile(
 )
 SD2_PROJECTION, SD2_LAYERS = "text_projection", 24
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # keys by which files say how their UNet was trained
-METADATA = "modelspec.prediction_type"
-MODELSPEC: Mapping[str, PredictionType] = {"v": "v_prediction", "epsilon": "epsilon"}
+TOLD = {told: name for name, told in PREDICTIONS.items()}
 # What other files are, by their names.
 OTHERS = (
     (r"lora_|\.lora\.|hada_w|lokr_", "adapters, and no checkpoint: pass it as a module, --module NAME=FILE"),
@@ -151,7 +151,8 @@ def read_single_file(
         file: `.safetensors`, or a `.ckpt` or `.pt` of torch, which `checkpoints.torch_files` reads.
         prediction_type: what the UNet predicts, where the file does not say. Without it, Stable Diffusion 1.x and XL
             predict noise unless the file has the key "v_pred".
-        class_name: of the checkpoint that an autoencoder is for, which a file that holds it alone does not say.
+        class_name: of another checkpoint, which takes parts of this one for its own UNet: the UNet of the file is left
+            out. A file that holds an autoencoder alone does not say of which family it is.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -189,6 +190,8 @@ def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, cl
         if part is None:
             raise ValueError(f"weight {key!r} has no place in {layout.architecture}; {SUPPORTED}")
         found.setdefault(part, {})[key.removeprefix(prefixes[part])] = shape
+    if class_name is not None:
+        found.pop("unet", None)
     predicts = _prediction_type(file, name, shapes, prediction_type) if "unet" in found else "epsilon"
     if name == "sd2" and "text_encoder" in found:
         found["text_encoder"] = _without_unused(found["text_encoder"])
@@ -238,13 +241,13 @@ def _family(file: Path, shapes: Shapes) -> str:
     return "sd1"
 
 
-def _prediction_type(file: Path, name: str, shapes: Shapes, given: PredictionType | None) -> PredictionType:
-    """What the UNet predicts: as given, or as the file says."""
-    told: PredictionType | None = "v_prediction" if V_PREDICTION in shapes else None
+def _prediction_type(file: Path, name: str, shapes: Shapes, given: PredictionType | None) -> str:
+    """Prediction type of the UNet: as given, else as the file records it."""
+    told = "v_prediction" if V_PREDICTION in shapes else None
     if told is None and file.suffix == ".safetensors":
         with safe_open(file, framework="numpy") as tensors:
             metadata = tensors.metadata() or {}
-        told = MODELSPEC.get(metadata.get(METADATA, ""))
+        told = TOLD.get(metadata.get(PREDICTION_KEY, ""))
     if given is not None and told is not None and given != told:
         raise ValueError(f"prediction_type={given!r}, but the file says {told!r}; leave it out")
     if (known := given or told) is not None:
@@ -261,7 +264,7 @@ def _prediction_type(file: Path, name: str, shapes: Shapes, given: PredictionTyp
 # Sizes
 
 
-def _configs(name: str, found: Mapping[str, Shapes], predicts: PredictionType) -> dict[str, Any]:
+def _configs(name: str, found: Mapping[str, Shapes], predicts: str) -> dict[str, Any]:
     """The configs of the networks of a file, whose shapes have no prefix here."""
     layout, configs = LAYOUTS[name], {}
     for (part, prefix), like in zip(layout.text_encoders.items(), layout.text_configs, strict=True):
@@ -368,7 +371,7 @@ def _openclip_config(shapes: Shapes, like: CLIPTextConfig) -> CLIPTextConfig:
 
 
 def _text_model(names: Iterable[str]) -> str:
-    """What transformers puts before the names of a text encoder's weights; some files leave it out."""
+    """Prefix of the names of a text encoder's weights in transformers, which some files leave out."""
     return "text_model." if any(name.startswith("text_model.") for name in names) else ""
 
 
@@ -484,12 +487,7 @@ def save_single_file(pipeline: Pipeline, file: str | Path, *, dtype=jnp.float16)
         tensors[V_PREDICTION] = np.zeros(0, np.float32)
     if scheduler.get("rescale_betas_zero_snr"):
         tensors[ZERO_SNR] = np.zeros(0, np.float32)
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": layout.architecture,
-        METADATA: "v" if predicts == "v_prediction" else "epsilon",
-    }
+    metadata = {"format": "pt", **modelspec(layout.architecture, predicts)}
     with replacing(file) as unfinished:
         save_file(_packed(tensors), unfinished, metadata=metadata)
 

@@ -327,7 +327,7 @@ def fill(
         folder: of the files, or the only one.
         place: as in `load_network`.
         open_file: gives the weights of one.
-        names: stored name of each weight in our modules; None: they differ as `component.old_names` says.
+        names: name in the file of each weight, by its name in our modules; None: as `component.old_names` says.
 
     Raises:
         FileNotFoundError: a file is missing.

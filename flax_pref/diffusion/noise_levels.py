@@ -182,7 +182,7 @@ def dpm_levels(
         timesteps, sigma = _align_your_steps(trained, steps, sigmas)
         timesteps = timesteps.round()
     elif sigmas is not None:
-        # diffusers rounds Karras timesteps and cuts the others off. The first one is a whole number but for rounding
+        # diffusers rounds Karras timesteps and cuts the others off. The first one is a whole number up to rounding
         # errors, so that levels in float32, as in diffusers, decide what it is.
         rounded = trained.astype(np.float32)
         sigma = _respaced(sigmas, float(rounded[-1]), float(rounded[0]), steps)

@@ -156,7 +156,7 @@ def tcd(
     Args:
         schedule: that the network was trained with.
         steps: S, up to original_inference_steps.
-        gamma: 0 is deterministic, 1 draws all noise anew in each step.
+        gamma: 0 is deterministic, 1 redraws all noise in each step.
         spacing: "distilled" for the timesteps of `distilled_timesteps`, else as of `ddpm`.
         original_inference_steps: steps of the solver that the model was distilled from.
 
@@ -166,7 +166,7 @@ def tcd(
     _check_share("tcd", gamma=gamma)
     timesteps = _distilled(schedule, steps, spacing, original_inference_steps)
     next_timesteps = np.append(timesteps[1:], 0)
-    # In float32, as in diffusers: the product may be a whole number but for what is rounded.
+    # In float32, as in diffusers: the product may be a whole number up to rounding.
     past = np.floor(np.float32(1 - gamma) * next_timesteps.astype(np.float32)).astype(int)
     abar, next_abar, past_abar = (schedule.alphas_cumprod[t] for t in (timesteps, next_timesteps, past))
     return _one_step(

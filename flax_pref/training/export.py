@@ -86,7 +86,7 @@ def export_modules(
         lora: kind of the adapters.
         config: how to write.
         encoders: reads the rest of the checkpoint, for single files.
-        info: how the modules were made, but for their names.
+        info: how the modules were made; their names are filled in.
 
     Returns:
         the files or folders of each layout.

@@ -214,6 +214,12 @@ def test_the_vocabulary_of_the_package_is_clips():
     np.testing.assert_array_equal(clip_tokenizer()(texts), published(texts))
 
 
+def test_known_texts_have_clips_ids():
+    ids = clip_tokenizer()(["a photo of a cat"])[0]
+    assert ids[:8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    assert clip_tokenizer(pad_token="!")(["a photo of a cat"])[0][6:9].tolist() == [49407, 0, 0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedulers
 
@@ -285,6 +291,21 @@ def test_names_without_a_prefix_are_a_network_alone(saved, tmp_path, family):
     vae = changed(file, tmp_path / "vae", strip(VAE))
     unet = changed(file, tmp_path, strip(UNET))
     same(load_pipeline(unet, vae=vae, text_encoders=folder), pipeline)
+
+
+def test_parts_of_a_file_of_stable_diffusion_2_need_no_prediction_type(saved, tmp_path):
+    pipeline, file, folder = saved["sd2"]
+    silent = changed(file, tmp_path, lambda tensors: None)  # its UNet would need one
+    same(load_pipeline(folder, vae=silent, text_encoders=silent), pipeline)
+
+
+def test_parts_from_elsewhere_count_with_their_tokenizers(saved):
+    _, file, folder = saved["sdxl"]
+    parts = {name: folder / name for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    assert open_checkpoint(file, text_encoders=folder).replaced() == parts
+    assert open_checkpoint(file, vae=folder).replaced() == {"vae": folder / "vae"}
+    assert open_checkpoint(folder, vae=file).replaced() == {"vae": file}
+    assert open_checkpoint(folder).replaced() == open_checkpoint(file).replaced() == {}
 
 
 def test_text_encoders_of_another_family_are_refused(saved):

@@ -85,7 +85,7 @@ def test_every_solver_is_finite_from_infinite_noise(name, steps):
 def test_the_clean_estimate_and_the_log_probability_are_finite_without_signal():
     schedule = NoiseSchedule.from_dict(ZERO)
     r, u = clean_estimate(schedule, np.array([999]))
-    assert (r[0], u[0]) == (0, -1), "the network says the image itself, but for the sign"
+    assert (r[0], u[0]) == (0, -1), "the network says the negative of the image itself"
     solver = solver_from_config(ZERO, 10, name="ddim", eta=1.0)
     row = jax.tree.map(lambda column: column[0], solver)
     x, pred, z = np.random.default_rng(0).standard_normal((3, *SHAPE), dtype=np.float32)
