@@ -185,18 +185,22 @@ class OfflineArm(NamedTuple):
 
 OFFLINE_RATES = (1.5e-4, 5e-4, 1.5e-3, 4.5e-3)
 # Where the best of these is the last or the first.
-MORE_RATES = {"DPO": (1.35e-2,), "SNPO": (1.35e-2,), "MaPO": (5e-5,)}
+MORE_RATES = {"DPO": (1.35e-2,), "SNPO": (1.35e-2,), "MaPO": (5e-5,), "positive and negative": (5e-5,)}
 OFFLINE = {
-    "DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta), lambda w, s: cfg(s, "dpo")),
-    "Poly-DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta, poly_alpha=8.0), lambda w, s: cfg(s, "dpo")),
-    "SDPO": OfflineArm(lambda c: SDPO(beta=c.beta, mu=0.9), lambda w, s: cfg(s, "sdpo")),
+    "DPO": OfflineArm(lambda c: DiffusionDPO(beta=c.beta), lambda w, s: cfg(s, "dpo"), learning_rate=4.5e-3),
+    "Poly-DPO": OfflineArm(
+        lambda c: DiffusionDPO(beta=c.beta, poly_alpha=8.0), lambda w, s: cfg(s, "dpo"), learning_rate=1.5e-3
+    ),
+    "SDPO": OfflineArm(lambda c: SDPO(beta=c.beta, mu=0.9), lambda w, s: cfg(s, "sdpo"), learning_rate=1.5e-3),
     "DSPO": OfflineArm(lambda c: DSPO(), lambda w, s: cfg(s, "dspo")),
-    "DMPO": OfflineArm(lambda c: DMPO(beta=c.beta), lambda w, s: cfg(s, "dmpo")),
-    "KTO": OfflineArm(lambda c: KTO(beta=c.beta), lambda w, s: cfg(s, "kto")),
-    "MaPO": OfflineArm(lambda c: MaPO(), lambda w, s: cfg(s, "mapo")),
-    "NPO": OfflineArm(lambda c: NPO(beta=c.beta), lambda w, s: npo(w, positive="base"), "scales"),
+    "DMPO": OfflineArm(lambda c: DMPO(beta=c.beta), lambda w, s: cfg(s, "dmpo"), learning_rate=1.5e-3),
+    "KTO": OfflineArm(lambda c: KTO(beta=c.beta), lambda w, s: cfg(s, "kto"), learning_rate=1.5e-3),
+    "MaPO": OfflineArm(lambda c: MaPO(), lambda w, s: cfg(s, "mapo"), learning_rate=1.5e-4),
+    "NPO": OfflineArm(lambda c: NPO(beta=c.beta), lambda w, s: npo(w, positive="base"), "scales", learning_rate=1.5e-3),
     "CHATS": OfflineArm(lambda c: CHATS(), lambda w, s: chats(w), "scales"),
-    "SNPO": OfflineArm(lambda c: SNPO(beta=c.beta), lambda w, s: cfg(w, "snpo"), "scales", caption_dropout=0.0),
+    "SNPO": OfflineArm(
+        lambda c: SNPO(beta=c.beta), lambda w, s: cfg(w, "snpo"), "scales", learning_rate=4.5e-3, caption_dropout=0.0
+    ),
     "positive and negative": OfflineArm(lambda c: PositiveNegative(), cpgd, "w"),
 }
 
