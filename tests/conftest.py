@@ -18,6 +18,7 @@ MISSING = [name for name in REFERENCES if importlib.util.find_spec(name) is None
 # Where parts of the library meet: the shapes of what these modules take and return are checked at every call.
 SEAMS = (
     "flax_pref.diffusion.conditioning",
+    "flax_pref.diffusion.prompt_syntax",
     "flax_pref.diffusion.latents",
     "flax_pref.diffusion.sampler",
     "flax_pref.methods",

@@ -34,6 +34,8 @@ class Pipeline:
         scheduler_config: scheduler/scheduler_config.json as it is.
         force_zeros_for_empty_prompt: whether the unconditional prediction of SDXL sees zeros instead of an encoded
             empty prompt.
+        clip_skip: layer of the text encoders that the UNet sees, counted from the last, which is 1 (default: 1, or 2
+            for SDXL).
 
     Example:
         >>> pipeline = fp.load_pipeline("demo")
@@ -49,6 +51,7 @@ class Pipeline:
     tokenizers: tuple[CLIPTokenizer, ...]
     scheduler_config: dict[str, Any]
     force_zeros_for_empty_prompt: bool = False
+    clip_skip: int | None = None
 
     def replace(self, **parts: Any) -> "Pipeline":
         """The pipeline with other parts, e.g. `pipeline.replace(unet=unet)`; arguments are attributes of this class."""
@@ -100,7 +103,7 @@ class Checkpoint:
         read_tokenizers: reads those of the text encoders.
         scheduler_config: as a scheduler_config.json has it.
         described_by: the file that has the scheduler config, for messages.
-        force_zeros_for_empty_prompt: see `Pipeline`.
+        force_zeros_for_empty_prompt, clip_skip: see `Pipeline`.
     """
 
     path: Path
@@ -110,6 +113,7 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     described_by: Path
     force_zeros_for_empty_prompt: bool = False
+    clip_skip: int | None = None
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -169,6 +173,17 @@ class Checkpoint:
         networks = {**self.networks, **{name: other.part(name) for name in other.text_encoders}}
         return dataclasses.replace(self, networks=networks, read_tokenizers=other.read_tokenizers)
 
+    def with_clip_skip(self, layer: int) -> "Checkpoint":
+        """The checkpoint with another layer of its text encoders, see `Pipeline`.
+
+        Raises:
+            ValueError: they have fewer layers.
+        """
+        layers = min(self.config(name).num_hidden_layers for name in self.text_encoders)
+        if not 1 <= layer <= layers:
+            raise ValueError(f"{self.path}: clip_skip={layer}; expected 1 to {layers}, the layers of its text encoders")
+        return dataclasses.replace(self, clip_skip=layer)
+
     def config(self, name: str) -> Any:
         """The config of a network; errors as in `part`."""
         return self.part(name).config
@@ -186,6 +201,7 @@ class Checkpoint:
             tokenizers=self.read_tokenizers(),
             scheduler_config=self.scheduler_config,
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
+            clip_skip=self.clip_skip,
         )
         self._check(pipeline)
         return pipeline

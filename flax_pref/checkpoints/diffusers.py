@@ -38,6 +38,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     text_encoders: str | Path | None = None,
     prediction_type: PredictionType | None = None,
+    clip_skip: int | None = None,
 ) -> Pipeline:
     """Reads a Stable Diffusion 1.x, 2.x or XL checkpoint.
 
@@ -54,6 +55,8 @@ def load_pipeline(
         vae: checkpoint to take the autoencoder from, or an autoencoder that is kept alone (default: the checkpoint's).
         text_encoders: checkpoint to take text encoders and tokenizers from (default: the checkpoint's).
         prediction_type: of a single file that does not say what its UNet predicts.
+        clip_skip: layer of the text encoders that the UNet sees, counted from the last, which is 1 (default: 1, or 2
+            for SDXL).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -65,7 +68,9 @@ def load_pipeline(
         'DDIMScheduler'
     """
     checkpoint = open_checkpoint(
-        path_or_id, variant=variant, vae=vae, text_encoders=text_encoders, prediction_type=prediction_type
+        **{"path_or_id": path_or_id, "variant": variant, "vae": vae, "text_encoders": text_encoders},
+        prediction_type=prediction_type,
+        clip_skip=clip_skip,
     )
     return checkpoint.load(dtype, param_dtype=param_dtype, place=place, with_unet=with_unet)
 
@@ -77,12 +82,13 @@ def open_checkpoint(
     vae: str | Path | None = None,
     text_encoders: str | Path | None = None,
     prediction_type: PredictionType | None = None,
+    clip_skip: int | None = None,
     weights: bool = True,
 ) -> Checkpoint:
     """Finds the parts of a checkpoint and reads what describes them, not their weights.
 
     Args:
-        path_or_id, variant, vae, text_encoders, prediction_type: as for `load_pipeline`.
+        path_or_id, variant, vae, text_encoders, prediction_type, clip_skip: as for `load_pipeline`.
         weights: False: of a Hub repository only the files that describe the networks are downloaded.
 
     Raises:
@@ -107,7 +113,7 @@ def open_checkpoint(
     if text_encoders is not None:
         found = find_checkpoint(text_encoders, variant=variant)
         checkpoint = checkpoint.with_text_encoders(_open_beside(found, checkpoint.class_name, variant))
-    return checkpoint
+    return checkpoint if clip_skip is None else checkpoint.with_clip_skip(clip_skip)
 
 
 def open_model(flags: ModelFlags, *, weights: bool = True) -> Checkpoint:
@@ -118,6 +124,7 @@ def open_model(flags: ModelFlags, *, weights: bool = True) -> Checkpoint:
         vae=flags.vae,
         text_encoders=flags.text_encoders,
         prediction_type=flags.prediction_type,
+        clip_skip=flags.clip_skip,
         weights=weights,
     )
 

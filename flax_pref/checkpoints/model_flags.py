@@ -22,3 +22,6 @@ class ModelFlags:
     """Take text encoders and tokenizers from this checkpoint (default: the model's)."""
     prediction_type: PredictionType | None = None
     """Output of the UNet in a single file that does not record it (default: epsilon; Stable Diffusion 2.x has none)."""
+    clip_skip: int | None = None
+    """Layer of the text encoders that the UNet sees, counted from the last, as A1111 and Civitai count: 1 is the last
+    (default: 1, or 2 for XL)."""

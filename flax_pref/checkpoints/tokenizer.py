@@ -105,11 +105,7 @@ class CLIPTokenizer:
 
         An inversion of several vectors adds `<toy>`, `<toy>_1`, `<toy>_2` and so on; a prompt names `<toy>`.
         """
-        added = {token.content for token in self.added_tokens}
-        several = {token: [token] for token in added if f"{token}_1" in added}
-        for token, vectors in several.items():
-            while (following := f"{token}_{len(vectors)}") in added:
-                vectors.append(following)
+        several = self._several
         if not several:
             return list(texts)
         whole = []
@@ -119,6 +115,28 @@ class CLIPTokenizer:
                 text = text.replace(token, " ".join(several[token]))
             whole.append(text)
         return whole
+
+    def pieces(self, text: str) -> list[tuple[int, ...]]:
+        """Ids of a text of any length, without start and end token; the vectors of a textual inversion together."""
+        ids = {token.content: index for index, token in self._encoder.get_added_tokens_decoder().items()}
+        several = {ids[first]: tuple(ids[vector] for vector in vectors) for first, vectors in self._several.items()}
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        return [
+            several.get(token, (token,))
+            for part in (encoding, *encoding.overflowing)
+            for token, own in zip(part.ids, part.attention_mask, strict=True)
+            if own  # and no padding
+        ]
+
+    @property
+    def _several(self) -> dict[str, list[str]]:
+        """Tokens of textual inversions of several vectors, by the first of them."""
+        added = {token.content for token in self.added_tokens}
+        several = {token: [token] for token in added if f"{token}_1" in added}
+        for token, vectors in several.items():
+            while (following := f"{token}_{len(vectors)}") in added:
+                vectors.append(following)
+        return several
 
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         if isinstance(texts, str):

@@ -211,5 +211,6 @@ def _settings_of(config: EncodeConfig, checkpoint: Checkpoint) -> dict[str, Any]
     return {
         **{"source": config.source.settings(), "choice": dataclasses.asdict(config.choice)},
         **{"model": config.model, "model_sha256": {part: fingerprint(path) for part, path in parts.items()}},
+        **({} if config.clip_skip is None else {"clip_skip": config.clip_skip}),
         **{**encoding, "dtype": default_dtype(config.dtype)},
     }

@@ -1,12 +1,14 @@
 """What a UNet is told beside latents and timestep: encoded prompts, and in SDXL pooled prompts and image sizes.
 
 Conditioning is a dict of arrays under the names of the UNet's arguments: `encoder_hidden_states`, in SDXL `text_embeds`
-and `time_ids` too, and for networks that imitate guidance `timestep_cond`.
+and `time_ids` too, for networks that imitate guidance `timestep_cond`, and where prompts have several chunks of tokens
+`encoder_attention_mask`.
 """
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from flax_pref.checkpoints.diffusers import Pipeline
+from flax_pref.diffusion.drawing_flags import PromptSyntax
+from flax_pref.diffusion.prompt_syntax import SYNTAXES, Tokens, tokenize
 from flax_pref.models.unet import UNetConfig
 from flax_pref.shapes import Float, TokenIds
 
@@ -23,6 +27,7 @@ from flax_pref.shapes import Float, TokenIds
 Conditioning = dict[str, Float[jax.Array, "images ..."]]
 HostConditioning = dict[str, Float[np.ndarray, "images ..."]]
 QUOTED = 5  # cut prompts that a warning quotes
+MASK = "encoder_attention_mask"
 
 
 def chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -63,28 +68,72 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, batch_size: in
 
 
 def encode_batch(
-    pipeline: Pipeline, prompts: Sequence[str], *, sharding: jax.sharding.Sharding | None = None
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    *,
+    second_prompts: Sequence[str] | None = None,
+    syntax: PromptSyntax = "plain",
+    chunks: int = 1,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Conditioning:
     """What `encode_prompts` gives, in one call of each encoder and on the device: it does not wait for the results.
 
     Args:
         pipeline: the checkpoint.
         prompts: B texts.
+        second_prompts: B texts for SDXL's second text encoder; None: the prompts.
+        syntax: how prompts are read, see `prompt_syntax`.
+        chunks: C that each prompt is filled up to, of T tokens, where the syntax is not plain; see `count_chunks`.
         sharding: of the leading axis of what the encoders read and give.
+
+    Returns:
+        as `encode_prompts`; of C > 1 chunks, hidden states are `[B, C T, D]`, pooled prompts are those of the first
+        chunk, and `encoder_attention_mask` `[B, C T]` is true for the chunks of the prompt.
+
+    Raises:
+        ValueError: a prompt has more chunks, or what the syntax does not support.
     """
-    ids = [tokenizer(tokenizer.spelled_out(prompts)) for tokenizer in pipeline.tokenizers]
-    return encode_ids(pipeline, ids if sharding is None else jax.device_put(ids, sharding))
+    texts = [prompts, prompts if second_prompts is None else second_prompts][: len(pipeline.tokenizers)]
+    if syntax == "plain":
+        ids = [own(own.spelled_out(text)) for text, own in zip(texts, pipeline.tokenizers, strict=True)]
+        return encode_ids(pipeline, ids if sharding is None else jax.device_put(ids, sharding))
+    tokens = [tokenize(text, own, syntax, chunks) for text, own in zip(texts, pipeline.tokenizers, strict=True)]
+    return _encode_chunks(pipeline, tokens if sharding is None else jax.device_put(tokens, sharding), syntax)
 
 
 def encode_ids(pipeline: Pipeline, ids: Sequence[TokenIds]) -> Conditioning:
     """Encodes prompts as `encode_batch` does, from the token ids of each tokenizer."""
-    last = len(pipeline.text_encoders) == 1
-    encoded = [
-        _encode(encoder.graphdef, last, encoder.params, own)
+    return _joined(_encode_each(pipeline, ids))
+
+
+def _encode_chunks(pipeline: Pipeline, tokens: Sequence[Tokens], syntax: PromptSyntax) -> Conditioning:
+    _, chunks, length = tokens[0].ids.shape
+    encoded = _encode_each(pipeline, [own.ids.reshape(-1, length) for own in tokens])
+    empty = _encode_each(pipeline, [tokenizer([""]) for tokenizer in pipeline.tokenizers])
+    weighed = [
+        [_weigh(syntax, states, own.weights, nothing), *(x[::chunks] for x in pooled)]
+        for (states, *pooled), (nothing, *_), own in zip(encoded, empty, tokens, strict=True)
+    ]
+    conditioning = _joined(weighed)
+    if chunks > 1:
+        seen = reduce(operator.or_, (own.seen for own in tokens))
+        conditioning[MASK] = jnp.repeat(seen, length, axis=1)
+    return conditioning
+
+
+def _encode_each(pipeline: Pipeline, ids: Sequence[TokenIds]) -> list[list[jax.Array]]:
+    """Hidden states of each text encoder, and pooled prompts of those that have them."""
+    normalised = len(pipeline.text_encoders) == 1
+    layer = pipeline.clip_skip or len(pipeline.text_encoders)
+    return [
+        _encode(encoder.graphdef, layer, normalised, encoder.params, own)
         for encoder, own in zip(pipeline.text_encoders, ids, strict=True)
     ]
+
+
+def _joined(encoded: Sequence[Sequence[jax.Array]]) -> Conditioning:
     conditioning = {"encoder_hidden_states": jnp.concatenate([states for states, *_ in encoded], axis=-1)}
-    if not last:
+    if len(encoded) == 2:
         conditioning["text_embeds"] = encoded[-1][1]
     return conditioning
 
@@ -166,8 +215,19 @@ def with_guidance(conditioning: Mapping[str, Any], unet: UNetConfig, guidance_sc
     return {**conditioning, "timestep_cond": np.tile(embedding, (*prompts, 1)) if prompts else embedding}
 
 
-def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:
-    """Warns of what of the prompts does not fit into the tokenizer's length."""
+def in_chunks(conditioning: Mapping[str, Any], chunks: int) -> dict[str, Any]:
+    """Conditioning of one chunk of tokens, without leading axis, filled up to the length of several; see
+    `encode_batch`.
+    """
+    if chunks == 1:
+        return dict(conditioning)
+    states = conditioning["encoder_hidden_states"]
+    seen = np.arange(chunks * len(states)) < len(states)
+    return {**conditioning, "encoder_hidden_states": np.tile(states, (chunks, 1)), MASK: seen}
+
+
+def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str], advice: str = "") -> None:
+    """Warns of what of the prompts does not fit into the tokenizer's length; `advice` says what can be done."""
     prompts = list(dict.fromkeys(prompts))
     tokenizer = pipeline.tokenizers[0]
     whole = tokenizer.spelled_out(prompts)
@@ -178,14 +238,28 @@ def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str]) -> None:
     more = f"; and the ends of {len(cuts) - QUOTED} other prompts" if len(cuts) > QUOTED else ""
     warnings.warn(
         f"the text encoder reads {tokenizer.model_max_length - 2} tokens, so this is cut and has no effect: "
-        f"{quoted}{more}",
+        f"{quoted}{more}{advice and f'; {advice}'}",
         stacklevel=3,
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _encode(graphdef: nnx.GraphDef, last: bool, params: dict, input_ids: jax.Array) -> list[jax.Array]:
-    output = nnx.merge(graphdef, params)(input_ids)
-    states = output.last_hidden_state if last else output.penultimate_hidden_state
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(graphdef: nnx.GraphDef, layer: int, normalised: bool, params: dict, ids: jax.Array) -> list[jax.Array]:
+    """States after a layer, counted from the last, which is 1, and the pooled prompt where there is one."""
+    encoder = nnx.merge(graphdef, params)
+    output = encoder(ids)
+    states = output.hidden_states[-layer]
+    if normalised:
+        states = output.last_hidden_state if layer == 1 else encoder.text_model.final_layer_norm(states)
     kept = [states] if output.projected is None else [states, output.projected]
     return [x.astype(jnp.float32) for x in kept]
+
+
+@partial(jax.jit, static_argnums=0)
+def _weigh(syntax: PromptSyntax, states: jax.Array, weights: jax.Array, empty: jax.Array) -> jax.Array:
+    """Weighted states `[B, C T, D]` of chunks `[B C, T, D]`, with weights `[B, C, T]`; those of the empty text have a
+    leading axis of one.
+    """
+    images, chunks, length = weights.shape
+    weighed = SYNTAXES[syntax].weigh(states, weights.reshape(-1, length), empty[0])
+    return weighed.reshape(images, chunks * length, -1)

@@ -47,6 +47,7 @@ SolverName = Literal[
     "unipc",
 ]
 SPACINGS = ("leading", "trailing", "linspace")
+PromptSyntax = Literal["plain", "a1111", "comfyui"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -357,5 +357,8 @@ def _prompts(table: Table, text: Tree, empty: Tree, blank: Tree, num_images: int
     prompts = {"text": text, "empty": empty}
     if any(prompt == "proxy" for _, prompt in table.rows):
         a = table.proxy
-        prompts["proxy"] = jax.tree.map(lambda text, blank: (1 + a) * blank - a * text, text, blank)
+        # Of prompts of several chunks, a mask says which of them count.
+        prompts["proxy"] = jax.tree.map(
+            lambda text, blank: text if text.dtype == bool else (1 + a) * blank - a * text, text, blank
+        )
     return prompts

@@ -19,12 +19,15 @@ from flax_pref.diffusion.conditioning import (
     encode_batch,
     encode_blank,
     encode_empty,
+    in_chunks,
     warn_of_cuts,
     with_guidance,
     with_sizes,
 )
+from flax_pref.diffusion.drawing_flags import PromptSyntax
 from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
+from flax_pref.diffusion.prompt_syntax import count_chunks
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.solvers import Solver
@@ -61,6 +64,7 @@ class TextToImage:
         crop_top_left: for SDXL, where the image pretends to have been cropped, in pixels from the top and the left.
         imitated_guidance: guidance scale that UNets with `time_cond_proj_dim` (LCM) are told to imitate; others have no
             use for it. Rules for such UNets need no guidance of their own, and the default rule has none.
+        prompt_syntax: "plain", or "a1111" or "comfyui": prompts have weights and any length, see `prompt_syntax`.
         watch_steps: whether the progress bar counts steps, not images. The program then calls back to the host in every
             step, and such programs are not kept in JAX's compilation cache.
 
@@ -87,6 +91,7 @@ class TextToImage:
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
     imitated_guidance: float = IMITATED_GUIDANCE
+    prompt_syntax: PromptSyntax = "plain"
     watch_steps: bool = False
     steps: dataclasses.InitVar[int | None] = None
 
@@ -116,6 +121,7 @@ class TextToImage:
         *,
         seed: int | Sequence[int] = 0,
         negative_prompts: Sequence[str] | None = None,
+        second_prompts: Sequence[str] | None = None,
         label: str = "sampling",
     ) -> np.ndarray:
         """Draws one image per prompt.
@@ -129,22 +135,25 @@ class TextToImage:
             seed: one for all images, or N of them.
             negative_prompts: N texts that the "empty" rows of the rule see; None: what the checkpoint means by no
                 prompt.
+            second_prompts: N texts for SDXL's second text encoder; None: the prompts.
             label: text of the progress bar.
 
         Returns:
             float32 `[N, H, W, 3]` in [0, 1].
 
         Raises:
-            ValueError: the lists are not equally long, or the rule names a network that there is not.
+            ValueError: the lists are not equally long, the rule names a network that there is not, a prompt has what
+                its syntax does not support, or there are second prompts for a single text encoder.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         seeds = np.asarray(seed)
-        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts, "seeds": seeds if seeds.ndim else None}
+        lists = {"prompt_ids": prompt_ids, "negative_prompts": negative_prompts, "second_prompts": second_prompts}
+        lists["seeds"] = seeds if seeds.ndim else None
         for name, given in lists.items():
             if given is not None and len(given) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(given)} {name}; expected one for each")
-        warn_of_cuts(self.pipeline, [*prompts, *(negative_prompts or ())])
+        chunks_each = self.count_chunks([*prompts, *(negative_prompts or ()), *(second_prompts or ())])
         ids, seeds = np.asarray(prompt_ids), np.broadcast_to(seeds, len(prompts))
         imitates = self.pipeline.unet.config.time_cond_proj_dim is not None
         default = cfg(1.0) if imitates else cfg()
@@ -154,10 +163,13 @@ class TextToImage:
         total, unit = (len(batches) * steps, "step") if self.watch_steps else (len(prompts), "image")
         with tqdm(total=total, desc=label, unit=unit) as progress, watched_steps(progress, self.watch_steps) as bar:
             for chosen, n in batches:
-                avoided = None if negative_prompts is None else [negative_prompts[int(i)] for i in chosen]
                 keys = image_keys(seeds[chosen], ids[chosen])
                 batch = self.draw(
-                    [prompts[int(i)] for i in chosen], keys, table.images(chosen), negative_prompts=avoided, bar=bar
+                    *([prompts[int(i)] for i in chosen], keys, table.images(chosen)),
+                    negative_prompts=None if negative_prompts is None else [negative_prompts[int(i)] for i in chosen],
+                    second_prompts=None if second_prompts is None else [second_prompts[int(i)] for i in chosen],
+                    chunks=chunks_each,
+                    bar=bar,
                 )
                 images.append(np.asarray(batch)[:n])
                 if not self.watch_steps:
@@ -171,6 +183,8 @@ class TextToImage:
         table: Table,
         *,
         negative_prompts: Sequence[str] | None = None,
+        second_prompts: Sequence[str] | None = None,
+        chunks: int = 1,
         bar: np.ndarray | None = None,
     ) -> jax.Array:
         """Draws one batch and does not wait for it: work for the next can be prepared while devices compute.
@@ -180,6 +194,9 @@ class TextToImage:
             keys: `[B]`, see `sampler.image_keys`.
             table: the rule for B images, see `guidance.tabulate`.
             negative_prompts: B texts, or None.
+            second_prompts: B texts, or None.
+            chunks: of tokens, as many as the longest prompt has, see `count_chunks`; a program is compiled for each
+                number.
             bar: number of a progress bar that counts steps.
 
         Returns:
@@ -187,20 +204,42 @@ class TextToImage:
         """
         vae = self.placed.vae
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
-        text, empty = self.conditioning(prompts, negative_prompts)
+        text, empty = self.conditioning(prompts, negative_prompts, second_prompts, chunks=chunks)
+        blank = in_chunks(self.blank, chunks)
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, self.solver, keys, text, empty, self.blank, shape, bar)
+            latents = _sample(self.bank, table, self.solver, keys, text, empty, blank, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
-    def conditioning(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> tuple[dict, dict]:
+    def count_chunks(self, prompts: Sequence[str]) -> int:
+        """Chunks of tokens of the longest prompt; 1, with a warning of what is cut, where the syntax is plain.
+
+        Raises:
+            ValueError: a prompt has what its syntax does not support.
+        """
+        if self.prompt_syntax == "plain":
+            advice = "prompt_syntax (--prompt-syntax) a1111 or comfyui reads all of it, in chunks"
+            warn_of_cuts(self.pipeline, prompts, advice)
+        return count_chunks(prompts, self.pipeline.tokenizers, self.prompt_syntax)
+
+    def conditioning(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        second_prompts: Sequence[str] | None = None,
+        *,
+        chunks: int = 1,
+    ) -> tuple[dict, dict]:
         """What the rows "text" and "empty" see, `[B, ...]` each; see `diffusion.conditioning`."""
-        text = encode_batch(self.placed, prompts, sharding=self.sharding)
+        if second_prompts is not None and len(self.pipeline.tokenizers) == 1:
+            raise ValueError("second_prompts: this checkpoint has one text encoder; expected them for SDXL only")
+        reading = {"syntax": self.prompt_syntax, "chunks": chunks, "sharding": self.sharding}
+        text = encode_batch(self.placed, prompts, second_prompts=second_prompts, **reading)
         text = jax.device_put(self.with_sizes(text), self.sharding)
         if negative_prompts is None:
-            return text, self.empty
-        empty = encode_batch(self.placed, negative_prompts, sharding=self.sharding)
+            return text, in_chunks(self.empty, chunks)
+        empty = encode_batch(self.placed, negative_prompts, **reading)
         return text, jax.device_put(self.with_sizes(empty), self.sharding)
 
     def with_sizes(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from flax_pref.config import UserError
-from flax_pref.diffusion.drawing_flags import DrawingFlags
+from flax_pref.diffusion.drawing_flags import DrawingFlags, PromptSyntax
 from flax_pref.images.choices import ImageFormat, Layout
 
 
@@ -21,6 +21,11 @@ class ImageFlags(DrawingFlags):
     """Prompt column (default: prompt, caption or text)."""
     negative_prompt: str | None = None
     """Negative prompt: what to steer away from (default: empty)."""
+    second_prompt: str | None = None
+    """Prompt of XL's second text encoder (default: the prompt)."""
+    prompt_syntax: PromptSyntax = "plain"
+    """Reading of prompts. plain: as they are, and cut behind 75 tokens; a1111, comfyui: as these programs read them,
+    with weights such as (word:1.3), in a1111 also [word], and prompts of any length in chunks of 75 tokens."""
     seeds: str = "0"
     """Seeds, one image per prompt and seed: a number, a range such as 0-3, or several with commas."""
     seed: int | None = None

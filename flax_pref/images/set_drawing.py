@@ -18,10 +18,11 @@ from tqdm import tqdm
 from flax_pref.checkpoints.model_flags import PLACES
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
-from flax_pref.diffusion.conditioning import chunks, warn_of_cuts
+from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.drawing import Drawing, resolve_drawing
 from flax_pref.diffusion.drawing_flags import with_preset
 from flax_pref.diffusion.guidance import tabulate
+from flax_pref.diffusion.prompt_syntax import check_prompts
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_steps
 from flax_pref.images.image_flags import ImageFlags
@@ -119,8 +120,16 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
     items = [Item(prompt, seed) for prompt in prompts for seed in seeds]
     layout = flags.layout or ("flat" if flags.prompts is None else "webdataset")
     image_names(items, layout, flags.format)
+    check_prompts(
+        [prompt.text for prompt in prompts] + [flags.negative_prompt or "", flags.second_prompt or ""],
+        flags.prompt_syntax,
+    )
     _check_devices(flags)
     drawing = resolve_drawing(flags)
+    if flags.second_prompt is not None and len(drawing.checkpoint.text_encoders) == 1:
+        raise UserError(
+            f"--second-prompt: {drawing.checkpoint.path} has one text encoder; expected it for Stable Diffusion XL only"
+        )
     settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
     texts = json.dumps([(prompt.id, prompt.text, prompt.group) for prompt in prompts])
     return ImageWork(
@@ -194,7 +203,8 @@ def _load(work: ImageWork) -> TextToImage:
     print(f"loading {drawing.checkpoint.path} on {len(devices)} x {devices[0].device_kind} in {dtype}")
     mesh = make_mesh(flags.mesh, devices)
     batch_size = flags.batch_size * (mesh.size // mesh.shape.get(AXIS, 1))
-    return drawing.load(dtype=dtype, batch_size=batch_size, mesh=None if mesh.size == 1 else mesh)
+    draw = drawing.load(dtype=dtype, batch_size=batch_size, mesh=None if mesh.size == 1 else mesh)
+    return dataclasses.replace(draw, prompt_syntax=flags.prompt_syntax)
 
 
 def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
@@ -210,8 +220,11 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
     # A process that has no more batches still asks, in every round, whether to stop.
     rounds = int(np.max(multihost_utils.process_allgather(np.array(len(batches)))))
     table = tabulate(work.drawing.sampled, steps, size)
-    warn_of_cuts(draw.pipeline, [item.prompt.text for item in items])
-    negative = None if flags.negative_prompt is None else [flags.negative_prompt] * size
+    given = [text for text in (flags.negative_prompt, flags.second_prompt) if text is not None]
+    chunks_each = draw.count_chunks([*(item.prompt.text for item in items), *given])
+    negative, second = (
+        None if text is None else [text] * size for text in (flags.negative_prompt, flags.second_prompt)
+    )
     # A program that reports its steps is never kept in the compilation cache; where steps are short, that costs more.
     by_step = flags.prompts is None and platform() == "cpu"
     total: dict[str, Any] = (
@@ -237,7 +250,8 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
                 batch = [items[i] for i in chosen]
                 keys = image_keys([item.seed for item in batch], [item.prompt.id for item in batch])
                 texts = [item.prompt.text for item in batch]
-                pixels = to_bytes(draw.draw(texts, keys, table, negative_prompts=negative, bar=bar))
+                of_prompts = {"negative_prompts": negative, "second_prompts": second, "chunks": chunks_each}
+                pixels = to_bytes(draw.draw(texts, keys, table, **of_prompts, bar=bar))
                 wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
                 writer.put(chosen[wanted], _Chosen(pixels, wanted))
                 drawn += len(wanted)

@@ -60,7 +60,13 @@ UNSEEN = -30000.0  # a score whose weight is 0 beside any other
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False, kernel: Kernel = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    is_causal: bool = False,
+    seen: jax.Array | None = None,
+    kernel: Kernel = "auto",
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(Hd)) v`; logits and softmax in float32.
 
@@ -69,6 +75,7 @@ def attention(
         k: `[B, S, N, Hd]` keys.
         v: `[B, S, N, Hd]` values.
         is_causal: position t sees positions 0 ... t only.
+        seen: `[B, S]`, true for keys that count; None: all do. With it, attention goes through XLA.
         kernel: "xla", "cudnn" (CUDA), "flash" (TPU, Pallas), "blocked" (any device), or "auto": the fastest that the
             platform has for these shapes, which is that of the mesh in use (`jax.set_mesh`) or of JAX's default device.
             With "flash", shapes and masks that the kernel does not cover go through XLA.
@@ -80,6 +87,8 @@ def attention(
         ValueError: no such kernel.
     """
     check_kernel(kernel)
+    if seen is not None:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None, None], is_causal=is_causal)
     if kernel == "auto":
         kernel = _fastest(q)
     if kernel == "flash" and not is_causal and _flash_takes(q, k):

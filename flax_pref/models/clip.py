@@ -75,13 +75,13 @@ class CLIPTextOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: `[B, T, D]` after the last layer and the final normalisation (SD1.5).
-        penultimate_hidden_state: `[B, T, D]` before the last layer, not normalised (SDXL).
+        hidden_states: `[B, T, D]` before the first layer and after each, not normalised (SDXL takes the last but one).
         pooled: `[B, D]` last_hidden_state at each text's end token.
         projected: `[B, P]` pooled, projected; None for an encoder without projection.
     """
 
     last_hidden_state: jax.Array
-    penultimate_hidden_state: jax.Array
+    hidden_states: tuple[jax.Array, ...]
     pooled: jax.Array
     projected: jax.Array | None
 
@@ -171,12 +171,12 @@ class CLIPEncoder(nnx.Module):
     def __init__(self, config: EncoderConfig, **kinds):
         self.layers = nnx.List([EncoderLayer(config, **kinds) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`[B, T, D]` to the states before and after the last layer, each `[B, T, D]`."""
-        penultimate = x
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`[B, T, D]` to the states before the first layer and after each, `[B, T, D]` each."""
+        states = [x]
         for layer in self.layers:
-            penultimate, x = x, layer(x)
-        return penultimate, x
+            states.append(layer(states[-1]))
+        return tuple(states)
 
 
 class TextTransformer(nnx.Module):
@@ -188,10 +188,10 @@ class TextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, **kinds, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
 
-    def __call__(self, input_ids: TokenIds) -> tuple[jax.Array, jax.Array]:
-        """`[B, T]` to the penultimate state and the normalised last state, each `[B, T, D]`."""
-        penultimate, last = self.encoder(self.embeddings(input_ids))
-        return penultimate, self.final_layer_norm(last)
+    def __call__(self, input_ids: TokenIds) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """`[B, T]` to the states of the layers, see `CLIPEncoder`, and the normalised last one, `[B, T, D]` each."""
+        states = self.encoder(self.embeddings(input_ids))
+        return states, self.final_layer_norm(states[-1])
 
 
 class CLIPTextModel(nnx.Module):
@@ -213,10 +213,10 @@ class CLIPTextModel(nnx.Module):
         Args:
             input_ids: `[B, T]`, with `T <= config.max_position_embeddings`; each text contains its end token.
         """
-        penultimate, last = self.text_model(input_ids)
+        states, last = self.text_model(input_ids)
         pooled = last[jnp.arange(input_ids.shape[0]), end_positions(input_ids, self.config.eos_token_id)]
         projected = None if self.text_projection is None else self.text_projection(pooled)
-        return CLIPTextOutput(last, penultimate, pooled, projected)
+        return CLIPTextOutput(last, states, pooled, projected)
 
 
 def end_positions(input_ids: TokenIds, eos_token_id: int) -> jax.Array:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,14 +212,14 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.kernel: Kernel = "auto"
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """`[B, T, C], [B, S, D] -> [B, T, C]`."""
+    def __call__(self, x: jax.Array, context: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        """`[B, T, C], [B, S, D] -> [B, T, C]`; `seen [B, S]`, if given, is true for positions that count."""
         if context is x:
             projected = projections(x, [self.to_q, self.to_k, self.to_v])
         else:
             projected = [self.to_q(x), *projections(context, [self.to_k, self.to_v])]
         q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in projected)
-        return self.to_out[0](attention(q, k, v, kernel=self.kernel).reshape(x.shape))
+        return self.to_out[0](attention(q, k, v, seen=seen, kernel=self.kernel).reshape(x.shape))
 
 
 class GEGLU(nnx.Module):
@@ -266,6 +266,18 @@ class FeedForward(nnx.Module):
         return x
 
 
+class Context(NamedTuple):
+    """What layers see of a prompt.
+
+    Attributes:
+        states: `[B, S, D]`.
+        seen: `[B, S]`, true for states that count; None: all do.
+    """
+
+    states: jax.Array
+    seen: jax.Array | None
+
+
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the text and a feed-forward layer, each normalised before and added to its input."""
 
@@ -290,11 +302,11 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kinds, rngs=rngs)
         self.only_cross_attention = only_cross_attention
 
-    def __call__(self, x: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
-        """`[B, T, C], [B, S, D] -> [B, T, C]`."""
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """`[B, T, C] -> [B, T, C]`."""
         h = self.norm1(x)
-        x = x + self.attn1(h, encoder_hidden_states if self.only_cross_attention else h)
-        x = x + self.attn2(self.norm2(x), encoder_hidden_states)
+        x = x + (self.attn1(h, *context) if self.only_cross_attention else self.attn1(h, h))
+        x = x + self.attn2(self.norm2(x), *context)
         return x + self.ff(self.norm3(x))
 
 
@@ -333,12 +345,12 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(channels, channels, **kinds, rngs=rngs)
 
-    def __call__(self, x: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
-        """`[B, H, W, C], [B, S, D] -> [B, H, W, C]`."""
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """`[B, H, W, C] -> [B, H, W, C]`."""
         h = self.proj_in(self.norm(x))
         tokens = h.reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
-            tokens = block(tokens, encoder_hidden_states)
+            tokens = block(tokens, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
@@ -347,17 +359,17 @@ def resnet_and_transformer(
     transformer: Transformer2DModel | None,
     x: jax.Array,
     temb: jax.Array,
-    encoder_hidden_states: jax.Array,
+    context: Context,
     remat: Remat,
 ) -> jax.Array:
     """`[B, H, W, in] -> [B, H, W, out]`; with remat "block" the backward pass keeps the arguments and nothing else."""
 
-    def pair(modules, x, temb, encoder_hidden_states):
+    def pair(modules, x, temb, context):
         resnet, transformer = modules
         x = resnet(x, temb)
-        return x if transformer is None else transformer(x, encoder_hidden_states)
+        return x if transformer is None else transformer(x, context)
 
-    inputs = (resnet, transformer), x, temb, encoder_hidden_states
+    inputs = (resnet, transformer), x, temb, context
     return pair(*inputs) if remat == "none" else recomputed(pair, *inputs)
 
 
@@ -386,13 +398,11 @@ class DownBlock2D(nnx.Module):
         self.downsamplers = nnx.List([Downsample2D(out_channels, padding=(1, 1), **kinds)] if add_downsample else [])
         self.remat: Remat = "none"
 
-    def __call__(
-        self, x: jax.Array, temb: jax.Array, encoder_hidden_states: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, temb: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
         """`[B, H, W, in]` to the block's output and all its intermediate activations, for the up path."""
         skips = []
         for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
-            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
+            x = resnet_and_transformer(resnet, transformer, x, temb, context, self.remat)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -408,10 +418,10 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
         self.attentions = nnx.List([attend(channels)])
         self.remat: Remat = "none"
 
-    def __call__(self, x: jax.Array, temb: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array, context: Context) -> jax.Array:
         """`[B, h, w, C] -> [B, h, w, C]`."""
         for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
-            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
+            x = resnet_and_transformer(resnet, transformer, x, temb, context, self.remat)
         return x
 
 
@@ -439,13 +449,11 @@ class UpBlock2D(nnx.Module):
         self.upsamplers = nnx.List([Upsample2D(out_channels, **kinds)] if add_upsample else [])
         self.remat: Remat = "none"
 
-    def __call__(
-        self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, encoder_hidden_states: jax.Array
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: Context) -> jax.Array:
         """`[B, H, W, in] -> [B, 2H, 2W, out]`; takes its activations off the end of `skips`."""
         for resnet, transformer in itertools.zip_longest(self.resnets, self.attentions):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = resnet_and_transformer(resnet, transformer, x, temb, encoder_hidden_states, self.remat)
+            x = resnet_and_transformer(resnet, transformer, x, temb, context, self.remat)
         for upsample in self.upsamplers:
             x = upsample(x, size=skips[-1].shape[1:3])
         return x
@@ -554,6 +562,7 @@ class UNet2DCondition(nnx.Module):
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts the noise in noisy latents.
 
@@ -567,6 +576,7 @@ class UNet2DCondition(nnx.Module):
                 same networks; None for all others.
             timestep_cond: `[B, E]` the guidance scale that the network imitates, for networks with
                 `time_cond_proj_dim` (LCM); see `diffusion.conditioning.with_guidance`. None: they are told none.
+            encoder_attention_mask: `[B, T]`, true for encoded tokens that count; None: all do.
 
         Returns:
             noise_pred `[B, H, W, C_out]`.
@@ -576,6 +586,7 @@ class UNet2DCondition(nnx.Module):
                 are missing.
         """
         temb = self.embed_time(timesteps, text_embeds, time_ids, timestep_cond)
+        context = Context(encoder_hidden_states, encoder_attention_mask)
         x = latents.astype(self.dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
@@ -584,13 +595,13 @@ class UNet2DCondition(nnx.Module):
         # The names are for those who read compiled programs and profiles.
         for i, block in enumerate(self.down_blocks):
             with jax.named_scope(f"down_blocks.{i}"):
-                x, activations = block(x, temb, encoder_hidden_states)
+                x, activations = block(x, temb, context)
             skips += activations
         with jax.named_scope("mid_block"):
-            x = self.mid_block(x, temb, encoder_hidden_states)
+            x = self.mid_block(x, temb, context)
         for i, block in enumerate(self.up_blocks):
             with jax.named_scope(f"up_blocks.{i}"):
-                x = block(x, skips, temb, encoder_hidden_states)
+                x = block(x, skips, temb, context)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     def embed_time(

@@ -23,6 +23,7 @@ class Parts:
         self.text_encoders = (Network(None, None, None),) * encoders
         self.tokenizers = (TOKENIZER,) * encoders
         self.force_zeros_for_empty_prompt = force_zeros
+        self.clip_skip = None
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def calls(monkeypatch):
     """Counts the texts that are encoded; states are the ids, the pooled text their sum."""
     counted = []
 
-    def encode(graphdef, last, params, ids):
+    def encode(graphdef, layer, normalised, params, ids):
         counted.extend({tuple(row) for row in ids})
         states = np.repeat(ids[..., None], 3, -1).astype(np.float32)
-        return [states] if last else [states, ids.sum(-1, keepdims=True).astype(np.float32)]
+        return [states] if normalised else [states, ids.sum(-1, keepdims=True).astype(np.float32)]
 
     monkeypatch.setattr(conditioning, "_encode", encode)
     return counted

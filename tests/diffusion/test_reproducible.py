@@ -66,9 +66,12 @@ for name, (mesh, batch_size, chosen) in draws.items():
     images = draw(texts, ids[chosen], cfg(3.0), seed=seeds[chosen])
     found["images"][name] = float(np.abs(images - expected[chosen]).max())
 ancestral = solver_from_config(pipeline.scheduler_config, 2, name="euler_a")
-alone = TextToImage(pipeline, ancestral, (64, 64), 8)(prompts, ids, cfg(3.0), seed=seeds)
-shared = TextToImage(pipeline, ancestral, (64, 64), 8, mesh=meshes[8])(prompts, ids, cfg(3.0), seed=seeds)
-found["images"]["8 devices, euler_a"] = float(np.abs(alone - shared).max())
+lengths = [f"{prompts[0]}, {prompts[1]}", *prompts[1:]]  # the first has two chunks of tokens
+alone, shared = (
+    TextToImage(pipeline, ancestral, (64, 64), 8, mesh=mesh, prompt_syntax="a1111")(lengths, ids, cfg(3.0), seed=seeds)
+    for mesh in (None, meshes[8])
+)
+found["images"]["8 devices, euler_a, one long prompt"] = float(np.abs(alone - shared).max())
 print(json.dumps(found))
 """
 

@@ -135,7 +135,7 @@ def ours(part: str, folder: str) -> None:
             mean, logvar = module.encode(given["images"])
             return {"mean": mean, "logvar": logvar, "decoded": module.decode(given["latents"])}
         output = module(given["input_ids"])
-        return {"last": output.last_hidden_state, "penultimate": output.penultimate_hidden_state} | (
+        return {"last": output.last_hidden_state, "penultimate": output.hidden_states[-2]} | (
             {} if output.projected is None else {"projected": output.projected}
         )
 
