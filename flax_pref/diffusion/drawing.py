@@ -99,7 +99,8 @@ class Drawing:
                 name = next(iter(guided.text_encoders))
                 raise UserError(
                     f"--merge: module {name!r} ({_told(self.sources[name])}) adapts text encoders, whose guidance no "
-                    "weights of a UNet can hold; leave out --merge, or take a file that adapts the UNet alone"
+                    "weights of a UNet can hold; leave out --merge (or --preset fast), or take a file that adapts the "
+                    "UNet alone"
                 )
             guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(self.rule)), modules={})
 
