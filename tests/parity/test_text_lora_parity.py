@@ -220,8 +220,13 @@ def test_a_peft_folder_of_a_text_encoder_encodes_as_there(saved, reference, tmp_
     assert error_of(tmp_path, saved, model) < 1e-5
 
 
-@pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "full", "ia3", "glora"])
-@pytest.mark.parametrize("prefix", ["lycoris_", "lora_te_text_model_"])
+@pytest.mark.parametrize(
+    ("algo", "prefix"),
+    [
+        ("lora", "lycoris_"),
+        *((algo, "lora_te_text_model_") for algo in ("lora", "loha", "lokr", "full", "ia3", "glora")),
+    ],
+)
 def test_adapters_of_lycoris_encode_as_there(saved, reference, tmp_path, algo, prefix):
     with contextlib.redirect_stdout(io.StringIO()):
         wrapper = pytest.importorskip("lycoris.wrapper")
