@@ -97,7 +97,7 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
                 f"{file}: no weight that ends in {error.args[0]!r}, expected with {next(iter(names.values()))!r}; the "
                 "file is incomplete: download or export it again"
             ) from error
-        except (ValueError, IndexError, ZeroDivisionError) as error:
+        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{file}: weight {next(iter(names.values()))!r} and those with it do not fit layer "
                 f"{'.'.join(map(str, path))!r} ({error}); the file is damaged or was made for another network"
@@ -117,7 +117,7 @@ def _fold(params: dict[tuple, Any], path: tuple, parts: Parts) -> None:
     for kind, delta in KINDS.items():
         if any(re.fullmatch(kind, part) for part in parts):
             added = delta(weight, parts)
-            if (len(added), added.size) != (len(weight), weight.size):
+            if (added.shape[:1], added.size) != (weight.shape[:1], weight.size):
                 raise ValueError(f"shape {list(added.shape)}, expected {list(weight.shape)}")
             changed = changed + added.reshape(weight.shape)
             break

@@ -152,6 +152,8 @@ def flat(layer):
             },
             rf"do not fit layer '{FC1}' \(shape",
         ),
+        ("sd15", {f"lora_te_{flat(Q)}.diff": ()}, rf"do not fit layer '{Q}' \(shape \[\]"),
+        ("sd15", {f"lora_te_{flat(Q)}.lokr_w2_b": ()}, rf"do not fit layer '{Q}'"),
         (
             "sd15",
             {f"text_encoder.{Q}.lora_A.weight": (2, WIDTH)},
