@@ -12,6 +12,9 @@ adapter_model.safetensors and adapter_config.json.
 
 In kohya's layout the dots of `<layer>` are underscores, and layers of SDXL go by the names of the original code
 (`input_blocks_4_1_proj_in`), as in the files that sd-scripts writes. Reading takes both names for every network.
+
+Files of other programs may adapt text encoders too, under `text_encoder.` and `text_encoder_2.`, or `lora_te_`,
+`lora_te1_` and `lora_te2_`: `checkpoints.modules` applies these.
 """
 
 import json
@@ -20,7 +23,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +83,18 @@ def parts_of(files: Files) -> list[tuple[Path, float]]:
     return [(Path(files), 1.0)] if single else [(Path(file), strength) for file, strength in files]
 
 
-def load_lora_network(network: Network, files: Mapping[str, Files]) -> Network:
+def load_lora_network(network: Network, files: Mapping[str, Files], *, with_text: bool = False) -> Network:
     """The network with a bank of stored adapters, e.g. `{"pos": "pos.safetensors", "neg": "neg.safetensors"}`.
 
     The bank's rank is the largest of the modules, and its alpha is its rank: the scales `alpha / rank` of the files are
     multiplied into B, and smaller ranks are filled up with zeros. Files are read as by `load_lora`. A module of several
     files, `{"pos": [("a.safetensors", 0.8), ("b.safetensors", 0.5)]}`, has the sum of their ranks.
+
+    Args:
+        network: the UNet, without adapters.
+        files: of each module.
+        with_text: whether files may adapt text encoders too, or these alone. Their weights are left to the caller; a
+            module without any for the UNet has an adapter that changes nothing, so that its rows share the batch.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -96,12 +105,16 @@ def load_lora_network(network: Network, files: Mapping[str, Files]) -> Network:
     read: dict[Path, dict[tuple, Adapter]] = {}
     for file, _ in (part for parts in files.values() for part in parts_of(parts)):
         if file not in read:
-            read[file] = _read_adapters(file, network)
+            read[file] = _read_adapters(file, network, "unet" if with_text else None)
     stored = {name: _sum([(read[file], x) for file, x in parts_of(parts)]) for name, parts in files.items()}
     adapted = {path: adapter for adapters in stored.values() for path, adapter in adapters.items()}
+    if not adapted:  # all modules adapt text encoders alone
+        kernels = {path[:-1]: x for path, x in flatten_dict(network.params).items() if path[-1] == "kernel"}
+        path, (fan_in, features) = next((path, x.shape) for path, x in kernels.items() if x.ndim == 2)
+        adapted = {path: Adapter(np.zeros((fan_in, 1), np.float32), np.zeros((1, features), np.float32), 1.0)}
     # What a module leaves alone has an adapter that changes nothing.
     idle = {path: Adapter(np.zeros_like(a[..., :1]), np.zeros_like(b[:1]), 1.0) for path, (a, b, _) in adapted.items()}
-    rank = max(adapter.rank for adapters in stored.values() for adapter in adapters.values())
+    rank = max((adapter.rank for adapters in stored.values() for adapter in adapters.values()), default=1)
     lora = stack_lora([_bank(_even(idle | adapters, rank)) for adapters in stored.values()])
     targets = sorted(map(_dotted, adapted))
     key = jax.random.key(0)  # of shapes only
@@ -152,6 +165,7 @@ PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_c
 PEFT_FILES = {PEFT_WEIGHTS, PEFT_CONFIG, "README.md"}
 PAIRS = (
     *LAYOUTS.values(),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),  # diffusers before PEFT, in text encoders
     (".lora.down.weight", ".lora.up.weight"),  # diffusers before PEFT
     ("_lora.down.weight", "_lora.up.weight"),  # and before that: `<attention>.processor.to_q_lora.down.weight`
 )
@@ -168,11 +182,25 @@ OTHER_ENDINGS = (
     *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
     *("diff", "diff_b", "w_norm", "b_norm", "on_input"),
 )
+# The networks of a checkpoint that a file may adapt, by the names of their folders in the layout of diffusers.
+Part = Literal["unet", "text_encoder", "text_encoder_2"]
+# Names of weights of text encoders; all others are the UNet's. PEFT and LyCORIS do not say which text encoder of two
+# they adapted. CLIPTextModel of transformers 5 lacks the "text_model." of other versions.
+TEXT_NAMES: dict[Part, re.Pattern] = {
+    "text_encoder": re.compile(
+        r"lora_te1?_|text_encoder\.|(base_model\.model\.|lycoris_)(text_model|encoder|text_projection)[._]"
+    ),
+    "text_encoder_2": re.compile(r"lora_te2_|text_encoder_2\."),
+}
+TEXT_PREFIXES: dict[Part, tuple[str, ...]] = {
+    "text_encoder": ("lora_te_", "lora_te1_", "text_encoder.", PEFT_PREFIX, "lycoris_"),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+}
 # Why a weight has no place here, by its name.
 REFUSED = (
     (
-        r"^(lora_te\d?_|text_encoder(_2)?\.|base_model\.model\.text_model\.)",
-        "text encoder adapters are not supported: train or save the UNet's alone",
+        "|".join(f"^({names.pattern})" for names in TEXT_NAMES.values()),
+        "text encoder adapters are applied by --module and load_modules alone: take a file that adapts the UNet alone",
     ),
     (
         "|".join(rf"\.{re.escape(ending)}$" for ending in OTHER_ENDINGS),
@@ -191,6 +219,14 @@ REFUSED = (
 )
 
 
+def part_of(name: str) -> Part:
+    """The network that a weight of a file of adapters belongs to."""
+    for part, names in TEXT_NAMES.items():
+        if names.match(name):
+            return part
+    return "unet"
+
+
 def _kohya_names(layers: Iterable[str], config: UNetConfig) -> dict[str, str]:
     """Names of layers in files of sd-scripts: for SDXL after the original code, for SD1.5 and SD2 after diffusers."""
     names = {layer: layer for layer in layers}
@@ -203,14 +239,17 @@ def _flat(name: str) -> str:
     return f"lora_unet_{name.replace('.', '_')}"
 
 
-def layers_by_name(network: Network, leaves: Sequence[str] = ("kernel",)) -> dict[str, tuple]:
+def layers_by_name(network: Network, leaves: Sequence[str] = ("kernel",), part: Part = "unet") -> dict[str, tuple]:
     """The path of each layer by all names that it may have in a file.
 
     Args:
-        network: the UNet.
+        network: the UNet or a text encoder.
         leaves: what a layer has to have: kernels are those of linear layers and convolutions, scales of norms.
+        part: which of the networks of a checkpoint it is.
     """
     paths = {_dotted(path[:-1]): path[:-1] for path in flatten_dict(network.params) if path[-1] in leaves}
+    if part != "unet":
+        return _text_layers(paths, TEXT_PREFIXES[part])
     original = unet_layers(paths, network.config)
     names = {}
     for layer, path in paths.items():
@@ -218,6 +257,17 @@ def layers_by_name(network: Network, leaves: Sequence[str] = ("kernel",)) -> dic
         dotted = (layer, f"unet.{layer}", processor, f"unet.{processor}", f"{PEFT_PREFIX}{layer}")
         flat = (_flat(layer), _flat(original[layer]), _flat(layer).replace("lora_unet_", "lycoris_", 1))
         names |= dict.fromkeys((*dotted, *flat, f"diffusion_model.{original[layer]}"), path)
+    return names
+
+
+def _text_layers(paths: Mapping[str, tuple], prefixes: Sequence[str]) -> dict[str, tuple]:
+    """`layers_by_name` of a text encoder."""
+    names = {}
+    for layer, path in paths.items():
+        # Older versions of diffusers had the UNet's names of projections: `self_attn.to_q_lora.down.weight`.
+        old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", layer)
+        for own in (layer, old, layer.removeprefix("text_model.")):
+            names |= {prefix + (own if prefix.endswith(".") else own.replace(".", "_")): path for prefix in prefixes}
     return names
 
 
@@ -472,17 +522,13 @@ def _bank(adapters: Mapping[tuple, Adapter]) -> dict:
     return unflatten_dict({(*path, leaf): jnp.asarray(x)[None] for path in leaves for leaf, x in leaves[path].items()})
 
 
-def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
+def _read_adapters(file: Path, network: Network, part: Part | None = None) -> dict[tuple, Adapter]:
+    """The adapters of the UNet; `part` as in `read_adapter_file`."""
     if (file / PEFT_CONFIG).is_file() and (file / PEFT_WEIGHTS).is_file():
         file = file / PEFT_WEIGHTS
-    stored, metadata = read_adapter_file(file)
+    stored, metadata = read_adapter_file(file, part)
     check_family(file, stored, network)
     peft = peft_settings(file, stored, metadata)
-    if peft is not None and peft.dora:
-        raise ValueError(
-            f"{peft.file}: 'use_dora' is set, but {file} has no lora_magnitude_vector; they do not belong together: "
-            "download or export both again"
-        )
     kernels = flatten_dict(network.params)
     adapters = {}
     for path, names in _names_by_layer(file, stored, network).items():
@@ -509,8 +555,8 @@ def _read_adapters(file: Path, network: Network) -> dict[tuple, Adapter]:
     return adapters
 
 
-def read_adapter_file(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """The tensors of a file, all finite, and its metadata."""
+def read_adapter_file(file: Path, part: Part | None = None) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """The tensors of a file, all finite, and its metadata; of one network of the checkpoint alone where it is named."""
     if file.is_dir():
         raise ValueError(
             f"{file}: is a folder, expected a safetensors file of LoRA weights: name a file in it; or one of PEFT, "
@@ -527,8 +573,10 @@ def read_adapter_file(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, s
     stored = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
-            metadata = tensors.metadata() or {}
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            metadata, names = tensors.metadata() or {}, list(tensors.keys())
+            for name in names:
+                if part not in (None, part_of(name)):
+                    continue
                 dtype = tensors.get_slice(name).get_dtype()
                 numbers = (*DTYPES, *FLOAT8)
                 expected = (*numbers, *INTEGERS, "F64") if name.endswith((ALPHA, ".on_input")) else numbers
@@ -542,7 +590,7 @@ def read_adapter_file(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, s
         raise ValueError(
             f"{file}: not a complete safetensors file ({_one_line(error)}): download or export it again"
         ) from error
-    if not stored:
+    if not names:
         raise ValueError(f"{file}: holds no weights, expected those of a LoRA: download or export it again")
     for name, array in stored.items():
         if not np.isfinite(array).all():
@@ -574,6 +622,9 @@ UNSUPPORTED = (
 )
 # Others, e.g. pissa and olora, take the adapter's first weights out of those of the base.
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+MAGNITUDES = re.compile(r"\.(lora_magnitude_vector(\.weight)?|dora_scale)$")
 
 
 class PeftSettings(NamedTuple):
@@ -622,8 +673,20 @@ def _of_layer(layer: str, patterns: Mapping[str, T], default: T) -> T:
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
-def peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]) -> PeftSettings | None:
-    """PEFT's configuration from the metadata, as diffusers writes it, or from the file beside; None: neither."""
+def peft_settings(
+    file: Path, stored: Iterable[str], metadata: Mapping[str, str], part: Part = "unet"
+) -> PeftSettings | None:
+    """PEFT's configuration from the metadata, as diffusers writes it, or from the file beside; None: neither.
+
+    Args:
+        file: with the weights.
+        stored: names of those of one network.
+        metadata: of the file.
+        part: the network.
+
+    Raises:
+        ValueError: it is damaged, not supported, or does not fit the weights.
+    """
     inside = beside = None
     if METADATA in metadata:
         try:
@@ -638,7 +701,11 @@ def peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]
                 f"{file}: {METADATA!r} in the metadata is no JSON object, expected PEFT's configuration: download or "
                 "export the file again"
             )
-        values = {key.removeprefix("unet."): value for key, value in values.items()}
+        values = {
+            key.removeprefix(f"{part}."): value
+            for key, value in values.items()
+            if "." not in key or key.startswith(f"{part}.")
+        }
         inside = _parse_peft(file, f"{METADATA!r} in the metadata", values)
     config = file.with_name(PEFT_CONFIG)
     of_peft = file.name == PEFT_WEIGHTS or any(name.startswith(PEFT_PREFIX) for name in stored)
@@ -655,7 +722,13 @@ def peft_settings(file: Path, stored: Iterable[str], metadata: Mapping[str, str]
             f"{file}: {METADATA!r} in the metadata says other ranks or alphas than {config}; expected one of them: "
             "export the adapter again"
         )
-    return beside or inside
+    found = beside or inside
+    if found is not None and found.dora and stored and not any(MAGNITUDES.search(name) for name in stored):
+        raise ValueError(
+            f"{found.file}: 'use_dora' is set, but {file} has no lora_magnitude_vector; they do not belong together: "
+            "download or export both again"
+        )
+    return found
 
 
 def _parse_peft(file: Path, source: str, config: Mapping[str, Any]) -> PeftSettings:
@@ -742,7 +815,7 @@ def _family(stored: Mapping[str, np.ndarray], several_blocks: str | None) -> str
     widths = {
         name.replace(".", "_"): array.shape[1] if array.ndim > 1 else None
         for name, array in stored.items()
-        if not re.match("lora_te|text_encoder", name)
+        if part_of(name) == "unet"
     }
     for pattern, expected, family in TRANSFORMERS:
         if any(re.search(pattern, name) and (not expected or width in expected) for name, width in widths.items()):

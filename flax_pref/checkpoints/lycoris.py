@@ -1,8 +1,10 @@
-"""Adapters that are no plain LoRA: the weights that a file of them makes of a network.
+"""Adapters folded into weights: those of UNets that are no plain LoRA, and all of text encoders.
 
 LoHa, LoKr, IA3, GLoRA, Tucker-decomposed LoRA, differences of whole weights, biases and normalisations (LyCORIS,
 arXiv:2309.14859), and DoRA (arXiv:2402.09353), in the names of LyCORIS, sd-scripts, OneTrainer and PEFT. Their deltas
 are no product of two small matrices that rows of one batch could share, so such a module gets weights of its own.
+
+Adapters of text encoders are folded whatever their kind, for prompts are encoded once and not in every step.
 
 Weights W are `[out, in]` or `[out, in, h, w]` here, as files have them. `s = alpha / r`, or 1 where no alpha is stored.
 """
@@ -16,18 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flax_pref.checkpoints.lora import OTHER_ENDINGS, check_family, layers_by_name, peft_settings, read_adapter_file
+from flax_pref.checkpoints.lora import (
+    OTHER_ENDINGS,
+    PAIRS,
+    Part,
+    check_family,
+    layers_by_name,
+    peft_settings,
+    read_adapter_file,
+)
 from flax_pref.checkpoints.weights import KERNEL_AXES
 from flax_pref.models.network import Network
 from flax_pref.models.tree import flatten_dict
 
+WORDS: dict[Part, str] = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 Parts = dict[str, np.ndarray]  # what a file has of one layer, by the endings of names
 
-# Endings of names; "weight" alone is IA3's.
-FACTORS = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha", *OTHER_ENDINGS, "weight")
-RENAMED = {
-    **{"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"},
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+# What a name holds, by its ending; "weight" alone is IA3's.
+FACTORS = {
+    **{f".{ending}": ending for ending in ("lora_up.weight", "lora_down.weight", "alpha", *OTHER_ENDINGS)},
+    **dict.fromkeys((a for a, _ in PAIRS), "lora_down.weight"),
+    **dict.fromkeys((b for _, b in PAIRS), "lora_up.weight"),
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+    ".weight": "weight",
 }
 
 
@@ -36,32 +49,40 @@ def has_other_adapters(names: Iterable[str]) -> bool:
     return any(name.endswith(tuple(f".{ending}" for ending in OTHER_ENDINGS)) for name in names)
 
 
-def fold_adapters(file: str | Path, network: Network) -> Network:
-    """The network with the adapters of a file in its weights.
+def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Network:
+    """The network with its adapters of a file in its weights; layers without any share their arrays with it.
 
     Args:
-        file: safetensors; what PEFT writes needs the adapter_config.json beside it.
-        network: the UNet that the file was made for, without adapters.
+        file: safetensors; what PEFT writes needs the adapter_config.json beside it. It may adapt other networks too.
+        network: the UNet or the text encoder that the file was made for, without adapters.
+        part: which of the networks of a checkpoint it is.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, holds a weight that is not understood, or does not fit the network.
     """
     file = Path(file)
-    stored, metadata = read_adapter_file(file)
-    check_family(file, stored, network)
-    peft = peft_settings(file, stored, metadata)
-    params, layers = flatten_dict(network.params), layers_by_name(network, ("kernel", "scale"))
+    stored, metadata = read_adapter_file(file, part)
+    if part == "unet":
+        check_family(file, stored, network)
+    peft = peft_settings(file, stored, metadata, part)
+    params, layers = flatten_dict(network.params), layers_by_name(network, ("kernel", "scale"), part)
     found: dict[tuple, dict[str, str]] = {}  # the stored names of each layer, by their endings
     for name in stored:
-        ending = next((ending for ending in FACTORS if name.endswith(f".{ending}")), "")
-        path = layers.get(name.removesuffix(f".{ending}")) if ending else None
+        ending = next(filter(name.endswith, FACTORS), "")
+        path = layers.get(name.removesuffix(ending)) if ending else None
         if path is None:
             raise ValueError(
-                f"{file}: weight {name!r} has no place in the UNet; expected adapters of its layers of the kinds LoRA, "
-                "DoRA, LoHa, LoKr, IA3, GLoRA, full differences and norms"
+                f"{file}: weight {name!r} has no place in the {WORDS[part]}; expected adapters of its layers of the "
+                "kinds LoRA, DoRA, LoHa, LoKr, IA3, GLoRA, full differences and norms"
             )
-        found.setdefault(path, {})[RENAMED.get(ending, ending)] = name
+        names = found.setdefault(path, {})
+        if other := names.get(FACTORS[ending]):
+            raise ValueError(
+                f"{file}: weights {other!r} and {name!r} are the same of layer {'.'.join(map(str, path))!r}, expected "
+                "one of them: download or export the file again"
+            )
+        names[FACTORS[ending]] = name
     folded = dict(params)
     for path, names in found.items():
         parts = {ending: stored[name].astype(np.float32) for ending, name in names.items()}
@@ -76,7 +97,7 @@ def fold_adapters(file: str | Path, network: Network) -> Network:
                 f"{file}: no weight that ends in {error.args[0]!r}, expected with {next(iter(names.values()))!r}; the "
                 "file is incomplete: download or export it again"
             ) from error
-        except (ValueError, IndexError, ZeroDivisionError) as error:
+        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{file}: weight {next(iter(names.values()))!r} and those with it do not fit layer "
                 f"{'.'.join(map(str, path))!r} ({error}); the file is damaged or was made for another network"
@@ -95,7 +116,10 @@ def _fold(params: dict[tuple, Any], path: tuple, parts: Parts) -> None:
     changed = weight
     for kind, delta in KINDS.items():
         if any(re.fullmatch(kind, part) for part in parts):
-            changed = changed + delta(weight, parts).reshape(weight.shape)
+            added = delta(weight, parts)
+            if (added.shape[:1], added.size) != (weight.shape[:1], weight.size):
+                raise ValueError(f"shape {list(added.shape)}, expected {list(weight.shape)}")
+            changed = changed + added.reshape(weight.shape)
             break
     if "dora_scale" in parts:  # of inputs, in older files, or of outputs
         magnitude = parts.pop("dora_scale")

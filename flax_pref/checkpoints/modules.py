@@ -5,7 +5,8 @@ import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,12 @@ from flax_pref.checkpoints.lora import (
     FILE_NAMES,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    TEXT_NAMES,
     Files,
+    Part,
     load_lora_network,
     merge_lora_network,
+    part_of,
     parts_of,
 )
 from flax_pref.checkpoints.lycoris import fold_adapters, has_other_adapters
@@ -33,14 +37,26 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)  # in folders of
 
 
 class Guided(NamedTuple):
-    """A base and what guides it: the network "base" of rules, perhaps with adapters, and networks beside it."""
+    """A base and what guides it.
+
+    Attributes:
+        base: the network "base" of rules, perhaps with adapters.
+        modules: networks beside it.
+        text_encoders: those of modules that adapt them, by the names of the modules.
+    """
 
     base: Network
     modules: dict[str, Network]
+    text_encoders: Mapping[str, tuple[Network, ...]] = MappingProxyType({})
 
 
 def load_modules(
-    base: Network, sources: Mapping[str, Files], *, own_base: str | Path | None = None, dtype=jnp.float32
+    base: Network,
+    sources: Mapping[str, Files],
+    *,
+    text_encoders: Sequence[Network] = (),
+    own_base: str | Path | None = None,
+    dtype=jnp.float32,
 ) -> Guided:
     """Reads modules by their names in rules.
 
@@ -50,7 +66,11 @@ def load_modules(
             UNet folder of diffusers, or a whole checkpoint in that layout or as a single file. Plain LoRA shares the
             weights of the base; adapters of other kinds, see `checkpoints.lycoris`, are folded into a copy of them.
             Several files with a strength each, `[("a.safetensors", 0.8), ("b.safetensors", 0.5)]`, make one module,
-            whose difference from the base is the weighted sum of theirs.
+            whose difference from the base is the weighted sum of theirs. Adapters of text encoders count too, also
+            where a file has no others.
+        text_encoders: of the checkpoint that draws. Adapters of them are folded into copies of the layers that they
+            adapt, also where `own_base` is given; the module then sees prompts through these. Empty: files with such
+            adapters are refused.
         own_base: the UNet folder or checkpoint that the modules were trained on, where they guide another fine-tune of
             the same family. Given, LoRA modules predict on their own base, and it is there as the network "own_base",
             for rules that compare with it; None: LoRA modules move onto `base`.
@@ -67,6 +87,12 @@ def load_modules(
         >>> images = draw(["a large red circle in the middle, white background"], rule=fp.cpgd(2.0, 7.5))
         >>> images.shape
         (1, 64, 64, 3)
+
+        Files that may adapt text encoders too, as many on Civitai do:
+
+        >>> guided = fp.load_modules(pipeline.unet, {"pos": "pos.safetensors"}, text_encoders=pipeline.text_encoders)
+        >>> pipeline = pipeline.replace(unet=guided.base)
+        >>> draw = fp.TextToImage(pipeline, steps=2, modules=guided.modules, text_encoders=guided.text_encoders)
     """
     found = {name: [(_find(path), x) for path, x in parts_of(files)] for name, files in sources.items()}
     kinds = {path: _kind(path) for parts in found.values() for path, _ in parts}
@@ -83,11 +109,15 @@ def load_modules(
             continue
         if [kinds[path] for path, _ in parts] != ["network"]:
             told = ", ".join(str(path) for path, _ in parts)
-            print(f"{told}: is no plain LoRA; module {name!r} has weights of its own, {_memory(own)} more")
+            print(f"{told}: is no plain LoRA; module {name!r} has weights of its own, {_memory(own.params)} more")
         networks = [(_whole(path, kinds[path], base, own, dtype), strength) for path, strength in parts]
         modules[name] = _combined(own, networks)
-    adapted = load_lora_network(own, files) if files else own
-    return Guided(adapted, modules) if own_base is None else Guided(base, {OWN_BASE: adapted, **modules})
+    adapted = load_lora_network(own, files, with_text=True) if files else own
+    texts = {name: _text_encoders(name, parts, text_encoders) for name, parts in found.items()}
+    texts = {name: own for name, own in texts.items() if own}
+    if own_base is None:
+        return Guided(adapted, modules, texts)
+    return Guided(base, {OWN_BASE: adapted, **modules}, texts)
 
 
 def _whole(path: Path, kind: str, base: Network, own: Network, dtype) -> Network:
@@ -96,16 +126,55 @@ def _whole(path: Path, kind: str, base: Network, own: Network, dtype) -> Network
         return _load_like(base, path, dtype)
     if kind == "folded":
         return fold_adapters(path, own)
-    return merge_lora_network(own, load_lora_network(own, {"module": path}), {"module": 1.0})
+    return merge_lora_network(own, load_lora_network(own, {"module": path}, with_text=True), {"module": 1.0})
+
+
+def _text_encoders(
+    module: str, parts: Sequence[tuple[Path, float]], text_encoders: Sequence[Network]
+) -> tuple[Network, ...]:
+    """The text encoders with a module's adapters in their weights; empty if it has none of them."""
+    adapted = {path: _adapted_encoders(path, len(text_encoders)) for path, _ in parts}
+    if not any(adapted.values()):
+        return ()
+    own = []
+    for part, encoder in zip(TEXT_NAMES, text_encoders, strict=False):
+        folded = [(fold_adapters(path, encoder, part), strength) for path, strength in parts if part in adapted[path]]
+        own.append(_combined(encoder, folded))
+    told = ", ".join(str(path) for path in adapted if adapted[path])
+    before, after = ([leaf for net in nets for leaf in jax.tree.leaves(net.params)] for nets in (text_encoders, own))
+    more = _memory([leaf for leaf, old in zip(after, before, strict=True) if leaf is not old])
+    print(f"{told}: adapts text encoders; module {module!r} has its own copy of the layers that differ, {more} more")
+    return tuple(own)
+
+
+def _adapted_encoders(path: Path, encoders: int) -> set[Part]:
+    """The text encoders that a file adapts; there are so many."""
+    if path.is_dir():
+        return set()  # of a UNet
+    names = {part_of(name): name for name in read_shapes(path)}
+    found: set[Part] = {part for part in TEXT_NAMES if part in names}
+    if found and not encoders:
+        raise ValueError(
+            f"{path}: weight {names[min(found)]!r} adapts a text encoder, but load_modules was given none; expected "
+            "text_encoders=pipeline.text_encoders, or a file that adapts the UNet alone"
+        )
+    if "text_encoder_2" in found and encoders < 2:
+        raise ValueError(
+            f"{path}: weight {names['text_encoder_2']!r} adapts a second text encoder, but this checkpoint has one; "
+            "the file was made for SDXL: take one for this family"
+        )
+    return found
 
 
 def _combined(own: Network, networks: Sequence[tuple[Network, float]]) -> Network:
-    """`theta + sum of strength (theta_i - theta)`, in float32."""
+    """`theta + sum of strength (theta_i - theta)`, in float32; arrays that all share stay as they are."""
     if len(networks) == 1 and networks[0][1] == 1:
         return networks[0][0]
     shares = [strength for _, strength in networks]
 
     def total(base, *leaves):
+        if all(leaf is base for leaf in leaves):
+            return base
         scaled = (share * (leaf.astype(jnp.float32) - base) for share, leaf in zip(shares, leaves, strict=True))
         return functools.reduce(operator.add, scaled, base.astype(jnp.float32)).astype(base.dtype)
 
@@ -113,7 +182,7 @@ def _combined(own: Network, networks: Sequence[tuple[Network, float]]) -> Networ
 
 
 def _kind(path: Path) -> Literal["lora", "folded", "network"]:
-    """Whether modules of a file or a folder are rows of one batch, or have weights of their own."""
+    """Whether modules of a file or a folder are rows of one batch, or UNets with weights of their own."""
     if path.is_dir():
         return "network"
     if not path.is_file() or path.suffix != ".safetensors":
@@ -121,7 +190,7 @@ def _kind(path: Path) -> Literal["lora", "folded", "network"]:
     names = read_shapes(path)
     if holds_network(names):
         return "network"
-    return "folded" if has_other_adapters(names) else "lora"
+    return "folded" if has_other_adapters(name for name in names if part_of(name) == "unet") else "lora"
 
 
 def _find(source: str | Path) -> Path:
@@ -155,8 +224,8 @@ def _load_like(base: Network, path: Path, dtype) -> Network:
     return part.load(dtype)
 
 
-def _memory(network: Network) -> str:
-    return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(network.params)) / 2**30:.2f} GiB"
+def _memory(arrays: Any) -> str:
+    return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) / 2**30:.2f} GiB"
 
 
 def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -> Network:
@@ -171,7 +240,8 @@ def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -
         weights: of the networks; see `guidance.merge_weights`.
 
     Raises:
-        ValueError: there is no network of a name.
+        ValueError: there is no network of a name, or a module adapts text encoders, whose guidance no weights of a UNet
+            can hold.
 
     Example:
         >>> pipeline = fp.load_pipeline("demo")
@@ -179,6 +249,11 @@ def merge_modules(base: Network, guided: Guided, weights: Mapping[str, float]) -
         >>> merged = fp.merge_modules(pipeline.unet, guided, fp.merge_weights(fp.cpgd(2.0, 7.5)))
         >>> fp.save_pipeline(pipeline.replace(unet=merged), "merged")
     """
+    if told := [name for name in guided.text_encoders if weights.get(name)]:
+        raise ValueError(
+            f"merge_modules: module {told[0]!r} adapts text encoders, whose guidance no weights of a UNet can hold; "
+            "guide by predictions, or take a file that adapts the UNet alone"
+        )
     terms, unknown = [], dict(weights)
     for name, network in {"base": guided.base, **guided.modules}.items():
         names = adapters(network.graphdef, network.params)

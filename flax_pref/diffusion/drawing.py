@@ -78,13 +78,30 @@ class Drawing:
             dtype: compute precision.
             batch_size: images on all devices.
             mesh: of the devices; None: one device.
+
+        Raises:
+            UserError: a module that is to be merged adapts text encoders.
+            FileNotFoundError, ValueError: a file is missing, damaged, or does not fit.
         """
         flags = self.flags
         pipeline = self.checkpoint.load(jnp.dtype(dtype))
         for name, file in self.embeddings.items():
             pipeline = add_embedding(pipeline, name, file)
-        guided = load_modules(pipeline.unet, self.sources, own_base=flags.module_base, dtype=jnp.dtype(dtype))
+        guided = load_modules(
+            pipeline.unet,
+            self.sources,
+            text_encoders=pipeline.text_encoders,
+            own_base=flags.module_base,
+            dtype=jnp.dtype(dtype),
+        )
         if flags.merge:
+            if guided.text_encoders:
+                name = next(iter(guided.text_encoders))
+                raise UserError(
+                    f"--merge: module {name!r} ({_told(self.sources[name])}) adapts text encoders, whose guidance no "
+                    "weights of a UNet can hold; leave out --merge (or --preset fast), or take a file that adapts the "
+                    "UNet alone"
+                )
             guided = guided._replace(base=merge_modules(pipeline.unet, guided, merge_weights(self.rule)), modules={})
 
         def prepared(network: Network) -> Network:
@@ -97,6 +114,7 @@ class Drawing:
             self.size,
             batch_size=batch_size,
             modules={name: prepared(network) for name, network in guided.modules.items()},
+            text_encoders=guided.text_encoders,
             mesh=mesh,
             imitated_guidance=self.imitated_guidance,
         )

@@ -4,7 +4,8 @@ Random numbers belong to images: every draw of an image comes from its own key, 
 the order or the padding of its batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ def sample(
     shape: tuple[int, int, int],
     *,
     blank: Tree = None,
+    own_prompts: Mapping[str, tuple[Tree, Tree, Tree]] = MappingProxyType({}),
     each_step: Callable[[], None] = lambda: None,
 ) -> Latents:
     """Draws latents.
@@ -65,6 +67,8 @@ def sample(
             or negative prompts.
         shape: `(H, W, C)` of the latents of one image.
         blank: the same of the encoded empty text "", which rows "proxy" are made of (CHATS); None: it is `empty`.
+        own_prompts: text, empty and blank of networks that see prompts through text encoders of their own, by the
+            networks' names.
         each_step: called while JAX traces a step, e.g. to put a callback for a progress bar there.
 
     Returns:
@@ -77,7 +81,7 @@ def sample(
     def observe(*_):
         each_step()
 
-    return _walk(observe, predict, table, solver, keys, text, empty, shape, blank=blank)[1]
+    return _walk(observe, predict, table, solver, keys, text, empty, shape, blank=blank, own_prompts=own_prompts)[1]
 
 
 def sample_trajectory(
@@ -149,6 +153,7 @@ def _walk(
     shape: tuple[int, int, int],
     *,
     blank: Tree = None,
+    own_prompts: Mapping[str, tuple[Tree, Tree, Tree]] = MappingProxyType({}),
     start: GivenLatents | None = None,
 ) -> tuple[Latents, Latents, Any]:
     """The scan of `sample`: the first latents, the last ones, and stacked over the steps what observe returns.
@@ -163,8 +168,10 @@ def _walk(
         )
     first = solver.init_noise_sigma * draw_normal(keys, 0, shape) if start is None else jnp.asarray(start)
     prompts = _prompts(table, text, empty, empty if blank is None else blank, num_images)
+    others = {network: _prompts(table, *own, num_images) for network, own in own_prompts.items()}
+    rows = [others.get(network, prompts)[prompt] for network, prompt in table.rows]
     conditioning = {
-        plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(prompts[table.rows[r][1]] for r in plan.rows))
+        plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(rows[r] for r in plan.rows))
         for plan in set(table.plans)
     }
     reuses = any(plan.contrast == "reused" for plan in table.plans)

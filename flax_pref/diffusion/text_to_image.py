@@ -57,6 +57,8 @@ class TextToImage:
         batch_size: images per call of the sampler; a multiple of the devices that share a batch.
         modules: networks with weights of their own, by their names in rules. They may carry adapters too: so modules
             guide another base than the one they were trained on.
+        text_encoders: those of modules that see prompts through their own, by the names of the modules; see
+            `load_modules`. All others see them through those of the pipeline.
         mesh: devices to draw on, each its part of every batch; None for one device. Where the mesh has an axis
             "network", base and modules lie side by side on it, else each device has all of them.
         original_size: for SDXL, height and width in pixels that the image pretends to have had before it was resized;
@@ -87,6 +89,7 @@ class TextToImage:
     size: tuple[int, int] = FROM_CHECKPOINT
     batch_size: int = 1
     modules: Mapping[str, Network] = dataclasses.field(default_factory=dict)
+    text_encoders: Mapping[str, tuple[Network, ...]] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
@@ -108,6 +111,8 @@ class TextToImage:
             raise ValueError(f"size={self.size}: height and width must be multiples of {factor}")
         if "base" in self.modules:
             raise ValueError('modules has a network "base"; expected other names, for the base is the UNet of pipeline')
+        if "base" in self.text_encoders:
+            raise ValueError('text_encoders has "base"; expected other names, for the base has those of pipeline')
         if self.batch_size < 1 or self.batch_size % self.shards:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of {self.shards}, the devices that share it"
@@ -206,10 +211,11 @@ class TextToImage:
         shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
         text, empty = self.conditioning(prompts, negative_prompts, second_prompts, chunks=chunks)
         blank = in_chunks(self.blank, chunks)
+        own = self.own_prompts(table, prompts, negative_prompts, second_prompts, chunks=chunks)
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, self.solver, keys, text, empty, blank, shape, bar)
+            latents = _sample(self.bank, table, self.solver, keys, text, empty, blank, own, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
     def count_chunks(self, prompts: Sequence[str]) -> int:
@@ -242,6 +248,28 @@ class TextToImage:
         empty = encode_batch(self.placed, negative_prompts, **reading)
         return text, jax.device_put(self.with_sizes(empty), self.sharding)
 
+    def own_prompts(
+        self,
+        table: Table,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        second_prompts: Sequence[str] | None = None,
+        *,
+        chunks: int = 1,
+    ) -> dict[str, tuple[dict, dict, dict]]:
+        """What the rows "text" and "empty" of networks with text encoders of their own see, and the empty text "".
+
+        Only of networks that the table asks for, and once for networks with the same text encoders.
+        """
+        readers = {name: self.readers[name] for name, _ in table.rows if name in self.readers}
+        distinct = {id(reader): reader for reader in readers.values()}
+        given = prompts, negative_prompts, second_prompts
+        seen = {
+            key: (*own.conditioning(*given, chunks=chunks), in_chunks(own.blank, chunks))
+            for key, own in distinct.items()
+        }
+        return {name: seen[id(reader)] for name, reader in readers.items()}
+
     def with_sizes(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         """Conditioning with sizes (SDXL) and guidance scale (LCM); see `conditioning.with_sizes`, `with_guidance`."""
         pretended = {"original_size": self.original_size, "crop_top_left": self.crop_top_left}
@@ -270,6 +298,26 @@ class TextToImage:
             vae=replicated(self.pipeline.vae, self.mesh),
             text_encoders=tuple(replicated(encoder, self.mesh) for encoder in self.pipeline.text_encoders),
         )
+
+    @cached_property
+    def readers(self) -> "dict[str, TextToImage]":
+        """The same with the text encoders of each network that has its own, for the conditioning that it sees.
+
+        Arrays that text encoders share with those of the checkpoint are on the devices once.
+        """
+        before, there = (jax.tree.leaves([net.params for net in p.text_encoders]) for p in (self.pipeline, self.placed))
+        placed = dict(zip(map(id, before), there, strict=True))
+
+        def reader(encoders: tuple[Network, ...]) -> TextToImage:
+            shared = tuple(
+                own._replace(params=jax.tree.map(lambda leaf: placed.get(id(leaf), leaf), own.params))
+                for own in encoders
+            )
+            pipeline = self.placed.replace(text_encoders=shared)
+            return dataclasses.replace(self, pipeline=pipeline, modules={}, text_encoders={})
+
+        distinct = {id(own): reader(own) for own in self.text_encoders.values()}
+        return {name: distinct[id(own)] for name, own in self.text_encoders.items()}
 
     @cached_property
     def bank(self) -> Bank | Stack:
@@ -320,8 +368,8 @@ def watched_steps(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
 # At module level, so that what is compiled outlives a TextToImage: a checkpoint with other weights compiles nothing.
 
 
-@partial(jax.jit, static_argnums=7)
-def _sample(bank, table, solver, keys, text, empty, blank, shape, bar):
+@partial(jax.jit, static_argnums=8)
+def _sample(bank, table, solver, keys, text, empty, blank, own, shape, bar):
     def update():
         def count(number) -> None:
             _bars[int(number)].update()
@@ -329,7 +377,7 @@ def _sample(bank, table, solver, keys, text, empty, blank, shape, bar):
         if bar is not None:
             jax.debug.callback(count, bar)
 
-    return sample(bank, table, solver, keys, text, empty, shape, blank=blank, each_step=update)
+    return sample(bank, table, solver, keys, text, empty, shape, blank=blank, own_prompts=own, each_step=update)
 
 
 @jax.jit

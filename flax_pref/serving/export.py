@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.numpy import save_file
@@ -26,6 +27,7 @@ from flax_pref.diffusion.rules import named_rule
 from flax_pref.diffusion.sampler import sample
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
 from flax_pref.files import check_new, new_folder, write_json
+from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags, Platform
 from flax_pref.serving.sampler import DESCRIPTION, FORMAT, WEIGHTS, arrays_of, layout_of, program_file, sha256
 
@@ -66,10 +68,15 @@ def export_sampler(
 
     Raises:
         FileExistsError: `folder` holds something.
-        ValueError: draw has a mesh, or the rule does not fit.
+        ValueError: draw has a mesh or reads weights in prompts, or the rule does not fit.
     """
     if draw.mesh is not None:
         raise ValueError("export_sampler: a program is for one device; expected a TextToImage without mesh")
+    if draw.prompt_syntax != "plain":
+        raise ValueError(
+            f"export_sampler: prompt_syntax={draw.prompt_syntax!r}, but exported samplers read prompts as they are; "
+            'expected a TextToImage with prompt_syntax="plain"'
+        )
     table = tabulate(named_rule(**terms), len(draw.solver.timesteps), draw.batch_size)
     state = _state(draw)
     leaves = jax.tree.leaves_with_path(state)
@@ -116,7 +123,17 @@ def _state(draw: TextToImage) -> dict[str, Any]:
         "solver": draw.solver,
         "empty": draw.empty,
         "blank": draw.blank,
+        "own_prompts": {name: _own_state(draw, reader) for name, reader in draw.readers.items()},
     }
+
+
+def _own_state(draw: TextToImage, reader: TextToImage) -> dict[str, Any]:
+    """The arrays of a network with text encoders of its own; those that these share with the checkpoint's left out."""
+    changed = []
+    for own, encoder in zip(reader.pipeline.text_encoders, draw.pipeline.text_encoders, strict=True):
+        before = flatten_dict(encoder.params)
+        changed.append({path: leaf for path, leaf in flatten_dict(own.params).items() if leaf is not before[path]})
+    return {"text_encoders": list(map(unflatten_dict, changed)), "empty": reader.empty, "blank": reader.blank}
 
 
 def _export(
@@ -130,21 +147,27 @@ def _export(
 
     def program(weights: dict[str, jax.Array], inputs: dict[str, Any]) -> jax.Array:
         own = jax.tree.unflatten(structure, [weights[name] for name in names])
-        encoders = [
-            encoder._replace(params=params)
-            for encoder, params in zip(pipeline.text_encoders, own["text_encoders"], strict=True)
-        ]
-        placed = dataclasses.replace(pipeline, text_encoders=tuple(encoders))
-        text, negative = (draw.with_sizes(encode_ids(placed, inputs[name])) for name in ("ids", "negative_ids"))
 
         def avoided(empty, negative):
             none = inputs["no_negative"].reshape(-1, *(1,) * empty.ndim)
             return jnp.where(none, empty, negative)
 
-        empty = jax.tree.map(avoided, own["empty"], negative)
+        def seen(params: Sequence[dict], given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+            """Text, empty and blank through text encoders with these parameters."""
+            encoders = zip(pipeline.text_encoders, params, strict=True)
+            placed = pipeline.replace(text_encoders=tuple(net._replace(params=own) for net, own in encoders))
+            text, negative = (draw.with_sizes(encode_ids(placed, inputs[name])) for name in ("ids", "negative_ids"))
+            return text, jax.tree.map(avoided, given["empty"], negative), given["blank"]
+
+        text, empty, blank = seen(own["text_encoders"], own)
+        others = {}
+        for name, given in own["own_prompts"].items():
+            pairs = zip(own["text_encoders"], given["text_encoders"], strict=True)
+            params = [unflatten_dict(flatten_dict(base) | flatten_dict(changed)) for base, changed in pairs]
+            others[name] = seen(params, given)
         keys = jax.random.wrap_key_data(inputs["keys"], impl="threefry2x32")
         rule = dataclasses.replace(table, **inputs["table"])
-        latents = sample(own["unet"], rule, own["solver"], keys, text, empty, shape, blank=own["blank"])
+        latents = sample(own["unet"], rule, own["solver"], keys, text, empty, shape, blank=blank, own_prompts=others)
         return to_bytes(decode_latents(pipeline.vae._replace(params=own["vae"]), latents))
 
     ids = [tokenizer([""] * batch) for tokenizer in pipeline.tokenizers]

@@ -366,7 +366,7 @@ def test_missing_and_surplus_weights_are_named(damaged):
     assert "expected names such as unet.<layer>.lora_A.weight" in damaged(replace("bias", np.zeros(8, np.float32)))
     for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text_encoder_2.q_proj.lora_A.weight"):
         told = damaged(replace(name, np.zeros((3, 8), np.float32)))
-        assert told.startswith(f"weight {name!r} has no place in the UNet; text encoder adapters are not supported")
+        assert told.startswith(f"weight {name!r} has no place in the UNet; text encoder adapters are applied by ")
     for ending in ("dora_scale", "hada_w1_a"):
         told = damaged(replace(f"{KOHYA}.{ending}", np.zeros((8, 1), np.float32)))
         assert "is no plain LoRA: load it with load_modules" in told

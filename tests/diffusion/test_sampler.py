@@ -51,16 +51,24 @@ def noises(solver, seed=0):
     return np.array(drawn, np.float64)
 
 
-def loop(guide, solver, noises):
+def kinds(text, empty, blank):
+    """What each kind of prompt stands for."""
+    empty, blank = (np.broadcast_to(x, text.shape) for x in (empty, blank))
+    return {"text": text, "empty": empty, "proxy": (1 + A) * blank - A * text}
+
+
+def loop(guide, solver, noises, own_prompts=()):
     """The sampler as a Python loop in float64: `guide(i, eps)` makes one prediction of many in step i."""
-    x = solver.init_noise_sigma * noises[0]
-    empty, estimates = np.broadcast_to(EMPTY, TEXT.shape), []
-    prompts = {"text": TEXT, "empty": empty, "proxy": (1 + A) * empty - A * TEXT}
+    x, estimates = solver.init_noise_sigma * noises[0], []
+    prompts = {name: kinds(TEXT, EMPTY, EMPTY) for name in NETWORKS}
+    prompts |= {name: kinds(*own) for name, own in dict(own_prompts).items()}
     for i in range(len(solver.timesteps)):
         row = jax.tree.map(lambda table, i=i: np.asarray(table[i], np.float64), solver)
         t = np.full(len(x), row.timesteps)
         # numpy computes as it is called: x and t of this step.
-        noise_pred = guide(i, lambda name, prompt, x=row.input_scale * x, t=t: network(name, x, t, prompts[prompt]))
+        noise_pred = guide(
+            i, lambda name, prompt, x=row.input_scale * x, t=t: network(name, x, t, prompts[name][prompt])
+        )
         estimates.insert(0, row.estimate_from_latents * x + row.estimate_from_pred * noise_pred)
         x = row.latents_coef * x + row.fresh_noise_coef * noises[i + 1]
         # There are fewer estimates than coefficients in the first steps.
@@ -100,6 +108,20 @@ def test_strengths_follow_their_schedules_image_by_image(name):
     w_at = w * (1 + way)[:, None]
     s_at = s * (1 - (1 - np.cos(np.pi * way)) / 4)[:, None]
     check(got, lambda i, eps: formula(eps, *(x[i][:, None, None, None] for x in (w_at, s_at))), SOLVER)
+
+
+@pytest.mark.parametrize("name", ["fine-tuned", "pgd", "cpgd", "cpgd conditional", "chats"])
+def test_networks_may_see_prompts_of_their_own(name):
+    rule, formula = RULES[name]
+    rng = np.random.default_rng(1)
+    own = {
+        network: tuple(rng.standard_normal(shape, dtype=np.float32) for shape in (TEXT.shape, EMPTY.shape, EMPTY.shape))
+        for network in ("pos", "dpo")
+    }
+    table = tabulate(rule(W, S), len(SOLVER.timesteps), len(IDS))
+    drawn = sample(predict, table, SOLVER, image_keys(0, IDS), TEXT, EMPTY, SHAPE, own_prompts=own)
+    expected = loop(lambda i, eps: formula(eps, W, S), SOLVER, noises(SOLVER), own)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_batch_of_strengths_is_the_images_drawn_one_by_one():

@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from training.tiny import tiny_checkpoint
 
 from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network
-from flax_pref.diffusion.guidance import chats, npo
+from flax_pref.diffusion import text_to_image
+from flax_pref.diffusion.conditioning import encode_batch
+from flax_pref.diffusion.guidance import cfg, chats, npo
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
 from flax_pref.models.lora import join_lora, split_lora
@@ -66,6 +69,55 @@ def test_a_checkpoint_says_with_which_solver_and_in_which_size_it_draws(draw):
     assert dataclasses.replace(steps, batch_size=2).solver is steps.solver
     with pytest.raises(ValueError, match="steps=3 beside a solver"):
         TextToImage(pipeline, draw.solver, steps=3)
+
+
+@pytest.fixture(scope="module")
+def others(draw):
+    """The text encoders with another bias each."""
+    changed = []
+    for encoder in draw.pipeline.text_encoders:
+        params = flatten_dict(encoder.params)
+        bias = next(path for path in params if path[-2:] == ("fc1", "bias"))
+        changed.append(encoder._replace(params=unflatten_dict(params | {bias: params[bias] + 1.0})))
+    return tuple(changed)
+
+
+@pytest.mark.parametrize("negative", [None, ["the sea", ""]])
+def test_a_module_with_text_encoders_of_its_own_draws_as_a_checkpoint_with_these(draw, others, negative):
+    own = dataclasses.replace(draw, text_encoders={"pos": others})
+    whole = dataclasses.replace(draw, pipeline=draw.pipeline.replace(text_encoders=others))
+    options = {"negative_prompts": negative}
+    expected = images(whole, cfg(S, "pos"), **options)
+    assert np.abs(expected - images(draw, cfg(S, "pos"), **options)).max() > 1e-3
+    np.testing.assert_allclose(images(own, cfg(S, "pos"), **options), expected, atol=1e-6)
+    np.testing.assert_array_equal(images(own, cfg(S), **options), images(draw, cfg(S), **options))
+
+
+def test_the_same_text_encoders_encode_once(draw, others, monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return encode_batch(*arguments, **options)
+
+    monkeypatch.setattr(text_to_image, "encode_batch", counted)
+    both = dataclasses.replace(draw, text_encoders={"pos": others, "neg": others})
+    images(both, npo(S))
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match='text_encoders has "base"'):
+        dataclasses.replace(draw, text_encoders={"base": others})
+
+
+def test_an_exported_sampler_has_the_text_encoders_of_modules(draw, others, tmp_path):
+    own = dataclasses.replace(draw, text_encoders={"pos": others, "neg": draw.pipeline.text_encoders})
+    export_sampler(own, TERMS, tmp_path / "own", platforms=["cpu"], about={})
+    sampler, negatives = load_sampler(tmp_path / "own"), ["the sea", "a cat"]
+    expected = images(own, chats(S), negative_prompts=negatives)
+    assert np.abs(expected - images(draw, chats(S), negative_prompts=negatives)).max() > 1e-3
+    drawn = sampler(PROMPTS, range(len(PROMPTS)), seed=0, negative_prompts=negatives)
+    np.testing.assert_array_equal(drawn, np.round(255 * expected).astype(np.uint8))
+    stored = [name for name in sampler.weights if name.startswith("own_prompts") and "text_encoders" in name]
+    assert len(stored) == 2 and all("fc1.bias" in name for name in stored), "what differs alone is stored"
 
 
 def test_a_single_prompt_is_the_first_of_a_list(draw):

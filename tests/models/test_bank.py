@@ -371,6 +371,25 @@ def on_devices() -> dict:
     merged_ones = {"base": full(0), **{name: merged(full(0), lora, name) for name in ("pos", "neg")}}
     report["data"] = {"error": error(images, expected(merged_ones, "cpgd")), "sent": sent}
 
+    # A module with text encoders of its own; their first layers are those of the checkpoint.
+    pipeline = tiny_pipeline(networks["base"])
+    encoder = pipeline.text_encoders[0]
+    norm = encoder.params["text_model"]["final_layer_norm"]
+    other = {"text_model": encoder.params["text_model"] | {"final_layer_norm": jax.tree.map(lambda x: x - 0.5, norm)}}
+    modules = {name: networks[name] for name in ("pos", "neg")}
+    own = {"pos": (encoder._replace(params=other),)}
+    drawn = []
+    for mesh, text_encoders in (
+        (None, own),
+        (None, {}),
+        (mesh_of(data=4), own),
+        (mesh_of(**{AXIS: 3, "data": 2}), own),
+    ):
+        options = {"modules": modules, "mesh": mesh, "text_encoders": text_encoders}
+        draw = TextToImage(pipeline, SOLVER, SHAPE[:2], IMAGES, **options)
+        drawn.append(draw(["a", "a a", "a a a", ""] * 2, rule=cpgd(W, S), seed=0))
+    report["text encoders"] = [error(images, drawn[0]) for images in drawn[1:]]
+
     try:
         stacked(mesh_of(**{AXIS: 4}), "base", "pos")
     except ValueError as refusal:
@@ -414,6 +433,13 @@ def test_weighted_sums_of_predictions_are_reduced_as_sums(report):
 def test_side_by_side_each_device_holds_one_network(report):
     one, *held = report["bytes"]
     assert held == [one] * 6
+
+
+@pytest.mark.program
+def test_text_encoders_of_a_module_encode_on_any_mesh(report):
+    without, data, side_by_side = report["text encoders"]
+    print(report["text encoders"])
+    assert without > 1e-3 and max(data, side_by_side) < 1e-5
 
 
 @pytest.mark.program
