@@ -30,12 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from flax_pref.checkpoints.module_info import STRENGTH, ModuleInfo
 from flax_pref.checkpoints.original import unet_layers
-from flax_pref.checkpoints.weights import KERNEL_AXES
+from flax_pref.checkpoints.weights import FLOAT8, KERNEL_AXES, SafeTensors
 from flax_pref.files import read_json, replacing, unique_keys, write_json
 from flax_pref.models.layers import Keys
 from flax_pref.models.lora import DEFAULT_TARGETS, LEAVES, LoRALayer, add_lora, join_lora, merge_lora, stack_lora
@@ -292,7 +292,6 @@ PEFT_DEFAULTS = {
     "use_rslora": False,
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 def save_lora(
@@ -572,8 +571,8 @@ def read_adapter_file(file: Path, part: Part | None = None) -> tuple[dict[str, n
         )
     stored = {}
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            metadata, names = tensors.metadata() or {}, list(tensors.keys())
+        with SafeTensors(file) as tensors:
+            metadata, names = tensors.metadata(), list(tensors.keys())
             for name in names:
                 if part not in (None, part_of(name)):
                     continue
@@ -585,7 +584,7 @@ def read_adapter_file(file: Path, part: Part | None = None) -> tuple[dict[str, n
                         f"{file}: weight {name!r} has dtype {dtype}, expected {' or '.join(expected)}; if the file is "
                         "not damaged, save it as float32"
                     )
-                stored[name] = _float8(file, name) if dtype in FLOAT8 else tensors.get_tensor(name)
+                stored[name] = tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: not a complete safetensors file ({_one_line(error)}): download or export it again"
@@ -599,16 +598,6 @@ def read_adapter_file(file: Path, part: Part | None = None) -> tuple[dict[str, n
                 "training failed: take another"
             )
     return stored, metadata
-
-
-def _float8(file: Path, name: str) -> np.ndarray:
-    """A tensor of 8 bits, a type that safetensors does not find in NumPy."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(size))[name]
-        start, end = entry["data_offsets"]
-        stream.seek(8 + size + start)
-        return np.frombuffer(stream.read(end - start), jnp.dtype(FLOAT8[entry["dtype"]])).reshape(entry["shape"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ leaf names, transpositions, old names. Weights pass one by one, so a network nev
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,8 @@ LEAF_NAMES = {
 }
 # Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
-STORED_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # by safetensors' names
+STORED_DTYPES = ("float16", "bfloat16", "float32", "float64", *FLOAT8.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,52 @@ class Tensors(Protocol):
     def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> Any: ...
 
 
+class SafeTensors:
+    """`Tensors` of a safetensors file, also those of 8 bits, a type that safetensors does not find in NumPy.
+
+    Raises:
+        SafetensorError, OSError: the file is damaged.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._tensors = file, safe_open(file, framework="numpy")
+        self._entries: dict[str, Any] = {}
+        self._start = 0
+
+    def __enter__(self) -> Self:
+        self._tensors.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._tensors.__exit__(*error)
+
+    def keys(self) -> Iterable[str]:
+        """The names of the weights."""
+        return self._tensors.keys()
+
+    def get_slice(self, name: str) -> Any:
+        """The weight of this name, not read yet."""
+        return self._tensors.get_slice(name)
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The weight of this name."""
+        dtype = self.get_slice(name).get_dtype()
+        if dtype not in FLOAT8:
+            return self._tensors.get_tensor(name)
+        with self._file.open("rb") as stream:
+            if not self._entries:
+                size = int.from_bytes(stream.read(8), "little")
+                self._entries, self._start = json.loads(stream.read(size)), 8 + size
+            start, end = self._entries[name]["data_offsets"]
+            stream.seek(self._start + start)
+            stored = np.frombuffer(stream.read(end - start), jnp.dtype(FLOAT8[dtype]))
+        return stored.reshape(self._entries[name]["shape"])
+
+    def metadata(self) -> Mapping[str, str]:
+        """The texts that the file holds beside its weights."""
+        return self._tensors.metadata() or {}
+
+
 class TorchTensors:
     """`Tensors` of what `read_torch_file` has read: weights by name, alone or as the state_dict beside other things."""
 
@@ -244,7 +292,7 @@ def open_tensors(file: Path) -> Tensors:
     if file.suffix != ".safetensors":
         return TorchTensors(file, read_torch_file(file))
     try:
-        return safe_open(file, framework="numpy")
+        return SafeTensors(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); download it again") from error
 

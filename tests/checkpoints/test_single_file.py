@@ -204,6 +204,22 @@ def test_half_precision_is_kept_or_widened(saved, tmp_path):
     np.testing.assert_allclose(*(np.asarray(p.unet.params["conv_in"]["kernel"]) for p in (loaded, pipeline)), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_files_of_8_bits_are_the_numbers_that_they_hold(kind, saved, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    pipeline, file, _ = saved["sd1"]
+    stored = {name: tensor.to(getattr(torch, kind)) for name, tensor in load_torch(file).items()}
+    save_torch(stored, tmp_path / "8bit.safetensors")
+    loaded = load_pipeline(tmp_path / "8bit.safetensors")
+    expected = stored["model.diffusion_model.input_blocks.0.0.weight"].float().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(loaded.unet.params["conv_in"]["kernel"], expected)
+    far = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), loaded.unet.params, pipeline.unet.params)
+    assert max(jax.tree.leaves(far)) < 0.13
+
+
 def test_the_vocabulary_of_the_package_is_clips():
     folder = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clip_tokenizer"
     if not folder.is_dir():
