@@ -194,10 +194,12 @@ class Checkpoint:
         """Reads the weights; arguments and errors as in `diffusers.load_pipeline`."""
         options = {"param_dtype": param_dtype, "place": place}
         unet = self.part("unet")
+        # First, for their embeddings are the largest arrays, and one that is read is in memory twice.
+        text_encoders = tuple(self.part(name).load(dtype, **options) for name in self.text_encoders)
         pipeline = Pipeline(
             unet=unet.load(dtype, **options) if with_unet else Network(unet.config, nnx.graphdef(nnx.Module()), {}),
             vae=self.part("vae").load(dtype, **options),
-            text_encoders=tuple(self.part(name).load(dtype, **options) for name in self.text_encoders),
+            text_encoders=text_encoders,
             tokenizers=self.read_tokenizers(),
             scheduler_config=self.scheduler_config,
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,

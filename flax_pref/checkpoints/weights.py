@@ -425,7 +425,7 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-REOPEN_AFTER = 64 * 2**20  # bytes
+REOPEN_AFTER = 16 * 2**20  # bytes
 
 
 def _read_tensors(
