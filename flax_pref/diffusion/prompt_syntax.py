@@ -10,6 +10,7 @@ a weight does to the states of a token, see `Syntax.weigh`. Backslashes keep bra
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,18 @@ def check_prompts(prompts: Iterable[str], syntax: PromptSyntax) -> None:
     if syntax != "plain":
         for prompt in prompts:
             SYNTAXES[syntax].parse(prompt)
+
+
+def warn_of_weights(prompts: Iterable[str]) -> None:
+    """Warns if a prompt that is read as it is looks as if it had weights."""
+    for prompt in prompts:
+        if found := re.search(r"\([^()]+:\s*\d*\.?\d+\)", prompt):
+            warnings.warn(
+                f"prompt {prompt!r:.100}: {found.group()!r} is read as text; prompt_syntax (--prompt-syntax) a1111 or "
+                "comfyui reads it as a weight",
+                stacklevel=4,
+            )
+            return
 
 
 def count_chunks(prompts: Iterable[str], tokenizers: Sequence[CLIPTokenizer], syntax: PromptSyntax) -> int:

@@ -27,7 +27,7 @@ from flax_pref.diffusion.conditioning import (
 from flax_pref.diffusion.drawing_flags import PromptSyntax
 from flax_pref.diffusion.guidance import Rule, Table, cfg, tabulate
 from flax_pref.diffusion.latents import decode_latents
-from flax_pref.diffusion.prompt_syntax import count_chunks
+from flax_pref.diffusion.prompt_syntax import count_chunks, warn_of_weights
 from flax_pref.diffusion.sampler import image_keys, sample
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.solvers import Solver
@@ -219,7 +219,7 @@ class TextToImage:
         return decode_latents(vae, latents, shards=self.shards)
 
     def count_chunks(self, prompts: Sequence[str]) -> int:
-        """Chunks of tokens of the longest prompt; 1, with a warning of what is cut, where the syntax is plain.
+        """Chunks of tokens of the longest prompt. Where the syntax is plain, 1, with warnings of cuts and of weights.
 
         Raises:
             ValueError: a prompt has what its syntax does not support.
@@ -227,6 +227,7 @@ class TextToImage:
         if self.prompt_syntax == "plain":
             advice = "prompt_syntax (--prompt-syntax) a1111 or comfyui reads all of it, in chunks"
             warn_of_cuts(self.pipeline, prompts, advice)
+            warn_of_weights(prompts)
         return count_chunks(prompts, self.pipeline.tokenizers, self.prompt_syntax)
 
     def conditioning(

@@ -289,6 +289,15 @@ def test_a_cut_names_the_flag(demo):
     assert "green triangle" in str(told[0].message)
 
 
+def test_weights_in_a_plain_prompt_name_the_flag(demo):
+    with pytest.warns(UserWarning, match="'.red:1.4.' is read as text; .*--prompt-syntax") as told:
+        demo.count_chunks(["a circle (left)", "a (red:1.4) circle", "a (blue:2) circle"])
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        demo.count_chunks(["a circle (left), 16:9"])
+
+
 def test_second_prompts_are_for_two_text_encoders(demo):
     with pytest.raises(ValueError, match="one text encoder; expected them for SDXL only"):
         demo([SHORT] * 2, second_prompts=["oil"] * 2)
