@@ -35,6 +35,7 @@ PROGRAMS = {
     "export": Command("sample.export", "Exports a sampler that a serving process loads without tracing."),
     "plan": Command("train.plan", "Plans training or encoding for a TPU slice that is not there."),
     "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),
+    "verify": Command("sample.verify", "Checks that this machine computes what it should, and how fast."),
     "demo": Command(
         "train.demo",
         "Runs the whole path on the demo world: draws pairs, labels them, trains modules, compares methods.",
