@@ -106,7 +106,7 @@ SD1_HEADS = 8
 # Tables of the noise schedule, averages of the weights, and parts that training alone uses.
 IGNORED = re.compile(
     r"^model_ema\.|^(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|global_step)|"
-    r"^denoiser\.|^first_stage_model\.(loss|model_ema)\.|\.position_ids$|\.logit_scale$|\.attn_mask$"
+    r"^denoiser\.|^(first_stage_model\.)?(loss|model_ema)\.|\.position_ids$|\.logit_scale$|\.attn_mask$"
 )
 SD2_PROJECTION, SD2_LAYERS = "text_projection", 24
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # keys by which files say how their UNet was trained
