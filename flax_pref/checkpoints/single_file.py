@@ -103,6 +103,7 @@ LAYOUTS = {
 }
 HEAD_WIDTH = 64  # of all text encoders, and of UNets whose projections are matrices
 SD1_HEADS = 8
+OTHER_LATENTS = 16  # channels, of the autoencoders of later models
 # Tables of the noise schedule, averages of the weights, and parts that training alone uses.
 IGNORED = re.compile(
     r"^model_ema\.|^(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|global_step)|"
@@ -117,12 +118,17 @@ OTHERS = (
     (r"^(control_model|controlnet_cond_embedding)\.", "a ControlNet, which is not supported"),
     (r"^conditioner\.embedders\.0\.model\.", "SDXL's refiner, which is not supported; expected SDXL's base"),
     (r"^edm_(mean|vpred)", "a model of the EDM formulation (Playground 2.5, CosXL), which is not supported"),
-    (r"joint_blocks\.", "Stable Diffusion 3, which is not supported"),
-    (r"double_blocks\.|single_stream|distilled_guidance_layer", "FLUX or a relative, which is not supported"),
+    # Some of the later ones have names of the earlier ones too.
     (
-        r"time_stack\.|time_mixer|temporal_|motion_modules\.|patchify_proj\.|head\.modulation|token_refiner\.|qkv_x\.",
+        r"time_stack\.|time_mixer|temporal_|motion_modules\.|patchify_proj\.|head\.modulation|token_refiner\.|qkv_x\.|"
+        r"condition_embedder\.",
         "a video model, which is not supported",
     ),
+    (
+        r"double_blocks\.|single_transformer_blocks\.|single_stream|distilled_guidance_layer",
+        "FLUX or a relative, which is not supported",
+    ),
+    (r"joint_blocks\.|^context_embedder\.", "Stable Diffusion 3, which is not supported"),
     (
         r"^(model\.diffusion_model\.)?(layers|blocks|double_layers|transformer_blocks|cap_embedder|txt_in)\.",
         "a diffusion transformer, which is not supported",
@@ -325,6 +331,11 @@ def _unet_config(shapes: Shapes, sample_size: int, pooled: int | None) -> UNetCo
 
 
 def _vae_config(shapes: Shapes, **sizes: Any) -> VAEConfig:
+    if (channels := shapes["decoder.conv_in.weight"][1]) == OTHER_LATENTS:
+        raise ValueError(
+            f"is an autoencoder of {channels} latent channels, as those of Stable Diffusion 3, FLUX and video models "
+            "are, which is not supported; expected 4"
+        )
     depth = _count(shapes, "encoder.down.")
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -333,7 +344,7 @@ def _vae_config(shapes: Shapes, **sizes: Any) -> VAEConfig:
         down_block_types=("DownEncoderBlock2D",) * depth,
         up_block_types=("UpDecoderBlock2D",) * depth,
         layers_per_block=_count(shapes, "encoder.down.0.block."),
-        latent_channels=shapes["decoder.conv_in.weight"][1],
+        latent_channels=channels,
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
         mid_block_add_attention="encoder.mid.attn_1.norm.weight" in shapes,

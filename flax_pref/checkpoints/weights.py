@@ -447,7 +447,12 @@ def _weight_files(folder: Path, component: Component, variant: str | None) -> di
                 raise ValueError(
                     f"{index}: weight_map names {strange[0]!r:.100}, expected files in its folder; download it again"
                 )
-            return {name: folder / shard for name, shard in shards.items()}
+            listed = {name: folder / shard for name, shard in shards.items()}
+            held: dict[str, Path] = {}  # with what the index passes over
+            for file in sorted(set(listed.values())):
+                with open_tensors(file) as tensors:
+                    held |= dict.fromkeys(tensors.keys(), file)
+            return held | listed
     found = sorted(path.name for path in folder.iterdir())
     expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"
     raise FileNotFoundError(

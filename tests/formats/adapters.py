@@ -334,21 +334,20 @@ def by_lycoris(
         network.save_weights(path, getattr(torch, dtype), None)
         if dtype != "float32":
             network.load_weights(path)
+        network.double()
         return Made(path, lambda: {"prediction": predicted(unet)})
 
     return make
 
 
 def predicted(unet: Any) -> np.ndarray:
-    """The prediction of a UNet of diffusers for some latents and prompts."""
+    """The prediction of a UNet of diffusers for some latents and prompts, in float64: weights alone are rounded."""
     import torch
 
     rng = np.random.default_rng(0)
-    latents, text = (
-        torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in ((2, 4, 8, 8), (2, 5, WIDTHS["sd15"]))
-    )
+    latents, text = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((2, 4, 8, 8), (2, 5, WIDTHS["sd15"])))
     with torch.no_grad():
-        return unet(latents, torch.tensor([3, 981]), text).sample.numpy()
+        return unet.double()(latents, torch.tensor([3, 981]), text).sample.numpy()
 
 
 def prediction(read: Read) -> Numbers:
@@ -377,16 +376,30 @@ def whole_unet(folder: Path) -> Made:
 
 # Alphas are the rank where a file has none; a layer that a file leaves out altogether is not adapted.
 NO_ALPHA = {r"missing .*\.alpha$": "alpha is the rank where a file does not say it"}
-ANY_LAYERS = {r"missing .*\.(diff|w_norm|b_norm)$": "a file may hold the differences of any layers"}
+ANY_LAYERS = {r"missing .*\.(diff|diff_b|w_norm|b_norm)$": "a file may hold the differences of any layers"}
 READ = "`--module NAME=FILE`"
 FOLDER = "`--module NAME=FOLDER`"
 
 
+def parts_of(name: str) -> tuple[str, str]:
+    """The layer and the ending of the name of a weight."""
+    match = ENDINGS.search(name)
+    return (match[1], match[3]) if match else (name, "")
+
+
+ENDINGS = re.compile(
+    r"^(.*?)(\.|_(?=lora\.))((?:lora|hada|lokr|dora)[_.].*|processor.*|alpha|diff\w*|[ab]\w?\.weight|[wb]_norm|weight|on_input)$"
+)
+
+
 def ending(name: str) -> str:
-    """How the name of a weight ends; the layers are damaged alike."""
-    return re.sub(
-        r"^(.*?)\.(?=(lora|hada|lokr|dora|processor|alpha|diff|[ab]\w?\.weight|[wb]_norm|weight|on_input))", "", name
-    )
+    """How the name of a weight ends: those that end alike are damaged alike."""
+    return parts_of(name)[1]
+
+
+def layer(name: str) -> str:
+    """The layer of a weight, which messages name if not the weight."""
+    return parts_of(name)[0]
 
 
 def weights(read: Read) -> Numbers:
@@ -396,13 +409,13 @@ def weights(read: Read) -> Numbers:
 
 def adapter(name: str, family: str, make: Callable[[Path], Made], **more: Any) -> Kind:
     """A row."""
-    settings = {"read": READ, "harmless": NO_ALPHA, "needs": ("torch", "diffusers", "peft"), "numbers": weights} | more
+    settings = {"read": READ, "harmless": NO_ALPHA, "needs": ("torch", "diffusers", "peft"), "numbers": weights}
+    settings |= {"sort": ending, "names": layer} | more
     stranger = "LoRA of diffusers, SDXL" if family == "sd15" else "LoRA of diffusers, SD1.5"
     return Kind(
         name=name,
         make=make,
         load=load(family),
-        sort=ending,
         stranger=stranger,
         **settings,
     )
@@ -412,7 +425,7 @@ def lycoris_kind(name: str, algo: str, **options: Any) -> Kind:
     """A row of LyCORIS."""
     more = {key: options.pop(key) for key in ("harmless",) if key in options}
     more |= {"needs": ("torch", "diffusers", "lycoris"), "numbers": prediction}
-    return adapter(name, "sd15", by_lycoris(algo, **options), reference="prediction of LyCORIS", **more)
+    return adapter(name, "sd15", by_lycoris(algo, **options), reference="prediction of LyCORIS in float64", **more)
 
 
 DIFFUSERS = {"reference": "diffusers, fused"}
@@ -489,5 +502,6 @@ ADAPTERS = (
         damaged="diffusion_pytorch_model.safetensors",
         harmless={},
         needs=("torch", "diffusers"),
+        sort=lambda name: re.sub(r"[\d.].*", "", name),
     ),
 )

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from flax_pref.checkpoints.checkpoint import Pipeline
 from flax_pref.checkpoints.diffusers import load_pipeline, open_vae, save_pipeline
-from flax_pref.checkpoints.single_file import UNET, VAE, save_single_file
+from flax_pref.checkpoints.single_file import IGNORED, UNET, V_PREDICTION, VAE, ZERO_SNR, save_single_file
 from flax_pref.checkpoints.tokenizer import load_tokenizer
 from flax_pref.checkpoints.weights import to_stored
 from flax_pref.diffusion.drawing import resolve_drawing
@@ -409,11 +409,11 @@ CONFIGS = ("UNet2DConditionModel", "AutoencoderKL")
 NEEDS = ("torch", "diffusers", "transformers")
 
 
-def first_names(name: str) -> str:
-    """The network that a weight belongs to."""
-    return re.split(
-        r"\.(?=input|middle|output|time_embed|out\.|encoder|decoder|quant|post|transformer|model\.)|\.", name
-    )[0]
+def part_of(name: str) -> str | None:
+    """The network that a weight belongs to; None where it belongs to none, or to a layer that is not used."""
+    if IGNORED.search(name) or name in (V_PREDICTION, ZERO_SNR) or ".resblocks.2." in name or "text_projection" in name:
+        return None
+    return re.split(r"\.(?=input|middle|output|time|out\.|label|encoder|decoder|quant|post|transformer)|[._]", name)[0]
 
 
 def checkpoint(name: str, make: Callable[[Path], Made], **more: Any) -> Kind:
@@ -425,7 +425,7 @@ def checkpoint(name: str, make: Callable[[Path], Made], **more: Any) -> Kind:
         make=make,
         load=lambda path: load_pipeline(path, **{key: value() for key, value in options.items()}),
         numbers=numbers,
-        sort=first_names,
+        sort=part_of,
         **settings,
     )
 
@@ -438,9 +438,7 @@ def folder(name: str, make: Callable[[Path], Made], **more: Any) -> Kind:
 
 def file(name: str, make: Callable[[Path], Made], **more: Any) -> Kind:
     """A row of a single file."""
-    return checkpoint(
-        name, make, **{"read": "`--model FILE`", "reference": "diffusers, `from_single_file`"} | SINGLE_DAMAGES | more
-    )
+    return checkpoint(name, make, **{"read": "`--model FILE`", "reference": "diffusers, `from_single_file`"} | more)
 
 
 def save_folder(read: Pipeline, place: Path) -> Path:
@@ -455,7 +453,7 @@ def save_file_of(read: Pipeline, place: Path) -> Path:
     return place / "model.safetensors"
 
 
-SINGLE_DAMAGES = {}
+NOT_TOLD = {"missing .*cond_proj": "without this weight it is a UNet that is not told a guidance scale"}
 FOLDER = {"written": "`fp.save_pipeline`", "write": save_folder}
 SINGLE = {"written": "`fp.save_single_file`, `--export.layout single`", "write": save_file_of}
 VAE_OF = {"read": "`--vae FILE`"}
@@ -467,15 +465,23 @@ CHECKPOINTS = (
         by_diffusers("sd1"),
         **FOLDER,
     ),
-    folder("SD2.x, folder of diffusers", by_diffusers("sd2"), **FOLDER),
+    folder("SD2.x, folder of diffusers", by_diffusers("sd2"), **FOLDER, stranger="SD1.x, folder of diffusers"),
     folder("SDXL, folder of diffusers", by_diffusers("sdxl"), **FOLDER),
     folder(
         "folder of diffusers, `fp16` variant",
         by_diffusers("sdxl", "fp16"),
         damaged="unet/diffusion_pytorch_model.fp16.safetensors",
     ),
-    folder("folder of diffusers, weights in shards", by_diffusers("sd1", max_shard_size="1MB")),
-    folder("folder of diffusers, weights of torch (`.bin`)", by_diffusers("sd1", safe_serialization=False)),
+    folder(
+        "folder of diffusers, weights in shards",
+        by_diffusers("sd1", max_shard_size="1MB"),
+        damaged="unet/diffusion_pytorch_model-00001-of-00005.safetensors",
+    ),
+    folder(
+        "folder of diffusers, weights of torch (`.bin`)",
+        by_diffusers("sd1", safe_serialization=False),
+        damaged="unet/diffusion_pytorch_model.bin",
+    ),
     folder("folder of diffusers before 0.18 (`query`, `proj_attn`)", with_old_names),
     folder("LCM, folder of diffusers (`time_cond_proj_dim`)", by_diffusers("lcm"), **FOLDER),
     file("SD1.x, single file", single("sd1"), **SINGLE),
@@ -487,7 +493,7 @@ CHECKPOINTS = (
     ),
     file("SD1.x, `.ckpt`", as_ckpt(single("sd1", "float16"), "sd1")),
     file("SD1.x, `.ckpt` of torch before 1.6", as_ckpt(single("sd1"), "sd1", _use_new_zipfile_serialization=False)),
-    file("LCM, single file (`cond_proj`)", single("lcm", known=False), **SINGLE),
+    file("LCM, single file (`cond_proj`)", single("lcm", known=False), **SINGLE, harmless=NOT_TOLD),
     file("SD2.x, single file (OpenCLIP)", single("sd2"), **SINGLE),
     file("SD2.x, single file as released", single("sd2", change=as_released)),
     file("SDXL, single file", single("sdxl"), **SINGLE),
@@ -535,12 +541,14 @@ CHECKPOINTS += tuple(
         numbers=lambda network: of_network("vae", network),
         read=read,
         reference="diffusers",
-        sort=first_names,
+        sort=part_of,
         stranger="UNet alone, single file",
         **more,
     )
     for name, make, read, more in VAES
 )
+# Messages name tokens by their ids: texts may be any.
+VOCABULARY = {"sort": lambda key: key if key == "cat</w>" else None, "names": lambda key: "", "surplus": "other"}
 TOKENIZERS = (
     Kind(
         name="tokenizer, `vocab.json` and `merges.txt`",
@@ -553,6 +561,7 @@ TOKENIZERS = (
         written="`fp.save_pipeline`",
         write=save_tokenizer,
         damaged="vocab.json",
+        **VOCABULARY,
     ),
     Kind(
         name="tokenizer, `tokenizer.json`",
@@ -562,8 +571,8 @@ TOKENIZERS = (
         read="`--model FOLDER`",
         reference="transformers",
         needs=("transformers",),
-        written="",
         damaged="tokenizer.json",
+        **VOCABULARY,
     ),
 )
 

@@ -86,8 +86,7 @@ def webui(vectors: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# A file of one word may have any name for it.
-ONE = {"missing ": "a file without vectors is no textual inversion, whatever their name was"}
+OTHER = "other"
 
 
 def embedding(name: str, make: Callable[[Path], Made], family: str = "sd1", **more: Any) -> Kind:
@@ -102,15 +101,21 @@ def embedding(name: str, make: Callable[[Path], Made], family: str = "sd1", **mo
         stranger="textual inversion for SDXL (`clip_l`, `clip_g`)"
         if family == "sd1"
         else "textual inversion of diffusers",
+        surplus=OTHER,
         **more,
     )
 
 
+ONE = {
+    # Files of one word have any name for it, so that none can be missed by its name.
+    "names": lambda key: OTHER if key == OTHER else "holds no textual inversion",
+    "harmless": {"shape ": "a word may have any number of vectors"},
+}
 EMBEDDINGS = (
-    embedding("textual inversion of diffusers", stored("learned_embeds.safetensors", {"<other>": NARROW})),
-    embedding("textual inversion of diffusers, `.bin`", stored("learned_embeds.bin", {"<other>": NARROW}, dict)),
-    embedding("textual inversion of A1111, `.pt`", stored("toy.pt", {"*": NARROW}, webui)),
-    embedding("textual inversion of A1111 (`emb_params`)", stored("toy.safetensors", {"emb_params": NARROW})),
+    embedding("textual inversion of diffusers", stored("learned_embeds.safetensors", {"<other>": NARROW}), **ONE),
+    embedding("textual inversion of diffusers, `.bin`", stored("learned_embeds.bin", {"<other>": NARROW}, dict), **ONE),
+    embedding("textual inversion of A1111, `.pt`", stored("toy.pt", {"*": NARROW}, webui), **ONE),
+    embedding("textual inversion of A1111 (`emb_params`)", stored("toy.safetensors", {"emb_params": NARROW}), **ONE),
     embedding(
         "textual inversion for SDXL (`clip_l`, `clip_g`)",
         stored("toy.safetensors", {"clip_l": NARROW, "clip_g": WIDE}, family="sdxl"),

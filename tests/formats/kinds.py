@@ -22,6 +22,11 @@ class Made(NamedTuple):
     expected: Callable[[], Numbers]
 
 
+def layer_of(key: str) -> str:
+    """The layer of a weight; all of a name that has no dots."""
+    return key.rpartition(".")[0] or key
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of file.
@@ -37,10 +42,10 @@ class Kind:
         write: the same in code: writes what was read into an empty folder and gives its path.
         needs: libraries that make it or that it is compared with.
         damaged: name of the file that damages change, in the folder that was made; "" for the path itself.
-        sort: keys with the same value are damaged in the same way, so that one of them is enough.
+        sort: keys with the same value are damaged alike, so that one of them is enough; None: not damaged.
         harmless: damages that are no error, and why: by "truncated", "stranger", or "missing KEY", "surplus KEY" and
             "shape KEY", where KEY is a pattern.
-        names: what a message says of a missing or misshapen key, where that is not the key.
+        names: what a message says of a missing or misshapen key: its layer, where another weight of that is named.
         surplus: keys that have no place in it.
         stranger: name of a kind of another family, whose file is refused in its place.
     """
@@ -55,9 +60,9 @@ class Kind:
     write: Callable[[Any, Path], Path] | None = None
     needs: tuple[str, ...] = ("torch", "diffusers")
     damaged: str = ""
-    sort: Callable[[str], str] = str
+    sort: Callable[[str], str | None] = str
     harmless: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    names: Callable[[str], str] = str
+    names: Callable[[str], str] = layer_of
     surplus: str = "other.weight"
     stranger: str = ""
 

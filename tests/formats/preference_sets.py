@@ -157,13 +157,22 @@ def pick_a_pic_v1(folder: Path, some: Sequence[Example]) -> None:
 # The rows
 
 SURPLUS = {"surplus ": "columns that are not named are not read"}
+HALF = SURPLUS | {"shape txt": "half a caption is a caption"}
 PARQUET = "data/train-00000-of-00001-0123456789abcdef.parquet"
+PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "are_different", "has_label", "image_0_uid")
+# Reasons of rows that are left out name the row, and say what its fields are.
+LIST_OF_HPD = {
+    "names": lambda key: {"prompt": "caption", "file_path": "images", "human_preference": "labels"}.get(key, "path")
+}
+NAMED = ("prompt", "image_0", "image_1", "score_0", "score_1")
 SCORES = Columns(caption="prompt", images=("image_0", "image_1"), scores=("score_0", "score_1"))
 
 
 def preference_set(name: str, make: Callable[[Path], Made], load: Callable[[Path], PairReader], **more: Any) -> Kind:
-    """A row."""
+    """A row; `columns` are those that are read and have no default."""
+    columns = more.pop("columns")
     settings = {"reference": "what was written, decoded by Pillow", "needs": (), "harmless": SURPLUS} | more
+    settings |= {"sort": lambda key: key if key in columns else None}
     return Kind(name=name, make=make, load=load, numbers=numbers, surplus="other", **settings)
 
 
@@ -190,71 +199,115 @@ PREFERENCE_SETS = (
         damaged=PARQUET,
         written="`flax_pref.data.pick_a_pic.write_pairs`",
         write=write_again,
+        columns=PICK_A_PIC,
     ),
     of_datasets(
-        "Pick-a-Pic v1, parquet", made_by(pick_a_pic_v1), shipped("sd15/encode_pick_a_pic_v1"), damaged=PARQUET
+        "Pick-a-Pic v1, parquet",
+        made_by(pick_a_pic_v1),
+        shipped("sd15/encode_pick_a_pic_v1"),
+        damaged=PARQUET,
+        columns=PICK_A_PIC[:6],
     ),
-    of_layout("HPDv2, JSON and images", "hpdv2", made_by(write_hpdv2, path="train.json")),
-    of_layout("HPDv3, JSON and images", "hpdv3", made_by(write_hpdv3, ties=False, path="train.json")),
+    of_layout(
+        "HPDv2, JSON and images",
+        "hpdv2",
+        made_by(write_hpdv2, path="train.json"),
+        **LIST_OF_HPD,
+        columns=("prompt", "file_path", "human_preference"),
+    ),
+    of_layout(
+        "HPDv3, JSON and images",
+        "hpdv3",
+        made_by(write_hpdv3, ties=False, path="train.json"),
+        **LIST_OF_HPD,
+        columns=("prompt", "path1", "path2"),
+    ),
     of_datasets(
         "HPDv3 as it lies on the Hub",
         made_by(write_hpdv3, ties=False),
         shipped("sdxl/encode_hpdv3"),
         damaged="train.json",
+        columns=("prompt", "path1", "path2"),
     ),
     of_datasets(
         "ImageRewardDB, metadata and images",
         made_by(published("write_image_reward_db")),
         shipped("sd15/encode_image_reward_db"),
         damaged="metadata-train.parquet",
+        columns=("prompt", "prompt_id", "image_path", "rank"),
     ),
     of_datasets(
         "ImageRewardDB, groups",
         made_by(published("write_image_reward_groups")),
         opened("datasets", columns=Columns(caption="prompt", images=("image",), scores=("rank",), lower_wins=True)),
         damaged="train.parquet",
+        columns=("prompt", "image", "rank"),
     ),
     of_datasets(
         "ImageRewardDB, pairs",
         made_by(published("write_image_reward_pairs"), ties=False),
         opened("datasets", columns=Columns(caption="prompt", winner="img_better", loser="img_worse")),
         damaged="data-00000-of-00001.arrow",
+        columns=("prompt", "img_better", "img_worse"),
+        harmless={},
     ),
     of_datasets(
         "Open Image Preferences, binarized",
         made_by(published("write_open_image_preferences"), ties=False),
         shipped("sdxl/encode_open_image_preferences"),
         damaged="data/train-00000-of-00001.parquet",
+        columns=("prompt", "chosen", "rejected"),
     ),
     of_layout(
         "WebDataset with labels",
         "webdataset",
         made_by(lambda folder, some: write_tars(folder, some, files=1)),
         damaged="00000.tar",
+        columns=("0.jpg", "1.jpg", "json", "txt"),
+        harmless=HALF,
+        names=lambda key: "row 0",
     ),
     of_layout(
         "WebDataset with winner and loser",
         "webdataset",
         made_by(lambda folder, some: write_tars(folder, some, labelled=False, files=1), ties=False),
         damaged="00000.tar",
+        columns=("winner.jpg", "loser.jpg", "txt"),
+        harmless=HALF,
+        names=lambda key: "row 0",
     ),
-    of_layout("folder of pairs (`pairs.jsonl`)", "folder", made_by(write_pair_folder), damaged="pairs.jsonl"),
+    of_layout(
+        "folder of pairs (`pairs.jsonl`)",
+        "folder",
+        made_by(write_pair_folder),
+        damaged="pairs.jsonl",
+        columns=("prompt", "winner", "loser"),
+        names=lambda key: {"prompt": "caption"}.get(key, key),
+    ),
     *(
         of_datasets(
             f"{told} of `datasets`",
             made_by(lambda folder, some, how=how: stored(how)(folder, some)),
             damaged=damaged,
             files=files,
+            columns=NAMED,
+            **more,
         )
-        for told, how, damaged, files in (
-            ("`save_to_disk`", "save_to_disk", "data-00000-of-00001.arrow", ()),
-            ("splits of `save_to_disk`", "splits of save_to_disk", "train/data-00000-of-00001.arrow", ()),
-            ("parquet, images in columns,", "parquet", "data/train-00000-of-00002.parquet", ()),
-            ("parquet, bytes in columns,", "bytes in parquet", "data/train-00000-of-00002.parquet", ()),
-            ("Arrow file", "arrow", "train.arrow", ()),
-            ("JSON lines and images", "json", "train-0.jsonl", ("*.jsonl",)),
-            ("CSV and images", "csv", "train.csv", ("train.csv",)),
-            ("folder of images (`metadata.jsonl`)", "images", "train/metadata.jsonl", ()),
+        for told, how, damaged, files, more in (
+            ("`save_to_disk`", "save_to_disk", "data-00000-of-00001.arrow", (), {"harmless": {}}),
+            (
+                "splits of `save_to_disk`",
+                "splits of save_to_disk",
+                "train/data-00000-of-00001.arrow",
+                (),
+                {"harmless": {}},
+            ),
+            ("parquet, images in columns,", "parquet", "data/train-00000-of-00002.parquet", (), {}),
+            ("parquet, bytes in columns,", "bytes in parquet", "data/train-00000-of-00002.parquet", (), {}),
+            ("Arrow file", "arrow", "train.arrow", (), {}),
+            ("JSON lines and images", "json", "train-0.jsonl", ("*.jsonl",), {"names": lambda key: ""}),
+            ("CSV and images", "csv", "train.csv", ("train.csv",), {}),
+            ("folder of images (`metadata.jsonl`)", "images", "train/metadata.jsonl", (), {"names": lambda key: ""}),
         )
     ),
 )

@@ -1,17 +1,20 @@
 """Kinds of reward checkpoints: scores as those of transformers, or of the authors' layers, in float64."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from flax_pref.checkpoints.blip_files import IGNORED, NAMES
+from flax_pref.checkpoints.clip_files import OPENCLIP_NAMES
 from flax_pref.checkpoints.tokenizer import clip_tokenizer
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 from flax_pref.rewards.reward import Reward, load_reward
-from tests.formats.kinds import Kind, Made, Numbers
+from tests.formats.kinds import Kind, Made, Numbers, layer_of
 
 CAPTIONS = ["a photo of a cat", "", "an oil painting of the sea at dawn, " * 3]
 SIZE = 12  # of images, as the networks see them, so that nothing is resized
@@ -181,12 +184,29 @@ def loads(name: str, **options: str) -> Callable[[Path], Reward]:
 
 def reward(name: str, make: Callable[[Path], Made], load: Callable[[Path], Reward], **more: Any) -> Kind:
     """A row."""
-    needs = ("torch", "transformers")
-    settings = {"read": "`Weighted(NAME, path=FOLDER)`", "reference": "transformers in float64"} | more
-    return Kind(name=name, make=make, load=load, numbers=scores, needs=needs, **settings)
+    settings = {"read": "`Weighted(NAME, path=FOLDER)`", "reference": "transformers in float64", "sort": part_of} | more
+    return Kind(name=name, make=make, load=load, numbers=scores, needs=("torch", "transformers"), **settings)
+
+
+def part_of(key: str) -> str | None:
+    """The network that a weight belongs to; None where nothing reads it."""
+    return None if re.search(IGNORED, key) else re.split(r"[._]", key)[0]
+
+
+def renamed(table: Sequence[tuple[str, str]]) -> Callable[[str], str]:
+    """Messages name a layer as our modules do, of which these are patterns and replacements."""
+    return lambda key: layer_of(functools.reduce(lambda name, pair: re.sub(*pair, name), table, key))
 
 
 FILE = {"read": "`Weighted(NAME, path=FILE)`"}
+OF_OPENCLIP = {
+    "names": renamed(OPENCLIP_NAMES),
+    "harmless": {
+        "shape positional_embedding": "more positions are a network for longer texts",
+        "shape token_embedding": "more rows are a network for more tokens",
+    },
+}
+OF_BLIP = {"names": renamed(NAMES), "reference": "the authors' layers in float64"}
 REWARDS = (
     reward("CLIP, folder of transformers", clip_folder(scaled=False), loads("clip"), damaged="model.safetensors"),
     reward(
@@ -198,18 +218,20 @@ REWARDS = (
         loads("pickscore"),
         damaged="pytorch_model.bin",
     ),
-    reward("HPS v2, file of OpenCLIP (`.pt`)", openclip_file, loads("hpsv2", tokenizer="tokenizer"), **FILE),
+    reward(
+        "HPS v2, file of OpenCLIP (`.pt`)", openclip_file, loads("hpsv2", tokenizer="tokenizer"), **FILE, **OF_OPENCLIP
+    ),
     reward("aesthetic score (`.pth`)", aesthetic_head, loads("aesthetic", clip="clip"), **FILE),
     reward(
         "ImageReward (`.pt`)",
         image_reward("ImageReward.pt"),
         loads("imagereward"),
-        **FILE | {"reference": "the authors' layers in float64"},
+        **FILE | OF_BLIP,
     ),
     reward(
         "ImageReward, safetensors",
         image_reward("ImageReward.safetensors"),
         loads("imagereward"),
-        **FILE | {"reference": "the authors' layers in float64"},
+        **FILE | OF_BLIP,
     ),
 )

@@ -32,7 +32,7 @@ def check(kind, path, file, damage, key=""):
     assert "\n" not in said and len(said) < 1000, said
     assert str(path) in said or str(file) in said or str(file.parent) in said, said
     if key:
-        assert kind.names(key) in said, f"{kind.names(key)} is not in: {said}"
+        assert key in said or kind.names(key) in said, f"neither {key} nor {kind.names(key)} is in: {said}"
 
 
 @pytest.mark.parametrize("name", KINDS)
