@@ -188,14 +188,14 @@ def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, cl
     for part, first in (("unet", "input_blocks.0.0.weight"), ("vae", VAE_ALONE)):
         if first in shapes:  # a file of this network alone
             prefixes = {part: ""}
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    found: dict[str, PartShapes] = {}
     for key, shape in shapes.items():
         part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
         if IGNORED.search(key) or key in (V_PREDICTION, ZERO_SNR):
             continue
         if part is None:
             raise ValueError(f"weight {key!r} has no place in {layout.architecture}; {SUPPORTED}")
-        found.setdefault(part, {})[key.removeprefix(prefixes[part])] = shape
+        found.setdefault(part, PartShapes(prefixes[part]))[key.removeprefix(prefixes[part])] = shape
     if class_name is not None:
         found.pop("unet", None)
     predicts = _prediction_type(file, name, shapes, prediction_type) if "unet" in found else "epsilon"
@@ -220,13 +220,25 @@ def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, cl
     )
 
 
-def _without_unused(text_encoder: Shapes) -> dict[str, tuple[int, ...]]:
+class PartShapes(dict[str, tuple[int, ...]]):
+    """The shapes of one network by names without its prefix, which errors have."""
+
+    def __init__(self, prefix: str, shapes: Shapes | None = None):
+        super().__init__(shapes or {})
+        self.prefix = prefix
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise KeyError(self.prefix + key)
+
+
+def _without_unused(text_encoder: PartShapes) -> PartShapes:
     """Stable Diffusion 2.x takes the last layer but one; the released files have the last and a projection too."""
     layers = _count(text_encoder, "transformer.resblocks.")
     unused = [SD2_PROJECTION]
     if SD2_PROJECTION in text_encoder or layers == SD2_LAYERS:
         unused.append(f"transformer.resblocks.{layers - 1}.")
-    return {key: shape for key, shape in text_encoder.items() if not key.startswith(tuple(unused))}
+    kept = {key: shape for key, shape in text_encoder.items() if not key.startswith(tuple(unused))}
+    return PartShapes(text_encoder.prefix, kept)
 
 
 def _family(file: Path, shapes: Shapes) -> str:
@@ -363,7 +375,7 @@ def _clip_config(shapes: Shapes, like: CLIPTextConfig) -> CLIPTextConfig:
         intermediate_size=shapes[f"{model}encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=_count(shapes, f"{model}encoder.layers."),
         num_attention_heads=max(1, width // HEAD_WIDTH),
-        max_position_embeddings=shapes[f"{model}embeddings.position_embedding.weight"][0],
+        max_position_embeddings=_positions(shapes, f"{model}embeddings.position_embedding.weight", like),
     )
 
 
@@ -377,8 +389,18 @@ def _openclip_config(shapes: Shapes, like: CLIPTextConfig) -> CLIPTextConfig:
         intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
         num_hidden_layers=_count(shapes, "transformer.resblocks."),
         num_attention_heads=max(1, width // HEAD_WIDTH),
-        max_position_embeddings=shapes["positional_embedding"][0],
+        max_position_embeddings=_positions(shapes, "positional_embedding", like),
     )
+
+
+def _positions(shapes: Shapes, name: str, like: CLIPTextConfig) -> int:
+    """Tokens of a text, as CLIP's tokenizer makes them."""
+    if (shape := shapes[name])[0] != like.max_position_embeddings:
+        raise ValueError(
+            f"weight {name!r} of the text encoder has shape {list(shape)}, expected {like.max_position_embeddings} rows: "
+            "texts of other lengths are not supported"
+        )
+    return shape[0]
 
 
 def _text_model(names: Iterable[str]) -> str:

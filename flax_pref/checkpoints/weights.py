@@ -451,7 +451,7 @@ def _weight_files(folder: Path, component: Component, variant: str | None) -> di
             held: dict[str, Path] = {}  # with what the index passes over
             for file in sorted(set(listed.values())):
                 with open_tensors(file) as tensors:
-                    held |= dict.fromkeys(tensors.keys(), file)
+                    held |= {name: file for name in tensors.keys()}  # noqa: SIM118
             return held | listed
     found = sorted(path.name for path in folder.iterdir())
     expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"

@@ -453,6 +453,7 @@ def save_file_of(read: Pipeline, place: Path) -> Path:
     return place / "model.safetensors"
 
 
+AS_FOLDER = {"reference": "diffusers, `from_pretrained` of the folder"}  # such files it does not know
 NOT_TOLD = {"missing .*cond_proj": "without this weight it is a UNet that is not told a guidance scale"}
 FOLDER = {"written": "`fp.save_pipeline`", "write": save_folder}
 SINGLE = {"written": "`fp.save_single_file`, `--export.layout single`", "write": save_file_of}
@@ -489,11 +490,13 @@ CHECKPOINTS = (
     file("SD1.x, single file in bfloat16", single("sd1", "bfloat16")),
     file("SD1.x, single file with EMA keys and tables of training", single("sd1", change=surplus_of_training)),
     file(
-        "SD1.x, single file, text encoder without `text_model.`", single("sd1", change=without_text_model, known=False)
+        "SD1.x, single file, text encoder without `text_model.`",
+        single("sd1", change=without_text_model, known=False),
+        **AS_FOLDER,
     ),
     file("SD1.x, `.ckpt`", as_ckpt(single("sd1", "float16"), "sd1")),
     file("SD1.x, `.ckpt` of torch before 1.6", as_ckpt(single("sd1"), "sd1", _use_new_zipfile_serialization=False)),
-    file("LCM, single file (`cond_proj`)", single("lcm", known=False), **SINGLE, harmless=NOT_TOLD),
+    file("LCM, single file (`cond_proj`)", single("lcm", known=False), **AS_FOLDER, **SINGLE, harmless=NOT_TOLD),
     file("SD2.x, single file (OpenCLIP)", single("sd2"), **SINGLE),
     file("SD2.x, single file as released", single("sd2", change=as_released)),
     file("SDXL, single file", single("sdxl"), **SINGLE),
