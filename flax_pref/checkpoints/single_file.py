@@ -397,8 +397,8 @@ def _positions(shapes: Shapes, name: str, like: CLIPTextConfig) -> int:
     """Tokens of a text, as CLIP's tokenizer makes them."""
     if (shape := shapes[name])[0] != like.max_position_embeddings:
         raise ValueError(
-            f"weight {name!r} of the text encoder has shape {list(shape)}, expected {like.max_position_embeddings} rows: "
-            "texts of other lengths are not supported"
+            f"weight {name!r} of the text encoder has shape {list(shape)}, expected {like.max_position_embeddings} "
+            "rows: texts of other lengths are not supported"
         )
     return shape[0]
 

@@ -19,12 +19,12 @@ import pytest
 from flax_pref.checkpoints import single_file, weights
 from flax_pref.models.network import Network
 from tests.data.stored_datasets import offline
-from tests.formats.adapters import ADAPTERS
-from tests.formats.checkpoints import CHECKPOINTS, SCHEDULERS, TOKENIZERS
-from tests.formats.embeddings import EMBEDDINGS
+from tests.formats.adapter_kinds import ADAPTERS
+from tests.formats.checkpoint_kinds import CHECKPOINTS, SCHEDULERS, TOKENIZERS
+from tests.formats.embedding_kinds import EMBEDDINGS
 from tests.formats.kinds import Kind, Made, worst_difference
-from tests.formats.preference_sets import PREFERENCE_SETS
-from tests.formats.rewards import REWARDS
+from tests.formats.preference_set_kinds import PREFERENCE_SETS
+from tests.formats.reward_kinds import REWARDS
 
 GROUPS = {
     "Checkpoints": CHECKPOINTS + TOKENIZERS + SCHEDULERS,

@@ -10,7 +10,7 @@ from flax_pref.checkpoints.diffusers import load_pipeline, open_vae
 from flax_pref.checkpoints.embeddings import add_embedding
 from flax_pref.checkpoints.modules import load_modules
 from tests.checkpoints.small import small_pipeline
-from tests.formats.adapters import base
+from tests.formats.adapter_kinds import base
 
 UNET = "model.diffusion_model."
 CHECKPOINTS = {

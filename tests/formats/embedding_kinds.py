@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from flax_pref.checkpoints.checkpoint import Pipeline
 from flax_pref.checkpoints.embeddings import TABLE, add_embedding
-from tests.formats.checkpoints import folder_of, from_folder, pipeline
+from tests.formats.checkpoint_kinds import folder_of, from_folder, pipeline
 from tests.formats.kinds import Kind, Made, Numbers
 
 WORD = "<toy>"
