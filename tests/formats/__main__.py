@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from flax_pref.files import replacing
-from tests.formats.matrix import KINDS, LARGEST, PAGE, bound, libraries, measure, with_table
+from tests.formats.matrix import KINDS, LARGEST, PAGE, bound, libraries, make, measure, with_table
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
             places = [Path(folder) / f"{number}{name}" for name in (" made", " written")]
             for place in places:
                 place.mkdir()
-            difference = measure(kind, kind.make(places[0]), places[1])
+            difference = measure(kind, make(kind, places[0]), places[1])
             differences[kind.name] = bound(difference)
             print(f"{kind.name}: {difference:.1e}", file=sys.stderr, flush=True)
             if difference > LARGEST:

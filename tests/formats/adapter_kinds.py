@@ -489,7 +489,7 @@ ADAPTERS = (
     ),
     lycoris_kind("LoKr with a core (Tucker)", "lokr", linear_dim=1, linear_alpha=0.5, use_tucker=True),
     lycoris_kind("LoKr, whole factors", "lokr", full_matrix=True),
-    lycoris_kind("GLoRA", "glora"),
+    lycoris_kind("GLoRA", "glora", linear_alpha=0.5),
     lycoris_kind("IA3", "ia3"),
     lycoris_kind("differences of whole weights and biases (`diff`, `diff_b`)", "full", harmless=ANY_LAYERS),
     lycoris_kind("LoRA with norms (`w_norm`, `b_norm`)", "locon", train_norm=True, harmless=NO_ALPHA | ANY_LAYERS),

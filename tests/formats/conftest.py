@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.formats.matrix import KINDS, libraries
+from tests.formats.matrix import KINDS, libraries, make
 
 
 @pytest.fixture(scope="session")
@@ -13,15 +13,15 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
 
     @functools.cache
-    def make(name):
+    def make_once(name):
         place = folder / str(list(KINDS).index(name))
         place.mkdir()
-        return KINDS[name].make(place)
+        return make(KINDS[name], place)
 
     def find(name):
         for library in KINDS[name].needs:
             pytest.importorskip(library)
-        return make(name)
+        return make_once(name)
 
     with libraries(folder / "cache"):
         yield find

@@ -72,6 +72,13 @@ def libraries(folder: Path) -> Iterator[None]:
         yield
 
 
+def make(kind: Kind, folder: Path) -> Made:
+    """A file of a kind in an empty folder, the same at each call: libraries draw the first weights of adapters."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("torch").manual_seed(0)
+    return kind.make(folder)
+
+
 def measure(kind: Kind, made: Made, folder: Path) -> float:
     """The worst difference of a kind, also of what is written where the kind is, and read again.
 
