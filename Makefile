@@ -9,7 +9,7 @@ TPU := $(VENV)/tpu
 # Tests start hundreds of programs, each of which would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo study test test-python test-programs test-recipes test-long parity plan plan-check docs lint format
+.PHONY: demo study test test-python test-programs test-recipes test-long parity formats plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -44,6 +44,11 @@ test-long: $(VENV)/installed-test
 # Networks of full size against torch; needs 24 GB of memory, takes a quarter of an hour, and writes docs/parity.md.
 parity: $(VENV)/installed-test
 	$(BIN)/python -m tests.parity.full_size
+
+# A file of every kind by the libraries that write it, read and compared: a minute or two. Writes the matrix in
+# docs/formats.md.
+formats: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.formats
 
 # Every config, compiled for slices of TPU pods that are not there: hours on two cores, 22 GB of memory. Writes each plan
 # into a table in docs/performance.md; make plan ARGS=--missing goes on, ARGS='--only sd15 --slices v5e:16x16' does a part.

@@ -41,12 +41,13 @@ def add_embedding(pipeline: Pipeline, name: str, file: str | Path) -> Pipeline:
     encoders, tokenizers = [], []
     for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
         width = encoder.config.hidden_size
-        own = [array for array in vectors if array.shape[1] == width]
+        own = [array for array in vectors.values() if array.shape[1] == width]
         if len(own) != 1 or len(vectors) != len(pipeline.text_encoders):
             widths = " and ".join(str(encoder.config.hidden_size) for encoder in pipeline.text_encoders)
+            held = " and ".join(f"{array.shape[1]} numbers ({key!r:.80})" for key, array in vectors.items())
             raise ValueError(
-                f"{file}: holds vectors of {' and '.join(str(array.shape[1]) for array in vectors)} numbers, but the "
-                f"text encoders of this checkpoint take {widths}; expected a textual inversion for its family"
+                f"{file}: holds vectors of {held}, but the text encoders of this checkpoint take {widths}; expected a "
+                f"textual inversion for its family{', with clip_l and clip_g' * (len(pipeline.text_encoders) > 1)}"
             )
         words = [name, *(f"{name}_{i}" for i in range(1, len(own[0])))]
         if taken := [word for word in words if tokenizer.id_of(word) is not None]:
@@ -72,8 +73,8 @@ def _with_rows(encoder: Network, rows: np.ndarray) -> Network:
     return encoder._replace(config=config, params=copied)
 
 
-def _vectors(file: Path) -> list[np.ndarray]:
-    """The vectors of a file for each text encoder, `[N, D]`."""
+def _vectors(file: Path) -> dict[str, np.ndarray]:
+    """The vectors of a file for each text encoder, `[N, D]`, by their names."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a textual inversion")
     if file.suffix == ".safetensors":
@@ -85,12 +86,17 @@ def _vectors(file: Path) -> list[np.ndarray]:
             content = content["string_to_param"]
         content = content if isinstance(content, dict) else {"": content}
         stored = {name: value.read() for name, value in content.items() if isinstance(value, StoredTensor)}
-    vectors = [np.atleast_2d(array.astype(np.float32)) for array in stored.values()]
-    if not 1 <= len(vectors) <= 2 or any(array.ndim != 2 or not len(array) for array in vectors):
+    vectors = {name: np.atleast_2d(array.astype(np.float32)) for name, array in stored.items()}
+    names = ", ".join(f"{name!r:.80}" for name in list(vectors)[:4]) or "nothing"
+    if not 1 <= len(vectors) <= 2 or any(array.ndim != 2 or not len(array) for array in vectors.values()):
         raise ValueError(
-            f"{file}: holds no textual inversion; expected vectors for one word, as diffusers, A1111 and trainers of "
-            "SDXL (clip_l, clip_g) write them"
+            f"{file}: holds no textual inversion but {names}; expected vectors for one word, as diffusers, A1111 and "
+            "trainers of SDXL (clip_l, clip_g) write them"
         )
-    if len({len(array) for array in vectors}) != 1 or not all(np.isfinite(array).all() for array in vectors):
-        raise ValueError(f"{file}: its vectors are not as many for each encoder, or not finite: the file is damaged")
+    if len({len(array) for array in vectors.values()}) != 1 or not all(
+        np.isfinite(array).all() for array in vectors.values()
+    ):
+        raise ValueError(
+            f"{file}: the vectors of {names} are not as many for each encoder, or not finite: the file is damaged"
+        )
     return vectors

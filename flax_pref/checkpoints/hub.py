@@ -34,20 +34,30 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
     """
     if path_or_id == DEMO:
         return Path(str(resources.files("flax_pref.world") / "base"))
-    suffix = f".{variant}" if variant else ""
-    weights = [
-        pattern
-        for part in COMPONENTS
-        for stem in ("diffusion_pytorch_model", "model")
-        for pattern in (
-            f"{part}/{stem}{suffix}.safetensors",
-            # Shards have been named in both ways.
-            f"{part}/{stem}{suffix}-*-of-*.safetensors",
-            f"{part}/{stem}-*-of-*{suffix}.safetensors",
-        )
-    ]
     settings = ["model_index.json", "*/*.json", "tokenizer*/merges.txt"]
-    return find_files(path_or_id, settings + weights)
+    stems = ("diffusion_pytorch_model", "model")
+    folder = find_files(path_or_id, settings + _weights(COMPONENTS, stems, variant, "safetensors"))
+    if lacking := [part for part in COMPONENTS if _lacks_weights(folder / part)]:
+        # Only where there is nothing else: the same weights again, in the order of gigabytes.
+        stems = ("diffusion_pytorch_model", "pytorch_model")
+        folder = find_files(path_or_id, settings + _weights(lacking, stems, variant, "bin"))
+    return folder
+
+
+def _weights(parts: Sequence[str], stems: Sequence[str], variant: str | None, kind: str) -> list[str]:
+    """Patterns of the weight files of these parts."""
+    suffix = f".{variant}" if variant else ""
+    return [
+        f"{part}/{stem}{ending}.{kind}"
+        for part in parts
+        for stem in stems
+        # Shards have been named in both ways.
+        for ending in (suffix, f"{suffix}-*-of-*", f"-*-of-*{suffix}")
+    ]
+
+
+def _lacks_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not list(folder.glob("*.safetensors"))
 
 
 def find_description(path_or_id: str | Path) -> Path:

@@ -776,8 +776,10 @@ def _is_regex(pattern: str) -> bool:
 
 # Families by the width of what their UNet's cross-attention reads.
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
-# The same of transformers by the names of their layers, with underscores for dots, and the width of these.
+# The same of transformers and video models by the names of their layers, with underscores for dots, and their width.
 TRANSFORMERS = (
+    (r"(^|_)motion_modules_\d|(^|_)blocks_\d+_(self_attn|cross_attn|ffn)_", None, "a video model"),
+    (r"^(base_model_model_|transformer_)blocks_\d+_attn[12]_", None, "a video model"),
     (r"(^|_)(single_transformer_blocks|double_blocks|single_blocks)_\d", None, "Flux"),
     (r"(^|_)joint_blocks_\d", None, "Stable Diffusion 3"),
     (r"^(base_model_model_|transformer_)*transformer_blocks_\d+_attn_", (1536, 2432), "Stable Diffusion 3"),

@@ -42,6 +42,9 @@ FACTORS = {
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
     ".weight": "weight",
 }
+# What makes DoRA of adapters of these kinds; all of a file have it.
+MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
+LOW_RANK = r"lora_up|lora_down|hada_|lokr_"
 
 
 def has_other_adapters(names: Iterable[str]) -> bool:
@@ -69,7 +72,7 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
     params, layers = flatten_dict(network.params), layers_by_name(network, ("kernel", "scale"), part)
     found: dict[tuple, dict[str, str]] = {}  # the stored names of each layer, by their endings
     for name in stored:
-        ending = next(filter(name.endswith, FACTORS), "")
+        ending = _ending_of(name)
         path = layers.get(name.removesuffix(ending)) if ending else None
         if path is None:
             raise ValueError(
@@ -84,7 +87,14 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
             )
         names[FACTORS[ending]] = name
     folded = dict(params)
+    dora = next((names[end] for names in found.values() for end in MAGNITUDES if end in names), None)
     for path, names in found.items():
+        if dora is not None and names.keys().isdisjoint(MAGNITUDES) and any(re.match(LOW_RANK, end) for end in names):
+            missing = _beside(names, _ending_of(dora).removeprefix("."))
+            raise ValueError(
+                f"{file}: no weight {missing!r}, expected in a file that has {dora!r}; the file is incomplete: download "
+                "or export it again"
+            )
         parts = {ending: stored[name].astype(np.float32) for ending, name in names.items()}
         if peft is not None and "lora_down.weight" in parts:
             rank = len(parts["lora_down.weight"])
@@ -94,8 +104,8 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
             _fold(folded, path, parts)
         except KeyError as error:
             raise ValueError(
-                f"{file}: no weight that ends in {error.args[0]!r}, expected with {next(iter(names.values()))!r}; the "
-                "file is incomplete: download or export it again"
+                f"{file}: no weight {_beside(names, error.args[0])!r}, expected with {next(iter(names.values()))!r}; "
+                "the file is incomplete: download or export it again"
             ) from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             raise ValueError(
@@ -105,6 +115,19 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
         if parts:
             raise ValueError(f"{file}: weight {names[next(iter(parts))]!r} is none that the others of its layer have")
     return network._replace(params=unflatten_dict(folded))
+
+
+def _ending_of(name: str) -> str:
+    """One of `FACTORS`; "" for other names."""
+    return next(filter(name.endswith, FACTORS), "")
+
+
+def _beside(names: dict[str, str], missing: str) -> str:
+    """The name in the file of a weight that it lacks, as those of the same layer have it."""
+    name = next(iter(names.values()))
+    of_peft = any(re.search(r"\.lora_[AB]\.", stored) for stored in names.values())
+    theirs = {FACTORS[f".{ending}"]: ending for ending in ("lora_A.weight", "lora_B.weight")} if of_peft else {}
+    return f"{name.removesuffix(_ending_of(name))}.{theirs.get(missing, missing)}"
 
 
 def _fold(params: dict[tuple, Any], path: tuple, parts: Parts) -> None:
@@ -151,13 +174,20 @@ def _scale(parts: Parts, rank: int) -> np.float32:
     return np.float32(1 if alpha is None or not alpha.any() else alpha.reshape(()) / rank)
 
 
+def _with_core(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`sum_mn M_mn.. a_mi b_nj` of a core M `[m, n, h, w]`."""
+    if core.shape[:2] != (len(a), len(b)):  # NumPy would repeat what has one row
+        raise ValueError(f"a core of shape {list(core.shape)} with {len(a)} and {len(b)} rows")
+    return np.einsum("mn...,mi,nj->ij...", core, a, b)
+
+
 def _lora(weight: np.ndarray, parts: Parts) -> np.ndarray:
     """`s U D`; with a core M (Tucker) `s sum_mn M_mn.. U_im D_nj`."""
     up, down, middle = parts.pop("lora_up.weight"), parts.pop("lora_down.weight"), parts.pop("lora_mid.weight", None)
     rank, up = len(down), up.reshape(len(up), -1)
     scale = _scale(parts, rank)
     if middle is not None:
-        return scale * np.einsum("mn...,im,nj->ij...", middle, up, down.reshape(rank, -1))
+        return scale * _with_core(middle, up.T, down.reshape(rank, -1))
     return scale * (up @ down.reshape(rank, -1))
 
 
@@ -167,7 +197,7 @@ def _loha(weight: np.ndarray, parts: Parts) -> np.ndarray:
     factors = []
     for i in (1, 2):
         a, b, core = parts.pop(f"hada_w{i}_a"), parts.pop(f"hada_w{i}_b"), parts.pop(f"hada_t{i}", None)
-        factors.append(a @ b if core is None else np.einsum("mn...,mi,nj->ij...", core, a, b))
+        factors.append(a @ b if core is None else _with_core(core, a, b))
     return _scale(parts, rank) * factors[0] * factors[1]
 
 
@@ -182,7 +212,7 @@ def _lokr(weight: np.ndarray, parts: Parts) -> np.ndarray:
         second = parts.pop("lokr_w2")
     else:
         a, b, core = parts.pop("lokr_w2_a"), parts.pop("lokr_w2_b"), parts.pop("lokr_t2", None)
-        second = a @ b if core is None else np.einsum("mn...,mi,nj->ij...", core, a, b)
+        second = a @ b if core is None else _with_core(core, a, b)
     size = [n // m for n, m in zip(weight.shape[:2], first.shape, strict=True)]
     second = second.reshape(*size, *weight.shape[2:])
     scale = _scale(parts, rank)
@@ -192,7 +222,7 @@ def _lokr(weight: np.ndarray, parts: Parts) -> np.ndarray:
 
 def _ia3(weight: np.ndarray, parts: Parts) -> np.ndarray:
     """IA3: `W` times a vector over its inputs or outputs."""
-    vector, on_input = parts.pop("weight"), bool(parts.pop("on_input").any())
+    vector, on_input = parts.pop("weight"), bool(parts.pop("on_input").reshape(()))
     shape = (1, -1) if on_input else (-1, 1)
     return weight * vector.reshape(*shape, *(1 for _ in weight.shape[2:]))
 
@@ -203,10 +233,8 @@ def _glora(weight: np.ndarray, parts: Parts) -> np.ndarray:
     core, rank = parts.pop("bm.weight", None), len(b2)
     inputs = a1.reshape(len(a1), -1) @ a2.reshape(len(a2), -1)
     b1 = b1.reshape(len(b1), -1)
-    if core is None:
-        added = b1 @ b2.reshape(rank, -1)
-    else:
-        added = np.einsum("mn...,im,nj->ij...", core, b1, b2.reshape(rank, -1))
+    b2 = b2.reshape(rank, -1)
+    added = b1 @ b2 if core is None else _with_core(core, b1.T, b2)
     return _scale(parts, rank) * (np.einsum("oi...,ij->oj...", weight, inputs) + added.reshape(weight.shape))
 
 

@@ -296,7 +296,12 @@ def fingerprint(source: str | Path, suffixes: tuple[str, ...] = SAFE) -> str:
     if path.is_file():
         files, path = sorted([path, path.with_name(PEFT_CONFIG)]), path.parent
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        # A network is read from a file of torch only where there is no other.
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in suffixes or (file.suffix == ".bin" and not list(file.parent.glob("*.safetensors")))
+        )
     for file in files:
         described.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
     return described.hexdigest()

@@ -103,10 +103,11 @@ LAYOUTS = {
 }
 HEAD_WIDTH = 64  # of all text encoders, and of UNets whose projections are matrices
 SD1_HEADS = 8
+OTHER_LATENTS = 16  # channels, of the autoencoders of later models
 # Tables of the noise schedule, averages of the weights, and parts that training alone uses.
 IGNORED = re.compile(
     r"^model_ema\.|^(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|global_step)|"
-    r"^denoiser\.|^first_stage_model\.(loss|model_ema)\.|\.position_ids$|\.logit_scale$|\.attn_mask$"
+    r"^denoiser\.|^(first_stage_model\.)?(loss|model_ema)\.|\.position_ids$|\.logit_scale$|\.attn_mask$"
 )
 SD2_PROJECTION, SD2_LAYERS = "text_projection", 24
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # keys by which files say how their UNet was trained
@@ -117,12 +118,17 @@ OTHERS = (
     (r"^(control_model|controlnet_cond_embedding)\.", "a ControlNet, which is not supported"),
     (r"^conditioner\.embedders\.0\.model\.", "SDXL's refiner, which is not supported; expected SDXL's base"),
     (r"^edm_(mean|vpred)", "a model of the EDM formulation (Playground 2.5, CosXL), which is not supported"),
-    (r"joint_blocks\.", "Stable Diffusion 3, which is not supported"),
-    (r"double_blocks\.|single_stream|distilled_guidance_layer", "FLUX or a relative, which is not supported"),
+    # Some of the later ones have names of the earlier ones too.
     (
-        r"time_stack\.|time_mixer|temporal_|motion_modules\.|patchify_proj\.|head\.modulation|token_refiner\.|qkv_x\.",
+        r"time_stack\.|time_mixer|temporal_|motion_modules\.|patchify_proj\.|head\.modulation|token_refiner\.|qkv_x\.|"
+        r"condition_embedder\.",
         "a video model, which is not supported",
     ),
+    (
+        r"double_blocks\.|single_transformer_blocks\.|single_stream|distilled_guidance_layer",
+        "FLUX or a relative, which is not supported",
+    ),
+    (r"joint_blocks\.|^context_embedder\.", "Stable Diffusion 3, which is not supported"),
     (
         r"^(model\.diffusion_model\.)?(layers|blocks|double_layers|transformer_blocks|cap_embedder|txt_in)\.",
         "a diffusion transformer, which is not supported",
@@ -182,14 +188,14 @@ def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, cl
     for part, first in (("unet", "input_blocks.0.0.weight"), ("vae", VAE_ALONE)):
         if first in shapes:  # a file of this network alone
             prefixes = {part: ""}
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    found: dict[str, PartShapes] = {}
     for key, shape in shapes.items():
         part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
         if IGNORED.search(key) or key in (V_PREDICTION, ZERO_SNR):
             continue
         if part is None:
             raise ValueError(f"weight {key!r} has no place in {layout.architecture}; {SUPPORTED}")
-        found.setdefault(part, {})[key.removeprefix(prefixes[part])] = shape
+        found.setdefault(part, PartShapes(prefixes[part]))[key.removeprefix(prefixes[part])] = shape
     if class_name is not None:
         found.pop("unet", None)
     predicts = _prediction_type(file, name, shapes, prediction_type) if "unet" in found else "epsilon"
@@ -214,13 +220,25 @@ def _read(file: Path, shapes: Shapes, prediction_type: PredictionType | None, cl
     )
 
 
-def _without_unused(text_encoder: Shapes) -> dict[str, tuple[int, ...]]:
+class PartShapes(dict[str, tuple[int, ...]]):
+    """The shapes of one network by names without its prefix, which errors have."""
+
+    def __init__(self, prefix: str, shapes: Shapes | None = None):
+        super().__init__(shapes or {})
+        self.prefix = prefix
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise KeyError(self.prefix + key)
+
+
+def _without_unused(text_encoder: PartShapes) -> PartShapes:
     """Stable Diffusion 2.x takes the last layer but one; the released files have the last and a projection too."""
     layers = _count(text_encoder, "transformer.resblocks.")
     unused = [SD2_PROJECTION]
     if SD2_PROJECTION in text_encoder or layers == SD2_LAYERS:
         unused.append(f"transformer.resblocks.{layers - 1}.")
-    return {key: shape for key, shape in text_encoder.items() if not key.startswith(tuple(unused))}
+    kept = {key: shape for key, shape in text_encoder.items() if not key.startswith(tuple(unused))}
+    return PartShapes(text_encoder.prefix, kept)
 
 
 def _family(file: Path, shapes: Shapes) -> str:
@@ -325,6 +343,11 @@ def _unet_config(shapes: Shapes, sample_size: int, pooled: int | None) -> UNetCo
 
 
 def _vae_config(shapes: Shapes, **sizes: Any) -> VAEConfig:
+    if (channels := shapes["decoder.conv_in.weight"][1]) == OTHER_LATENTS:
+        raise ValueError(
+            f"is an autoencoder of {channels} latent channels, as those of Stable Diffusion 3, FLUX and video models "
+            "are, which is not supported; expected 4"
+        )
     depth = _count(shapes, "encoder.down.")
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -333,7 +356,7 @@ def _vae_config(shapes: Shapes, **sizes: Any) -> VAEConfig:
         down_block_types=("DownEncoderBlock2D",) * depth,
         up_block_types=("UpDecoderBlock2D",) * depth,
         layers_per_block=_count(shapes, "encoder.down.0.block."),
-        latent_channels=shapes["decoder.conv_in.weight"][1],
+        latent_channels=channels,
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
         mid_block_add_attention="encoder.mid.attn_1.norm.weight" in shapes,
@@ -352,7 +375,7 @@ def _clip_config(shapes: Shapes, like: CLIPTextConfig) -> CLIPTextConfig:
         intermediate_size=shapes[f"{model}encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=_count(shapes, f"{model}encoder.layers."),
         num_attention_heads=max(1, width // HEAD_WIDTH),
-        max_position_embeddings=shapes[f"{model}embeddings.position_embedding.weight"][0],
+        max_position_embeddings=_positions(shapes, f"{model}embeddings.position_embedding.weight", like),
     )
 
 
@@ -366,8 +389,18 @@ def _openclip_config(shapes: Shapes, like: CLIPTextConfig) -> CLIPTextConfig:
         intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
         num_hidden_layers=_count(shapes, "transformer.resblocks."),
         num_attention_heads=max(1, width // HEAD_WIDTH),
-        max_position_embeddings=shapes["positional_embedding"][0],
+        max_position_embeddings=_positions(shapes, "positional_embedding", like),
     )
+
+
+def _positions(shapes: Shapes, name: str, like: CLIPTextConfig) -> int:
+    """Tokens of a text, as CLIP's tokenizer makes them."""
+    if (shape := shapes[name])[0] != like.max_position_embeddings:
+        raise ValueError(
+            f"weight {name!r} of the text encoder has shape {list(shape)}, expected {like.max_position_embeddings} "
+            "rows: texts of other lengths are not supported"
+        )
+    return shape[0]
 
 
 def _text_model(names: Iterable[str]) -> str:

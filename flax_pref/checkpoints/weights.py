@@ -57,8 +57,7 @@ class Component:
         stem: name of its weight files.
         old_names: (pattern, replacement) pairs that turn names of older or newer files into those of our modules.
         ignored: pattern of stored names that are no weights.
-        torch_stem: name of its weight files where torch has written them, read by `checkpoints.torch_files`; None: such
-            files are refused.
+        torch_stem: name of its weight files where torch has written them, read by `checkpoints.torch_files`.
         described_by: what says of which sizes the network is, for messages.
         compute_dtype: what a network computes in, from its config and the dtype that is asked for.
     """
@@ -69,7 +68,7 @@ class Component:
     stem: str
     old_names: tuple[tuple[str, str], ...] = ()
     ignored: str = r"$^"
-    torch_stem: str | None = None
+    torch_stem: str = "pytorch_model"
     described_by: str = "config.json"
     compute_dtype: Callable[[Any, Any], Any] = lambda config, dtype: dtype
 
@@ -102,12 +101,14 @@ COMPONENTS = {
         module=UNet2DCondition,
         library=lambda config: ("diffusers", "UNet2DConditionModel"),
         stem="diffusion_pytorch_model",
+        torch_stem="diffusion_pytorch_model",
     ),
     "vae": Component(
         config=VAEConfig,
         module=AutoencoderKL,
         library=lambda config: ("diffusers", "AutoencoderKL"),
         stem="diffusion_pytorch_model",
+        torch_stem="diffusion_pytorch_model",
         old_names=(
             (r"\.query\.", ".to_q."),
             (r"\.key\.", ".to_k."),
@@ -130,7 +131,6 @@ COMPONENTS = {
         module=CLIPModel,
         library=lambda config: ("transformers", "CLIPModel"),
         stem="model",
-        torch_stem="pytorch_model",
         ignored=r"\.position_ids$",
     ),
 }
@@ -478,9 +478,7 @@ def _set(params: dict, path: tuple, value: jax.Array) -> None:
 def _weight_files(folder: Path, component: Component, variant: str | None) -> dict[str, Path]:
     """The file that holds each stored weight: one file, or shards with an index."""
     stem = component.stem
-    kinds = [(stem, "safetensors")]
-    if component.torch_stem is not None:
-        kinds.append((component.torch_stem, "bin"))
+    kinds = ((stem, "safetensors"), (component.torch_stem, "bin"))
     suffixes = ("", ".fp16") if variant is None else (f".{variant}",)
     for (name, kind), suffix in itertools.product(kinds, suffixes):
         if (file := folder / f"{name}{suffix}.{kind}").is_file():
@@ -497,17 +495,17 @@ def _weight_files(folder: Path, component: Component, variant: str | None) -> di
                 raise ValueError(
                     f"{index}: weight_map names {strange[0]!r:.100}, expected files in its folder; download it again"
                 )
-            return {name: folder / shard for name, shard in shards.items()}
+            listed = {name: folder / shard for name, shard in shards.items()}
+            held: dict[str, Path] = {}  # with what the index passes over
+            for file in sorted(set(listed.values())):
+                with open_tensors(file) as tensors:
+                    held |= {name: file for name in tensors.keys()}  # noqa: SIM118
+            return held | listed
     found = sorted(path.name for path in folder.iterdir())
     expected = f"{stem}{f'.{variant}' if variant else ''}.safetensors" + " or a shard index"
-    advice = "download the folder again, or with another variant if that is all there is (variant='fp16')"
-    if component.torch_stem is None and any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in found):
-        advice = (
-            "weights in pickle files are refused, because reading one can run any code it holds; where you trust it, "
-            "convert it with diffusers: from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
-        )
     raise FileNotFoundError(
-        f"{folder}: no weights; expected {expected}, found {', '.join(found) or 'nothing'}; {advice}"
+        f"{folder}: no weights; expected {expected}, found {', '.join(found) or 'nothing'}; download the folder again, "
+        "or with another variant if that is all there is (variant='fp16')"
     )
 
 

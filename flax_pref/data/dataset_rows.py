@@ -24,11 +24,12 @@ from flax_pref.data.column_set import ImageFiles, Record, Rows, check_schema, ou
 from flax_pref.data.columns import Columns
 from flax_pref.data.hub_files import PREFIX, HubFile
 from flax_pref.data.parquet_rows import JUDGEMENTS_AT_ONCE, ParquetRows
+from flax_pref.files import read_json
 
 if TYPE_CHECKING:
     import datasets
 
-_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # that `save_to_disk` writes
+_SAVED, _SAVED_SPLITS, _INFO = "state.json", "dataset_dict.json", "dataset_info.json"  # that `save_to_disk` writes
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _STREAMED_AT_ONCE = 16  # rows, with their images
 
@@ -150,7 +151,7 @@ def _told(where: object) -> Iterator[None]:
         if "Config name is missing" in reason or "BuilderConfig" in reason:
             raise ValueError(f"{where}: {reason}: choose with --source.name") from error
         raise ValueError(
-            f"{kept.file or where}: datasets cannot read it ({reason}); if damaged, write or download it again"
+            f"{kept.file or where}: datasets cannot read it ({reason:.500}); if damaged, write or download it again"
         ) from error
     finally:
         for log, its_handlers in handlers.items():
@@ -165,10 +166,38 @@ def _saved(folder: Path, split: str, columns: Columns) -> Loaded:
         there = sorted(file.parent.name for file in folder.glob(f"*/{_SAVED}"))
         _check_split(folder, split, there)
         where = folder / split
-    with _told(where):
-        table = datasets.load_from_disk(str(where))
+    try:
+        with _told(where):
+            table = datasets.load_from_disk(str(where))
+    except ValueError as error:
+        if (odd := _odd_column(where)) is None:
+            raise
+        raise ValueError(f"{odd}: the set was changed after it was written, or is damaged; write it again") from error
     rows = ArrowRows(table, str(where), columns)
     return Loaded(rows, ImageFiles(epath.Path(folder)), _class_names(table.features))
+
+
+def _odd_column(where: Path) -> str | None:
+    """The file and the column of a set of `save_to_disk` that are not as its description has them; None: no such."""
+    try:
+        features = _datasets().DatasetInfo.from_directory(str(where)).features.arrow_schema
+        for entry in read_json(where / _SAVED, expected="the state of a set of save_to_disk")["_data_files"]:
+            file = where / entry["filename"]
+            with pa.memory_map(str(file)) as source:
+                schema = pa.ipc.open_stream(source).schema
+            for name in features.names:
+                if name not in schema.names:
+                    return f"{file}: no column {name!r}, which {_INFO} has"
+            for name in schema.names:
+                if name not in features.names:
+                    return f"{file}: column {name!r} is not in {_INFO}"
+                if (kind := schema.field(name).type) != (expected := features.field(name).type):
+                    return (
+                        f"{file}: column {name!r} is of type {kind!s:.80}, expected {expected!s:.80} as {_INFO} has it"
+                    )
+    except (ValueError, OSError, LookupError, TypeError, AttributeError):
+        return None
+    return None
 
 
 def _built(

@@ -103,8 +103,9 @@ def read_head(path: str | Path) -> tuple[Float[jax.Array, " features"], Float[ja
     stored = TorchTensors(Path(path), read_torch_file(path))
     names = {f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias")}
     if stored.keys() != names:
-        found = ", ".join(map(str, list(stored.keys())[:3])) or "nothing"
-        raise ValueError(f"{path}: holds {found}, expected weight and bias of {', '.join(LAYERS)}")
+        odd = min(set(stored.keys()) ^ names)
+        told = f"no weight {odd!r}" if odd in names else f"weight {odd!r:.80} is too many"
+        raise ValueError(f"{path}: {told}; expected weight and bias of {', '.join(LAYERS)}")
     kernel, bias = np.eye(1), np.zeros(1)
     for layer in reversed(LAYERS):
         weight, shift = (stored.get_tensor(f"{layer}.{part}").astype(np.float64) for part in ("weight", "bias"))

@@ -22,6 +22,7 @@ from flax_pref.checkpoints.diffusers import (
     load_vae,
     save_pipeline,
 )
+from flax_pref.checkpoints.modules import fingerprint
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer
 from flax_pref.checkpoints.weights import save_network, to_stored
 from flax_pref.diffusion.scheduler_configs import solver_from_config
@@ -219,10 +220,18 @@ def test_a_large_network_is_written_in_shards_that_diffusers_and_we_read(pipelin
     assert all((theirs[name].numpy() == ours[name]).all() for name in ours)
 
 
-def test_pickled_weights_are_refused_and_said_how_to_convert(vae_folder):
-    (vae_folder / WEIGHTS).rename(vae_folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pickle files are refused.*safe_serialization=True"):
-        load_vae(vae_folder)
+def test_weights_of_torch_are_read_where_there_are_no_others(vae_folder, pipeline):
+    torch = pytest.importorskip("torch")
+    weights = load_file(vae_folder / WEIGHTS)
+    torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, vae_folder / f"{WEIGHTS[:-12]}.bin")
+    safe = fingerprint(vae_folder)
+    (vae_folder / WEIGHTS).unlink()
+    same(load_vae(vae_folder).params, pipeline.vae.params, rtol=0)
+    of_torch = fingerprint(vae_folder)
+    torch.save(
+        {name: torch.from_numpy(array + 1) for name, array in weights.items()}, vae_folder / f"{WEIGHTS[:-12]}.bin"
+    )
+    assert len({safe, of_torch, fingerprint(vae_folder)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def test_sdxl_takes_vectors_for_both_encoders(tmp_path):
         changed = np.abs(after["encoder_hidden_states"] - before["encoder_hidden_states"])[..., width].max((1, 2))
         assert changed[0] > 1e-2 and changed[1] == 0 and changed[2] > 1e-2
     save_file({"clip_l": THREE}, tmp_path / "half.safetensors")
-    with pytest.raises(ValueError, match=r"half.safetensors: holds vectors of 64 numbers, .* take 64 and 128"):
+    with pytest.raises(
+        ValueError, match=r"half.safetensors: holds vectors of 64 numbers \('clip_l'\), .* take 64 and 128"
+    ):
         add_embedding(pipeline, "<toy>", tmp_path / "half.safetensors")
 
 
@@ -81,7 +83,11 @@ def test_sdxl_takes_vectors_for_both_encoders(tmp_path):
     [
         ("a toy", {"<x>": ONE}, "the name 'a toy' is no word"),
         ("dog</w>", {"<x>": ONE}, "is a token of this checkpoint already"),
-        ("<toy>", {"<x>": WIDE}, "holds vectors of 128 numbers, but the text encoders of this checkpoint take 64"),
+        (
+            "<toy>",
+            {"<x>": WIDE},
+            r"holds vectors of 128 numbers \('<x>'\), but the text encoders of this checkpoint take 64",
+        ),
         ("<toy>", {"a": ONE, "b": ONE, "c": ONE}, "holds no textual inversion"),
         ("<toy>", {"<x>": ONE * np.nan}, "not finite"),
         ("<toy>", {"<x>": np.zeros((1, 2, 64), np.float32)}, "holds no textual inversion"),

@@ -65,3 +65,19 @@ def test_only_the_files_of_one_variant_are_asked_for(monkeypatch):
     assert not any("fp16" in pattern or pattern.endswith(".bin") for pattern in asked["p"])
     find_checkpoint("owner/name", variant="fp16")
     assert "text_encoder_2/model.fp16.safetensors" in asked["p"]
+
+
+def test_weights_of_torch_are_asked_for_only_where_a_part_has_no_others(monkeypatch, tmp_path):
+    asked = []
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    monkeypatch.setattr(
+        "flax_pref.checkpoints.hub.snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path,
+    )
+    assert find_checkpoint("owner/name") == tmp_path
+    torch_files = [pattern for pattern in asked[-1] if pattern.endswith(".bin")]
+    assert len(asked) == 2 and "vae/diffusion_pytorch_model.bin" in torch_files
+    assert all(pattern.startswith("vae/") for pattern in torch_files)

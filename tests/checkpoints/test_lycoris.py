@@ -172,11 +172,11 @@ def test_numbers_of_eight_bits_are_read(unet, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({f"{KOHYA}.hada_w1_a": (8, 2)}, f"no weight that ends in 'hada_w1_b', expected with '{KOHYA}.hada_w1_a'"),
+        ({f"{KOHYA}.hada_w1_a": (8, 2)}, f"no weight '{KOHYA}.hada_w1_b', expected with '{KOHYA}.hada_w1_a'"),
         ({f"{KOHYA}.diff": (3, 3)}, f"weight '{KOHYA}.diff' and those with it do not fit layer"),
         ({"lora_unet_other.diff": (8, 8)}, "weight 'lora_unet_other.diff' has no place in the UNet"),
         ({f"{KOHYA}.diff": (8, 8), f"{KOHYA}.dora_scale": (5, 1)}, "do not fit layer"),
-        ({f"{KOHYA}.diff": (8, 8), f"{KOHYA}.lokr_w1": (2, 2)}, "no weight that ends in 'lokr_w2_a'"),
+        ({f"{KOHYA}.diff": (8, 8), f"{KOHYA}.lokr_w1": (2, 2)}, f"no weight '{KOHYA}.lokr_w2_a'"),
         ({f"{KOHYA}.oft_blocks": (2, 4, 4)}, "OFT, BOFT and T-LoRA are not supported"),
     ],
 )

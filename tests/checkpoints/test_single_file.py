@@ -343,6 +343,7 @@ def test_text_encoders_of_another_family_are_refused(saved):
 # What is refused
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 TIME = "model.diffusion_model.time_embed.0.weight"
 
 
@@ -354,7 +355,11 @@ TIME = "model.diffusion_model.time_embed.0.weight"
             lambda t: t.pop("first_stage_model.encoder.conv_in.bias"),
             "no weight 'first_stage_model.encoder.conv_in.bias'",
         ),
-        (lambda t: t.pop(CONV_IN), "no weight 'input_blocks.0.0.weight'"),
+        (lambda t: t.pop(CONV_IN), f"no weight '{CONV_IN}'"),
+        (
+            lambda t: t.update({POSITIONS: np.zeros((154, 64), np.float32)}),
+            r"position_embedding.weight' of the text encoder has shape \[154, 64\], expected 77 rows",
+        ),
         (lambda t: t.update({f"{UNET}extra.weight": np.zeros(1)}), f"weight '{UNET}extra.weight' .* no place"),
         (
             lambda t: t.update({"other.weight": np.zeros(1)}),

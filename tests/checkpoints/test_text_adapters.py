@@ -157,7 +157,7 @@ def flat(layer):
         (
             "sd15",
             {f"text_encoder.{Q}.lora_A.weight": (2, WIDTH)},
-            "no weight that ends in 'lora_up.weight', expected with 'text_encoder",
+            "no weight 'text_encoder.*lora_B.weight', expected with 'text_encoder",
         ),
         (
             "sd15",

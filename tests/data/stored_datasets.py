@@ -3,14 +3,14 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
 import huggingface_hub
-from preference_sets import Example
 
 from flax_pref.data.columns import Columns
 from flax_pref.data.sources import Source
+from tests.data.preference_sets import Example
 
 SCORES = Columns(caption="prompt", images=("image_0", "image_1"), scores=("score_0", "score_1"))
 
@@ -101,6 +101,80 @@ def write_image_folder(folder, rows):
         lines.append(json.dumps(values | images))
     (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published sets, in the schemas that they have on the Hub
+
+RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
+Group = tuple[str, Sequence[int], Sequence[bytes]]  # a prompt, ranks of its images and these
+
+
+def write_open_image_preferences(folder, rows):
+    """Columns prompt, chosen and rejected: github.com/AIDC-AI/CHATS maps them so for its training on this set."""
+    features = {name: datasets.Image() for name in ("chosen", "rejected")} | {"prompt": datasets.Value("string")}
+    datasets.Dataset.from_list(
+        [{"chosen": as_struct(r.winner), "rejected": as_struct(r.loser), "prompt": r.caption} for r in rows],
+        features=datasets.Features(features),
+    ).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+
+
+def write_image_reward_db(folder, groups: Sequence[Group]):
+    """metadata-train.parquet, and images/train/train_1.zip extracted; gives the paths of the images of each group."""
+    values, ids = [], []
+    for number, (prompt, ranks, images) in enumerate(groups):
+        ids.append([])
+        for place, (rank, data) in enumerate(zip(ranks, images, strict=True)):
+            path = f"images/train/train_1/{number}-{place}.webp"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+            ids[-1].append(path)
+            known = {"image_path": path, "prompt_id": f"00{number}", "prompt": prompt, "classification": "People"}
+            values.append(known | {"image_amount_in_total": len(ranks), "rank": rank} | dict.fromkeys(RATINGS, 4))
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(values).to_parquet(folder / f"metadata-{split}.parquet")
+    return ids
+
+
+def _common_of_image_reward_db():
+    return {name: datasets.Value("string") for name in ("prompt_id", "prompt", "classification")}
+
+
+def write_image_reward_groups(folder, groups: Sequence[Group]):
+    """The configuration 8k_group, with the features that ImageRewardDB.py gives it."""
+    small = datasets.Value("int8")
+    features = _common_of_image_reward_db() | {"image": datasets.List(datasets.Image()), "rank": datasets.List(small)}
+    features |= dict.fromkeys(RATINGS, datasets.List(small))
+    datasets.Dataset.from_list(
+        [
+            {
+                "prompt_id": "1",
+                "prompt": prompt,
+                "classification": "",
+                "image": list(map(as_struct, some)),
+                "rank": ranks,
+            }
+            | dict.fromkeys(RATINGS, ranks)
+            for prompt, ranks, some in groups
+        ],
+        features=datasets.Features(features),
+    ).to_parquet(folder / "train.parquet")
+
+
+def write_image_reward_pairs(folder, rows):
+    """The configuration 8k_pair."""
+    images = {"img_better": datasets.Image(), "img_worse": datasets.Image()}
+    datasets.Dataset.from_list(
+        [
+            {"prompt_id": "1", "prompt": row.caption, "classification": ""}
+            | {"img_better": as_struct(row.winner), "img_worse": as_struct(row.loser)}
+            for row in rows
+        ],
+        features=datasets.Features(_common_of_image_reward_db() | images),
+    ).save_to_disk(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every way to store a set
 
 # How sets are stored: what writes them, and which files are named for them.
 STORED: dict[str, tuple[Callable, tuple[str, ...]]] = {

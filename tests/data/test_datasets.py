@@ -24,7 +24,11 @@ from stored_datasets import (
     record,
     stored,
     table,
+    write_image_reward_db,
+    write_image_reward_groups,
+    write_image_reward_pairs,
     write_images,
+    write_open_image_preferences,
     write_parquet,
 )
 
@@ -321,71 +325,30 @@ def shipped(name, folder):
 
 
 def test_open_image_preferences(tmp_path):
-    """Columns prompt, chosen and rejected: github.com/AIDC-AI/CHATS maps them so for its training on this set."""
     rows = examples(4)
-    features = {name: datasets.Image() for name in ("chosen", "rejected")} | {"prompt": datasets.Value("string")}
-    written = datasets.Dataset.from_list(
-        [{"chosen": as_struct(r.winner), "rejected": as_struct(r.loser), "prompt": r.caption} for r in rows],
-        features=datasets.Features(features),
-    )
-    written.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    write_open_image_preferences(tmp_path, rows)
     assert records(open_source(shipped("sdxl/encode_open_image_preferences", tmp_path))) == expected(rows)
 
 
-RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
+def ranked_groups():
+    return [(prompt, ranks, images) for (prompt, ranks), images in zip(RANKED, ranked_images(), strict=True)]
 
 
 def test_image_reward_db_as_it_lies_on_the_hub(tmp_path):
-    """metadata-train.parquet, and images/train/train_1.zip extracted; a script of the set's name is not run."""
-    values, ids = [], []
-    for (prompt, ranks), images in zip(RANKED, ranked_images(), strict=True):
-        ids.append([])
-        for place, (rank, data) in enumerate(zip(ranks, images, strict=True)):
-            path = f"images/train/train_1/{prompt}{place}.webp"
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_bytes(data)
-            ids[-1].append(path)
-            known = {"image_path": path, "prompt_id": f"00{prompt}", "prompt": prompt, "classification": "People"}
-            values.append(known | {"image_amount_in_total": len(ranks), "rank": rank} | dict.fromkeys(RATINGS, 4))
-    datasets.Dataset.from_list(values).to_parquet(tmp_path / "metadata-train.parquet")
-    datasets.Dataset.from_list(values).to_parquet(tmp_path / "metadata-test.parquet")
+    """A script of the set's name is not run."""
+    ids = write_image_reward_db(tmp_path, ranked_groups())
     (tmp_path / f"{tmp_path.name}.py").write_text("raise AssertionError('the script was run')")
     check_ranks(open_source(shipped("sd15/encode_image_reward_db", tmp_path)), ids)
 
 
 def test_the_configurations_of_image_reward_db(tmp_path):
-    """8k_group and 8k_pair, with the features that ImageRewardDB.py gives them."""
-    images, small = ranked_images(), datasets.Value("int8")
-    common = {name: datasets.Value("string") for name in ("prompt_id", "prompt", "classification")}
-    features = common | {"image": datasets.List(datasets.Image()), "rank": datasets.List(small)}
-    features |= dict.fromkeys(RATINGS, datasets.List(small))
-    datasets.Dataset.from_list(
-        [
-            {
-                "prompt_id": "1",
-                "prompt": prompt,
-                "classification": "",
-                "image": list(map(as_struct, some)),
-                "rank": ranks,
-            }
-            | dict.fromkeys(RATINGS, ranks)
-            for (prompt, ranks), some in zip(RANKED, images, strict=True)
-        ],
-        features=datasets.Features(features),
-    ).to_parquet(tmp_path / "group" / "train.parquet")
+    write_image_reward_groups(tmp_path / "group", ranked_groups())
     columns = Columns(caption="prompt", images=("image",), scores=("rank",), lower_wins=True)
     reader = open_source(Source(layout="datasets", path=str(tmp_path / "group"), columns=columns))
     check_ranks(reader, [[f"{row}-{place}" for place in range(len(ranks))] for row, (_, ranks) in enumerate(RANKED)])
 
     rows = examples(3)
-    datasets.Dataset.from_list(
-        [
-            {"prompt_id": "1", "prompt": row.caption, "classification": ""}
-            | {"img_better": as_struct(row.winner), "img_worse": as_struct(row.loser)}
-            for row in rows
-        ],
-        features=datasets.Features(common | {"img_better": datasets.Image(), "img_worse": datasets.Image()}),
-    ).save_to_disk(tmp_path / "pair")
+    write_image_reward_pairs(tmp_path / "pair", rows)
     columns = Columns(caption="prompt", winner="img_better", loser="img_worse")
     assert records(open_source(Source(layout="datasets", path=str(tmp_path / "pair"), columns=columns))) == expected(
         rows

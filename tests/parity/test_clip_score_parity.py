@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from clip_reference import as_openclip, small_clip
 from flax import nnx
 from published import FOLDER
 from safetensors.torch import load_file, save_file
-from torch_reference import nchw, randomised, relative_error
+from torch_reference import nchw, relative_error
 
 from flax_pref.checkpoints.clip_files import load_clip, load_clip_vision
 from flax_pref.checkpoints.weights import save_network
@@ -19,24 +20,6 @@ from flax_pref.rewards.aesthetic import load_aesthetic_reward, read_head
 from flax_pref.rewards.clip import load_clip_reward
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 
-# The narrowest widths of OpenCLIP: its files tell the number of heads by nothing else.
-VISION = {
-    "hidden_size": 384,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "image_size": 12,
-    "patch_size": 4,
-}
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 128,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 8,
-    "eos_token_id": 2,
-}
 # Two end tokens in the first text; padding that is no end token in the second.
 INPUT_IDS = np.array([[97, 5, 6, 98, 98, 98, 98, 98], [97, 3, 4, 5, 6, 7, 98, 0]], np.int32)
 IMAGES = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype(np.float32)
@@ -44,15 +27,6 @@ TOKENIZER = FOLDER / "clip_tokenizer"
 HEAD = FOLDER / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
 needs_tokenizer = pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs CLIP's vocabulary")
 needs_head = pytest.mark.skipif(not HEAD.is_file(), reason="needs the aesthetic head")
-
-
-def small_clip(act="gelu", text=(), vision=(), projection_dim=10):
-    config = transformers.CLIPConfig(
-        text_config=TEXT | {"hidden_act": act} | dict(text),
-        vision_config=VISION | {"hidden_act": act} | dict(vision),
-        projection_dim=projection_dim,
-    )
-    return randomised(transformers.CLIPModel(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,39 +76,6 @@ def test_a_folder_that_we_write_is_read_by_transformers(tmp_path):
     network = load_clip(tmp_path / "theirs")
     save_network(network, tmp_path / "ours")
     assert_the_same(network, transformers.CLIPModel.from_pretrained(tmp_path / "ours").eval())
-
-
-def as_openclip(weights, text=""):
-    """transformers' weights under the names of OpenCLIP, whose attention has q, k and v in one matrix."""
-    weights, renamed = dict(weights), {}
-
-    def move(theirs, ours, change=lambda x: x):
-        renamed[ours] = change(weights.pop(theirs)).clone()
-
-    for tower, prefix, config in (("vision_model", "visual.", VISION), ("text_model", text, TEXT)):
-        for i in range(config["num_hidden_layers"]):
-            layer, block = f"{tower}.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
-            for kind in ("weight", "bias"):
-                parts = [weights.pop(f"{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-                renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
-                move(f"{layer}.self_attn.out_proj.{kind}", f"{block}.attn.out_proj.{kind}")
-                move(f"{layer}.mlp.fc1.{kind}", f"{block}.mlp.c_fc.{kind}")
-                move(f"{layer}.mlp.fc2.{kind}", f"{block}.mlp.c_proj.{kind}")
-                move(f"{layer}.layer_norm1.{kind}", f"{block}.ln_1.{kind}")
-                move(f"{layer}.layer_norm2.{kind}", f"{block}.ln_2.{kind}")
-        move(f"{tower}.embeddings.position_embedding.weight", f"{prefix}positional_embedding")
-    for kind in ("weight", "bias"):
-        move(f"vision_model.pre_layrnorm.{kind}", f"visual.ln_pre.{kind}")
-        move(f"vision_model.post_layernorm.{kind}", f"visual.ln_post.{kind}")
-        move(f"text_model.final_layer_norm.{kind}", f"{text}ln_final.{kind}")
-    move("vision_model.embeddings.class_embedding", "visual.class_embedding")
-    move("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight")
-    move("visual_projection.weight", "visual.proj", lambda x: x.T)
-    move("text_model.embeddings.token_embedding.weight", f"{text}token_embedding.weight")
-    move("text_projection.weight", f"{text}text_projection", lambda x: x.T)
-    move("logit_scale", "logit_scale")
-    assert not weights
-    return renamed
 
 
 def without_buffers(model):

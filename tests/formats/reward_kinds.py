@@ -1,0 +1,237 @@
+"""Kinds of reward checkpoints: scores as those of transformers, or of the authors' layers, in float64."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_pref.checkpoints.blip_files import IGNORED, NAMES
+from flax_pref.checkpoints.clip_files import OPENCLIP_NAMES
+from flax_pref.checkpoints.tokenizer import clip_tokenizer
+from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
+from flax_pref.rewards.reward import Reward, load_reward
+from tests.formats.kinds import Kind, Made, Numbers, layer_of
+
+CAPTIONS = ["a photo of a cat", "", "an oil painting of the sea at dawn, " * 3]
+SIZE = 12  # of images, as the networks see them, so that nothing is resized
+
+
+def pixels() -> np.ndarray:
+    """Images in [0, 1]."""
+    return np.random.default_rng(1).random((len(CAPTIONS), SIZE, SIZE, 3)).astype(np.float32)
+
+
+def normalised() -> Any:
+    """The same as networks in torch take them, in float64."""
+    import torch
+
+    images = (pixels() - np.float64(OPENAI_MEAN)) / np.float64(OPENAI_STD)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def scores(reward: Reward) -> Numbers:
+    """Of each image and its caption."""
+    score = jax.jit(lambda reward, images, prepared: reward.score(reward.view(images), prepared))
+    return {
+        "scores": np.asarray(
+            score(reward, pixels()[:, : reward.image_size, : reward.image_size], reward.prepare(CAPTIONS))
+        )
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP and PickScore, HPS v2 and the aesthetic head
+
+
+@functools.cache
+def torch_clip() -> Any:
+    """A small CLIP of transformers with CLIP's own tokens."""
+    import torch
+
+    from tests.parity.clip_reference import small_clip
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return small_clip(text={"vocab_size": 49408, "max_position_embeddings": 77})
+
+
+def clip_scores(*, scaled: bool) -> Numbers:
+    """Cosines of transformers in float64, for PickScore times the network's own scale."""
+    import torch
+
+    model = torch_clip().double()
+    ids = torch.from_numpy(np.int64(clip_tokenizer()(CAPTIONS)))
+    with torch.no_grad():
+        found = model(input_ids=ids, pixel_values=normalised())
+        cosine = (found.image_embeds * found.text_embeds).sum(-1)
+        result = cosine * model.logit_scale.exp() if scaled else cosine
+    model.float()
+    return {"scores": result.numpy()}
+
+
+def clip_folder(*, scaled: bool, torch_files: bool = False) -> Callable[[Path], Made]:
+    """A folder of transformers with its tokenizer."""
+
+    def make(folder: Path) -> Made:
+        import torch
+
+        torch_clip().save_pretrained(folder)
+        clip_tokenizer().save(folder)
+        if torch_files:  # as transformers wrote it before safetensors
+            torch.save(torch_clip().state_dict(), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        return Made(folder, lambda: clip_scores(scaled=scaled))
+
+    return make
+
+
+def openclip_file(folder: Path) -> Made:
+    """A file of OpenCLIP, as the authors of HPS v2 publish it, with CLIP's tokenizer beside it."""
+    import torch
+
+    from tests.parity.clip_reference import as_openclip
+
+    clip_tokenizer().save(folder / "tokenizer")
+    weights = as_openclip({name: tensor for name, tensor in torch_clip().state_dict().items()})
+    torch.save({"state_dict": weights}, folder / "HPS_v2_compressed.pt")
+    return Made(folder / "HPS_v2_compressed.pt", lambda: clip_scores(scaled=False))
+
+
+def aesthetic_head(folder: Path) -> Made:
+    """The layers of LAION's aesthetic score, as their author saves them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    width = torch_clip().config.projection_dim
+    sizes = {0: (width, 5), 2: (5, 4), 4: (4, 3), 6: (3, 2), 7: (2, 1)}
+    head = {
+        f"layers.{number}.{kind}": torch.randn(shape, generator=generator)
+        for number, (into, out) in sizes.items()
+        for kind, shape in (("weight", (out, into)), ("bias", (out,)))
+    }
+    torch.save(head, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    torch_clip().save_pretrained(folder / "clip")
+
+    def expected() -> Numbers:
+        model = torch_clip().double()
+        with torch.no_grad():
+            features = model.visual_projection(model.vision_model(pixel_values=normalised()).pooler_output)
+            features = features / features.norm(dim=-1, keepdim=True)
+            for number in sizes:
+                features = (
+                    features @ head[f"layers.{number}.weight"].double().T + head[f"layers.{number}.bias"].double()
+                )
+        model.float()
+        return {"scores": features[:, 0].numpy()}
+
+    return Made(folder / "sac+logos+ava1-l14-linearMSE.pth", expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageReward
+
+
+def image_reward(name: str) -> Callable[[Path], Made]:
+    """The file of its authors with what else BLIP was trained with, or a safetensors file with the same names."""
+
+    def make(folder: Path) -> Made:
+        import torch
+        from safetensors.torch import save_file
+
+        from flax_pref.models.blip import ImageRewardConfig
+        from tests.parity.image_reward_reference import random_weights, scores
+
+        sizes = ImageRewardConfig(
+            **{"image_size": SIZE, "patch_size": 4, "vision_width": 64, "vision_mlp_width": 96, "vision_layers": 1},
+            **{"vocab_size": 60, "max_position_embeddings": 40},
+            **{"text_width": 64, "text_mlp_width": 96, "text_layers": 1},
+        )
+        weights = random_weights(sizes)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "an", "oil", "painting", "cat", ","]
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+        if name.endswith(".pt"):
+            torch.save(weights | {"blip.vision_proj.weight": torch.ones(3, 3)}, folder / name)
+        else:
+            save_file(weights, folder / name)
+
+        def expected() -> Numbers:
+            from flax_pref.checkpoints.bert_tokenizer import load_bert_tokenizer
+
+            ids, mask = load_bert_tokenizer(folder, length=35)(CAPTIONS)
+            with torch.no_grad():
+                found = scores(weights, normalised(), torch.from_numpy(ids).long(), torch.from_numpy(mask))
+            return {"scores": found.numpy()}
+
+        return Made(folder / name, expected)
+
+    return make
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows
+
+
+def loads(name: str, **options: str) -> Callable[[Path], Reward]:
+    """Reads a reward; options are folders beside its file."""
+    return lambda path: load_reward(
+        name, str(path), **{key: str(path.parent / place) for key, place in options.items()}
+    )
+
+
+def reward(name: str, make: Callable[[Path], Made], load: Callable[[Path], Reward], **more: Any) -> Kind:
+    """A row."""
+    settings = {"read": "`Weighted(NAME, path=FOLDER)`", "reference": "transformers in float64", "sort": part_of} | more
+    return Kind(name=name, make=make, load=load, numbers=scores, needs=("torch", "transformers"), **settings)
+
+
+def part_of(key: str) -> str | None:
+    """The network that a weight belongs to; None where nothing reads it."""
+    return None if re.search(IGNORED, key) else re.split(r"[._]", key)[0]
+
+
+def renamed(table: Sequence[tuple[str, str]]) -> Callable[[str], str]:
+    """Messages name a layer as our modules do, of which these are patterns and replacements."""
+    return lambda key: layer_of(functools.reduce(lambda name, pair: re.sub(*pair, name), table, key))
+
+
+FILE = {"read": "`Weighted(NAME, path=FILE)`"}
+OF_OPENCLIP = {
+    "names": renamed(OPENCLIP_NAMES),
+    "harmless": {
+        "shape positional_embedding": "more positions are a network for longer texts",
+        "shape token_embedding": "more rows are a network for more tokens",
+    },
+}
+OF_BLIP = {"names": renamed(NAMES), "reference": "the authors' layers in float64"}
+REWARDS = (
+    reward("CLIP, folder of transformers", clip_folder(scaled=False), loads("clip"), damaged="model.safetensors"),
+    reward(
+        "PickScore, folder of transformers", clip_folder(scaled=True), loads("pickscore"), damaged="model.safetensors"
+    ),
+    reward(
+        "PickScore, weights of torch (`.bin`)",
+        clip_folder(scaled=True, torch_files=True),
+        loads("pickscore"),
+        damaged="pytorch_model.bin",
+    ),
+    reward(
+        "HPS v2, file of OpenCLIP (`.pt`)", openclip_file, loads("hpsv2", tokenizer="tokenizer"), **FILE, **OF_OPENCLIP
+    ),
+    reward("aesthetic score (`.pth`)", aesthetic_head, loads("aesthetic", clip="clip"), **FILE),
+    reward(
+        "ImageReward (`.pt`)",
+        image_reward("ImageReward.pt"),
+        loads("imagereward"),
+        **FILE | OF_BLIP,
+    ),
+    reward(
+        "ImageReward, safetensors",
+        image_reward("ImageReward.safetensors"),
+        loads("imagereward"),
+        **FILE | OF_BLIP,
+    ),
+)
