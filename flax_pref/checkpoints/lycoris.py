@@ -92,8 +92,8 @@ def fold_adapters(file: str | Path, network: Network, part: Part = "unet") -> Ne
         if dora is not None and names.keys().isdisjoint(MAGNITUDES) and any(re.match(LOW_RANK, end) for end in names):
             missing = _beside(names, _ending_of(dora).removeprefix("."))
             raise ValueError(
-                f"{file}: no weight {missing!r}, expected in a file that has {dora!r}; the file is incomplete: download "
-                "or export it again"
+                f"{file}: no weight {missing!r}, expected in a file that has {dora!r}; the file is incomplete: "
+                "download or export it again"
             )
         parts = {ending: stored[name].astype(np.float32) for ending, name in names.items()}
         if peft is not None and "lora_down.weight" in parts:

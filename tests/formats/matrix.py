@@ -25,11 +25,12 @@ from tests.formats.embedding_kinds import EMBEDDINGS
 from tests.formats.kinds import Kind, Made, worst_difference
 from tests.formats.preference_set_kinds import PREFERENCE_SETS
 from tests.formats.reward_kinds import REWARDS
+from tests.formats.text_adapter_kinds import TEXT_ADAPTERS
 
 GROUPS = {
     "Checkpoints": CHECKPOINTS + TOKENIZERS + SCHEDULERS,
     "Textual inversions": EMBEDDINGS,
-    "Adapters": ADAPTERS,
+    "Adapters": ADAPTERS + TEXT_ADAPTERS,
     "Rewards": REWARDS,
     "Preference sets": PREFERENCE_SETS,
 }
