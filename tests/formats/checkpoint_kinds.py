@@ -204,6 +204,16 @@ def from_single_file(family: str, file: Path) -> Any:
         return class_of(family).from_single_file(str(file), config=config, local_files_only=True, **options)
 
 
+def in_eight_bits(folder: Path) -> Made:
+    """A single file of type e4m3, as ComfyUI saves it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    made = single("sd1")(folder)
+    save_file({name: x.to(torch.float8_e4m3fn) for name, x in load_file(made.path).items()}, made.path)
+    return made
+
+
 def as_ckpt(make: Callable[[Path], Made], family: str, **options: Any) -> Callable[[Path], Made]:
     """The same as torch saves it, beside what trainers keep."""
 
@@ -488,6 +498,7 @@ CHECKPOINTS = (
     file("SD1.x, single file", single("sd1"), **SINGLE),
     file("SD1.x, single file in float16", single("sd1", "float16")),
     file("SD1.x, single file in bfloat16", single("sd1", "bfloat16")),
+    file("SD1.x, single file in 8 bits (e4m3)", in_eight_bits),
     file("SD1.x, single file with EMA keys and tables of training", single("sd1", change=surplus_of_training)),
     file(
         "SD1.x, single file, text encoder without `text_model.`",
