@@ -1,9 +1,14 @@
-"""Where a checkpoint lies: a folder as it is, the one in this package, or a repository of the Hub, downloaded once."""
+"""Where a checkpoint lies: a folder as it is, the one in this package, or a repository of the Hub, downloaded once.
+
+`owner/name@revision` is a repository at a branch, a tag or a commit. A repository that `flax-pref push` has written
+holds flax_pref.json, the record of what it is.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -12,9 +17,14 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
+from flax_pref.files import read_json
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+RECORD = "flax_pref.json"  # of a repository that push has written: kind, base, modules and more
+INDEX = "model_index.json"  # of a whole checkpoint
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DEMO = "demo"  # the small base model of the demo world
 
@@ -24,9 +34,10 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
 
     Args:
         path_or_id: a local path, or the id of a repository on the Hub such as
-            "stable-diffusion-v1-5/stable-diffusion-v1-5", of which the parts that are needed are downloaded into the
-            Hub's cache; or the text "demo", the small one of this package (a folder of that name is "./demo" or a
-            `Path`). What exists locally is never looked for on the Hub.
+            "stable-diffusion-v1-5/stable-diffusion-v1-5", perhaps with "@" and a revision, of which the parts that are
+            needed are downloaded into the Hub's cache; or the text "demo", the small one of this package (a folder of
+            that name is "./demo" or a `Path`). What exists locally is never looked for on the Hub. A repository of
+            modules, as `flax-pref push` writes it, leads to the checkpoint that they were trained on.
         variant: of the weight files, e.g. "fp16"; None for the full ones.
 
     Raises:
@@ -46,17 +57,49 @@ def find_checkpoint(path_or_id: str | Path, *, variant: str | None = None) -> Pa
             f"{part}/{stem}-*-of-*{suffix}.safetensors",
         )
     ]
-    settings = ["model_index.json", "*/*.json", "tokenizer*/merges.txt"]
-    return find_files(path_or_id, settings + weights)
+    settings = [INDEX, RECORD, "*/*.json", "tokenizer*/merges.txt"]
+    found = find_files(path_or_id, settings + weights)
+    base = _base_of(found)
+    return found if base is None else find_checkpoint(base, variant=variant)
 
 
 def find_description(path_or_id: str | Path) -> Path:
     """The folder of a checkpoint, of which a Hub repository need hold no weights; see `find_checkpoint`."""
-    return find_checkpoint(DEMO) if path_or_id == DEMO else find_files(path_or_id, ["model_index.json", "*/*.json"])
+    if path_or_id == DEMO:
+        return find_checkpoint(DEMO)
+    found = find_files(path_or_id, [INDEX, RECORD, "*/*.json"])
+    base = _base_of(found)
+    return found if base is None else find_description(base)
+
+
+def _base_of(folder: Path) -> str | None:
+    """The checkpoint that the modules in a folder were trained on; None: the folder is no record of such.
+
+    Raises:
+        FileNotFoundError: its record does not name one that others have.
+    """
+    if not (record := read_record(folder)).get("modules") or (folder / INDEX).is_file():
+        return None
+    if (base := record.get("base")) is None or (base != DEMO and not HUB_ID.fullmatch(base.partition("@")[0])):
+        raise FileNotFoundError(
+            f"{folder}: holds modules and no checkpoint, and {RECORD} names no base that others have; give the "
+            "checkpoint that they guide with --model, and these modules with --module"
+        )
+    return base
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a folder or repository that `flax-pref push` has written; empty where there is none."""
+    file = folder / RECORD
+    return read_json(file, expected="the record of a pushed repository") if file.is_file() else {}
 
 
 def find_files(path_or_id: str | Path, patterns: Sequence[str]) -> Path:
     """The path, where there is something, else the folder of those files of a Hub repository that match the patterns.
+
+    Args:
+        path_or_id: a local path, `owner/name` or `owner/name@revision`.
+        patterns: of the files to download.
 
     Raises:
         FileNotFoundError: it is neither, or it can be neither reached nor found in the cache.
@@ -64,9 +107,13 @@ def find_files(path_or_id: str | Path, patterns: Sequence[str]) -> Path:
     path, name = Path(path_or_id).expanduser(), str(path_or_id)
     if path.exists():
         return path
-    if not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"{name}: no such file or folder, and not the id of a Hub repository (owner/name)")
-    return _downloaded(name, lambda: snapshot_download(name, allow_patterns=list(patterns)))
+    repository, at, revision = name.partition("@")
+    if not HUB_ID.fullmatch(repository) or bool(at) != bool(revision):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, and not the id of a Hub repository (owner/name or owner/name@revision)"
+        )
+    options = {"revision": revision or None, "allow_patterns": list(patterns)}
+    return _downloaded(name, lambda: snapshot_download(repository, **options))
 
 
 def find_file(repository: str, name: str) -> Path:
@@ -88,6 +135,10 @@ def _downloaded(name: str, download: Callable[[], str]) -> Path:
         return Path(download())
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(unreachable) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{nowhere}, and its repository on the Hub has no such revision; expected a branch, a tag or a commit of it"
+        ) from error
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
         # The Hub answers so for private repositories too.
         raise FileNotFoundError(
