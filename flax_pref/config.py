@@ -19,7 +19,7 @@ import runpy
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -336,6 +336,6 @@ def check_output_folder(folder: Path) -> Path:
     return folder
 
 
-def dump_config(config: Any, file: Path) -> None:
-    """Writes a config as JSON, the record of what a run did."""
-    file.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", encoding="utf-8")
+def dump_config(fields: Mapping[str, Any], file: Path) -> None:
+    """Writes the fields of a config as JSON, the record of what a run did."""
+    file.write_text(json.dumps(fields, indent=2, default=str) + "\n", encoding="utf-8")

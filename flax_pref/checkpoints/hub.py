@@ -20,9 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+# Of the HTTP library that this version of huggingface_hub uses.
+from huggingface_hub.errors import HTTPError as _HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
 from flax_pref.files import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UNREACHABLE = (_HTTPError, ConnectionError)  # errors of requests to the Hub
 RECORD = "flax_pref.json"  # of a repository that push has written: kind, base, modules and more
 INDEX = "model_index.json"  # of a whole checkpoint
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")

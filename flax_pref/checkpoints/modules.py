@@ -227,8 +227,10 @@ def find_module(source: str | Path, name: str) -> Path:
 
 def _module_folder(source: str | Path, name: str) -> Path:
     """Where the files of a module are; of a Hub repository those are downloaded that `find_module` chooses from."""
-    if source == DEMO or Path(source).expanduser().exists():
-        return find_checkpoint(source)
+    if source == DEMO:
+        return find_checkpoint(DEMO)
+    if Path(source).expanduser().exists():
+        return Path(source).expanduser()
     named = {layout: pattern.format(name) for layout, pattern in FILE_NAMES.items()}
     network = [f"{folder}{file}" for folder in ("", "unet/", f"{name}/") for file in NETWORK_FILES]
     path = find_files(source, [*network, *LORA_FILES, PEFT_CONFIG, RECORD, named["diffusers"], f"{named['peft']}/*"])

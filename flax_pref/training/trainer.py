@@ -215,14 +215,19 @@ FREE_OF_HOSTS = (
 )
 
 
+def fields_of(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a config, and the name of its method."""
+    fields = dataclasses.asdict(config)
+    return fields | {"method": {"name": type(config.method).__name__, **fields["method"]}}
+
+
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What the steps of a run depend on."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    settings = {name: value for name, value in fields_of(config).items() if name not in FREE}
     if config.input is not None:
         settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
     if not config.consensus.rewards:  # as before there was such a field
         del settings["consensus"]
-    settings["method"] = {"name": type(config.method).__name__, **settings["method"]}
     if config.optimizer.schedule == "constant":
         del settings["steps"]  # such a run can be made longer
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -305,7 +310,7 @@ def train(config: TrainConfig, *, records: Records | None = None) -> None:
             if writes:
                 file = config.output / "config.json"
                 with writing(file), replacing(file) as unfinished:
-                    dump_config(config, unfinished)
+                    dump_config(fields_of(config), unfinished)
             if config.export_only and first == 0:
                 raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")
             if first < config.steps and not config.export_only:

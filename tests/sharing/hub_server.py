@@ -35,6 +35,7 @@ class HubServer:
         self.commits: list[tuple[str, list[str], list[str]]] = []
         self.private: list[str] = []
         self.objects: dict[str, bytes] = {}
+        self.full = False  # whether the store of large files refuses them
 
     def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
         """The files of a repository."""
@@ -115,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             card = {"cardData": hub.cards[repository]} if repository in hub.cards else {}
             return self._answer({"id": found[2], "sha": commit, "siblings": files, "private": False, **card})
         if found := re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)/tree/([^/]+)", path):
+            if f"{found[1]}/{found[2]}" not in hub.repositories:
+                return self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             files = hub.repositories[f"{found[1]}/{found[2]}"][found[3]]
             listed = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -188,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self):
         found = re.fullmatch(r"/upload/(\w+)", self._asked())
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server_hub.full:
+            return self._answer({"error": "Storage quota exceeded"}, 403)
         assert found and hashlib.sha256(body).hexdigest() == found[1]
         self.server_hub.objects[found[1]] = body
         return self._answer({})
