@@ -12,11 +12,9 @@ An image set keeps its shards, manifest and scores, a report its tables and page
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -27,7 +25,7 @@ from flax_pref import __version__, methods
 from flax_pref.checkpoints.hub import DEMO, HUB_ID, RECORD, UNREACHABLE
 from flax_pref.checkpoints.lora import FILE_NAMES
 from flax_pref.checkpoints.module_info import ARCHITECTURES, STRENGTH
-from flax_pref.config import UserError
+from flax_pref.config import UserError, public
 from flax_pref.data.prepared import PAIRS
 from flax_pref.evaluation.runs import SCORES
 from flax_pref.files import read_json
@@ -357,20 +355,6 @@ def _grid(folder: Path, given: str | None) -> Path | None:
     if kind not in ("PNG", "JPEG", "WEBP") or file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--grid {given}: is a {kind}; expected a PNG, JPEG or WebP image whose name ends so")
     return file
-
-
-def public(value: Any) -> Any:
-    """A setting as others may read it: without the folders of this machine, and without what URLs say to whom."""
-    if isinstance(value, dict):
-        return {name: public(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [public(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if re.match(r"https?://", value):
-        parts = urlsplit(value)
-        return f"{parts.scheme}://{parts.hostname}{'' if parts.port is None else f':{parts.port}'}{parts.path}"
-    return PurePath(value).name if value.startswith(("/", "~", "./", "../")) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import find_module, fingerprint
 from flax_pref.cli import command
-from flax_pref.config import dump_config, parse_flags
+from flax_pref.config import dump_config, parse_flags, public
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prompts import Prompt
 from flax_pref.diffusion.drawing import resolve_drawing
@@ -31,7 +31,7 @@ from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.methods import CHATS, NPO, DiffusionDPO, PositiveNegative
 from flax_pref.models.lora import select_lora, split_lora
-from flax_pref.sharing.contents import gather, public
+from flax_pref.sharing.contents import gather
 from flax_pref.sharing.push import write
 from flax_pref.sharing.push_flags import PushFlags
 from flax_pref.training.optimizers import OptimizerConfig
