@@ -19,9 +19,10 @@ import runpy
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar, overload
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -336,6 +337,20 @@ def check_output_folder(folder: Path) -> Path:
     return folder
 
 
-def dump_config(config: Any, file: Path) -> None:
-    """Writes a config as JSON, the record of what a run did."""
-    file.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", encoding="utf-8")
+def dump_config(fields: Mapping[str, Any], file: Path) -> None:
+    """Writes the fields of a config as JSON, the record of what a run did."""
+    file.write_text(json.dumps(fields, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def public(value: Any) -> Any:
+    """A setting as others may read it: without the folders of this machine, and without what URLs say to whom."""
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"https?://", value):
+        parts = urlsplit(value)
+        return f"{parts.scheme}://{parts.hostname}{'' if parts.port is None else f':{parts.port}'}{parts.path}"
+    return PurePath(value).name if value.startswith(("/", "~", "./", "../")) else value

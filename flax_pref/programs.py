@@ -33,6 +33,7 @@ PROGRAMS = {
     ),
     "train": Command("train.modules", "Trains preference modules.", "flax_pref.training.trainer:TrainConfig"),
     "export": Command("sample.export", "Exports a sampler that a serving process loads without tracing."),
+    "push": Command("sample.push", "Shares a training run, an image set or a report on the Hub, with a card."),
     "plan": Command("train.plan", "Plans training or encoding for a TPU slice that is not there."),
     "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),
     "verify": Command("sample.verify", "Checks that this machine computes what it should, and how fast."),

@@ -194,7 +194,7 @@ def test_a_bucket_is_no_output_folder_and_no_folder_of_that_name_is_made(tmp_pat
 
 
 def test_the_config_of_a_run_is_recorded(tmp_path):
-    dump_config(Config(), tmp_path / "config.json")
+    dump_config(dataclasses.asdict(Config()), tmp_path / "config.json")
     recorded = json.loads((tmp_path / "config.json").read_text())
     training = {"steps": 3, "rate": None}
     assert recorded == {"training": training, "w": [1.0, 2.0], "weights": [], "output": "runs/x", "quick": False}

@@ -70,6 +70,7 @@ FLAGS = {
     "venv": "",
     **dict.fromkeys(("make demo", "make study", "make test"), ""),
     "hf download": "--local-dir --include",
+    "hf auth login": "",
     "git archive": "--format --output",
     "apt-get update": "",
     "apt-get install": "--yes",

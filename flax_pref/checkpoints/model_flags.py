@@ -13,7 +13,7 @@ class ModelFlags:
 
     model: str
     """Checkpoint: a folder in the diffusers layout, a single file (.safetensors or .ckpt) of Stable Diffusion 1.x, 2.x
-    or XL, a Hub id, or "demo" for the small model of this package."""
+    or XL, a Hub id (USER/NAME or USER/NAME@REVISION), or "demo" for the small model of this package."""
     variant: str | None = None
     """Weight file variant, e.g. fp16 (default: full precision if present)."""
     vae: str | None = None

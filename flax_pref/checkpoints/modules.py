@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import open_unet
-from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.hub import DEMO, INDEX, RECORD, find_checkpoint, find_files, read_record
 from flax_pref.checkpoints.lora import (
     FILE_NAMES,
     PEFT_CONFIG,
@@ -34,6 +34,8 @@ from flax_pref.models.network import Network
 
 OWN_BASE = "own_base"  # in rules: the base that modules were trained on, where that is not the one they guide
 LORA_FILES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)  # in folders of diffusers and PEFT
+_WEIGHTS = "diffusion_pytorch_model"
+NETWORK_FILES = ("config.json", f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors")  # of a UNet folder
 
 
 class Guided(NamedTuple):
@@ -63,7 +65,8 @@ def load_modules(
     Args:
         base: the UNet that is guided.
         sources: for each module a file of adapters (safetensors), a folder with one, the folder of a PEFT adapter, a
-            UNet folder of diffusers, or a whole checkpoint in that layout or as a single file. Plain LoRA shares the
+            UNet folder of diffusers, a whole checkpoint in that layout or as a single file, or a folder or Hub
+            repository (`owner/name`, `owner/name@revision`) of these, see `find_module`. Plain LoRA shares the
             weights of the base; adapters of other kinds, see `checkpoints.lycoris`, are folded into a copy of them.
             Several files with a strength each, `[("a.safetensors", 0.8), ("b.safetensors", 0.5)]`, make one module,
             whose difference from the base is the weighted sum of theirs. Adapters of text encoders count too, also
@@ -94,12 +97,12 @@ def load_modules(
         >>> pipeline = pipeline.replace(unet=guided.base)
         >>> draw = fp.TextToImage(pipeline, steps=2, modules=guided.modules, text_encoders=guided.text_encoders)
     """
-    found = {name: [(_find(path), x) for path, x in parts_of(files)] for name, files in sources.items()}
+    found = {name: [(find_module(path, name), x) for path, x in parts_of(files)] for name, files in sources.items()}
     kinds = {path: _kind(path) for parts in found.values() for path, _ in parts}
     files = {name: parts for name, parts in found.items() if all(kinds[path] == "lora" for path, _ in parts)}
     own = base
     if own_base is not None:
-        path = _find(own_base)
+        path = _stored(find_checkpoint(own_base))
         if _kind(path) != "network":
             raise ValueError(f"{own_base}: holds adapters, expected the base that the modules were trained on")
         own = _load_like(base, path, dtype)
@@ -193,9 +196,60 @@ def _kind(path: Path) -> Literal["lora", "folded", "network"]:
     return "folded" if has_other_adapters(name for name in names if part_of(name) == "unet") else "lora"
 
 
-def _find(source: str | Path) -> Path:
-    """The LoRA file or the UNet folder that a path leads to."""
-    path = find_checkpoint(source)
+def find_module(source: str | Path, name: str) -> Path:
+    """The LoRA file or the UNet folder of a module.
+
+    Args:
+        source: a file; a folder with one module; or a folder with several, such as modules/ of a run, of which the one
+            of this name is taken. Also the id of a Hub repository with such files, perhaps with "@" and a revision, of
+            which this module is downloaded.
+        name: of the module in rules.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository, or it has several modules, none of this name.
+        ValueError: the folder holds no module.
+    """
+    path = _module_folder(source, name)
+    if path.is_file():
+        return path
+    if (found := _named(path, name)) is not None:
+        return found
+    listed = read_record(path).get("modules", [])
+    if len(listed) == 1 and listed[0] != name:
+        return find_module(source, listed[0])
+    if listed and name not in listed:
+        raise FileNotFoundError(
+            f"{source}: has no module {name!r}, but {', '.join(listed)}; expected one of these names before its path, "
+            f"e.g. --module {listed[0]}={source}"
+        )
+    return _stored(path, source)
+
+
+def _module_folder(source: str | Path, name: str) -> Path:
+    """Where the files of a module are; of a Hub repository those are downloaded that `find_module` chooses from."""
+    if source == DEMO:
+        return find_checkpoint(DEMO)
+    if Path(source).expanduser().exists():
+        return Path(source).expanduser()
+    named = {layout: pattern.format(name) for layout, pattern in FILE_NAMES.items()}
+    network = [f"{folder}{file}" for folder in ("", "unet/", f"{name}/") for file in NETWORK_FILES]
+    path = find_files(source, [*network, *LORA_FILES, PEFT_CONFIG, RECORD, named["diffusers"], f"{named['peft']}/*"])
+    whole = any((path / file).is_file() for file in ("config.json", "unet/config.json", *LORA_FILES))
+    # The same again in kohya's layout is downloaded only where there is no other.
+    return path if whole or _named(path, name) is not None else find_files(source, [named["kohya"], RECORD])
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    """The module of this name in a folder of several."""
+    files = [folder / pattern.format(name) for pattern in FILE_NAMES.values()]
+    found = next((file for file in files if file.exists()), None)
+    if found is None and (folder / name / "config.json").is_file() and not (folder / INDEX).is_file():
+        found = folder / name
+    return found / PEFT_WEIGHTS if found is not None and (found / PEFT_WEIGHTS).is_file() else found
+
+
+def _stored(path: Path, source: str | Path | None = None) -> Path:
+    """The LoRA file or the UNet folder that a path leads to; messages call it `source`."""
     if path.is_file():
         return path
     for folder in (path / "unet", path):
@@ -206,8 +260,8 @@ def _find(source: str | Path) -> Path:
     stored = [file for file in stored if file not in again]
     if len(stored) != 1:
         raise ValueError(
-            f"{path}: {len(stored)} safetensors files and no config.json; expected a LoRA file, a folder with one, or "
-            "a UNet in the layout of diffusers"
+            f"{source or path}: {len(stored)} safetensors files and no config.json; expected a LoRA file, a folder "
+            "with one or with one of the module's name, or a UNet in the layout of diffusers"
         )
     return stored[0]
 

@@ -1,5 +1,7 @@
 """The whole path on the demo world: draw pairs, label them, train modules, compare methods."""
 
+import dataclasses
+
 from flax_pref.config import check_output_folder, dump_config, load_config
 from flax_pref.files import one_writer, writing
 from flax_pref.programs import PROGRAMS
@@ -17,7 +19,7 @@ def main(arguments: list[str]) -> None:
         config = config.shrunk()
     check_output_folder(config.output)
     with one_writer(config.output), writing(config.output):
-        dump_config(config, config.output / "config.json")
+        dump_config(dataclasses.asdict(config), config.output / "config.json")
         report = Demo(config).run()
     print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")
     print(text_table(table(report)), text_table(comparison_table(report)), sep="\n\n")

@@ -13,7 +13,7 @@ from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import open_model
 from flax_pref.checkpoints.embeddings import add_embedding
 from flax_pref.checkpoints.hub import find_checkpoint
-from flax_pref.checkpoints.modules import OWN_BASE, fingerprint, load_modules, merge_modules
+from flax_pref.checkpoints.modules import OWN_BASE, find_module, fingerprint, load_modules, merge_modules
 from flax_pref.config import UserError
 from flax_pref.diffusion.drawing_flags import SPACINGS, DrawingFlags
 from flax_pref.diffusion.guidance import Rule, Schedule, merge_weights, parse_strengths, tabulate
@@ -60,9 +60,9 @@ class Drawing:
 
     def fingerprints(self) -> dict[str, Any]:
         """Names and SHA-256 of the files that the images depend on."""
-        parts = {name: [path for path, _ in parts] for name, parts in self.sources.items()}
+        parts = {name: [find_module(path, name) for path, _ in parts] for name, parts in self.sources.items()}
         if self.flags.module_base is not None:
-            parts[OWN_BASE] = [self.flags.module_base]
+            parts[OWN_BASE] = [find_checkpoint(self.flags.module_base)]
         return {
             "modules": {name: _told(parts) for name, parts in self.sources.items()},
             "model_sha256": fingerprint(self.checkpoint.path),
@@ -140,7 +140,10 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
     if weights:
         _check_modules(rule, sources, flags)
     checkpoint = open_model(flags, weights=weights)
-    for path in (*_module_files(flags, sources), *embeddings.values()):
+    for name, parts in sources.items():
+        for path, _ in parts:
+            find_module(path, name)
+    for path in (*filter(None, [flags.module_base]), *embeddings.values()):
         find_checkpoint(path)
     unet = checkpoint.config("unet")
     imitated, guiding = IMITATED_GUIDANCE, flags
@@ -206,12 +209,6 @@ def _embeddings(flags: DrawingFlags) -> dict[str, str]:
 def _told(parts: Sequence[tuple[str, float]]) -> str:
     """Names of a module's files; strengths other than 1 after a colon."""
     return "+".join(Path(path).name + (f":{strength:g}" if strength != 1 else "") for path, strength in parts)
-
-
-def _module_files(flags: DrawingFlags, sources: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
-    """Paths of the modules, and of the base that they were trained on where the flags name one."""
-    paths = [path for parts in sources.values() for path, _ in parts]
-    return paths if flags.module_base is None else [*paths, flags.module_base]
 
 
 def _terms(flags: DrawingFlags, sources: Mapping[str, Any]) -> dict[str, Any]:

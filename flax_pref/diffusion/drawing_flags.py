@@ -56,9 +56,10 @@ class DrawingFlags(ModelFlags):
 
     module: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Preference module as NAME=PATH or NAME=PATH:STRENGTH; repeat the flag for each, and for more files of one module,
-    whose differences from the base add up. PATH is a file of adapters of UNet, text encoders or both, or a folder with
-    adapters or full weights. The rule determines the names: pos and neg, bad for autoguidance, any name for pgd and
-    fine_tuned, any names for multi."""
+    whose differences from the base add up. PATH is a file of adapters of UNet, text encoders or both, or a folder or
+    Hub repository (USER/NAME or USER/NAME@REVISION) with adapters or full weights; of several, that NAME is taken. The
+    rule determines the names: pos and neg, bad for autoguidance, any name for pgd and fine_tuned, any names for
+    multi."""
     embedding: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Textual inversion as NAME=FILE; repeat the flag for each. Prompts that hold the word NAME see its vectors."""
     module_base: str | None = None

@@ -28,7 +28,7 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 def printed_tables(report: Mapping[str, Any]) -> str:
     """What the terminal shows: one table for each reward, and those of diversity and votes if there are."""
-    tables = [_printed_reward(report, reward) for reward in report["rewards"]]
+    tables = [text_table(reward_rows(report, reward)) for reward in report["rewards"]]
     if report["diversity"]:
         places = decimals(row["distance"] for row in report["diversity"])
         rows = [["diversity", "distance", "", "difference", ""]]
@@ -44,7 +44,8 @@ def printed_tables(report: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _printed_reward(report: Mapping[str, Any], reward: str) -> str:
+def reward_rows(report: Mapping[str, Any], reward: str) -> list[list[str]]:
+    """The table of a reward, its header first: means, win rates and gains with their intervals, corrected p."""
     cells = [row for row in report["overall"] if row["reward"] == reward]
     places, gain_places = (decimals(row[name] for row in cells) for name in ("mean", "gain"))
     rows = [[reward, "mean", "", "win rate", "", "gain", "", "p"]]
@@ -56,7 +57,7 @@ def _printed_reward(report: Mapping[str, Any], reward: str) -> str:
                 *(*_printed(row["gain"], gain_places, "+"), f"{test['p_corrected']:.2g}" if test else ""),
             ]
         )
-    return text_table(rows)
+    return rows
 
 
 def _printed(interval: Interval, places: int, sign: str = "") -> list[str]:

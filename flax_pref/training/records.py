@@ -28,6 +28,7 @@ from flax_pref.config import UserError
 from flax_pref.files import replacing, writing
 from flax_pref.images.grid import image_grid
 from flax_pref.training.tensorboard import Event, EventsWriter, SessionLog, Summary
+from flax_pref.training.trackers import RunTracker
 
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
 
@@ -63,6 +64,7 @@ class Recorder:
         every: int = 10,
         lag: int = 2,
         show: bool = True,
+        tracker: RunTracker | None = None,
     ):
         """Creates the files, or continues those of a run: what they have of steps after `first` is removed.
 
@@ -79,6 +81,7 @@ class Recorder:
             every: steps that this divides are recorded, and the last one.
             lag: steps under way while the one before them is waited for.
             show: a progress bar.
+            tracker: gets the same metrics and pictures.
 
         Raises:
             UserError: metrics.jsonl is not what this class has written; or the folder is in a bucket.
@@ -91,6 +94,7 @@ class Recorder:
         self._total, self._every, self._lag = total, every, lag
         self._unit, self._per_step, self._chips, self._flops, self._peak = unit, per_step, chips, flops, peak
         self._log = _Log(folder, first) if writes else None
+        self._tracker = tracker
         self._bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not (show and writes))
         self._added = first
         self._under_way: deque[tuple[int, Mapping[str, Any], float | None]] = deque()
@@ -145,7 +149,9 @@ class Recorder:
             OSError: a file cannot be written.
         """
         if self._log is not None:
-            self._log.images(step, images, names)
+            sheet = self._log.images(step, images, names)
+            if self._tracker is not None:
+                self._tracker.image(SAMPLES, sheet, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -192,6 +198,8 @@ class Recorder:
                 speed["share_of_peak"] = flops and flops / self._peak
         if self._log is not None:
             self._log.scalars(step, values | speed)
+        if self._tracker is not None:
+            self._tracker.log(values | speed, step)
         shown = {"loss": values.get("loss"), f"{self._unit}s/s": rate}
         shown = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
         self._bar.set_postfix(shown, refresh=False)
@@ -215,8 +223,8 @@ class _Log:
             folder.mkdir(parents=True, exist_ok=True)
             _keep_until(self._file, first)
             self._lines = self._file.open("a", encoding="utf-8")
-        for sheet in self._samples.glob("*.png"):
-            if sheet.stem.isdecimal() and int(sheet.stem) > first:
+        for step, sheet in _sheets(folder).items():
+            if step > first:
                 sheet.unlink()
         with _writing(self._tensorboard):
             self._tensorboard.mkdir(exist_ok=True)
@@ -234,7 +242,7 @@ class _Log:
         with _writing(self._tensorboard):
             self._event(step, summary=Summary(value=told))
 
-    def images(self, step: int, images: np.ndarray, names: Sequence[str]) -> None:
+    def images(self, step: int, images: np.ndarray, names: Sequence[str]) -> Path:
         sheet = self._samples / f"{step:06}.png"
         with _writing(sheet):
             image_grid({f"step {step}": images.astype(np.float32) / 255}, names, sheet)
@@ -243,6 +251,7 @@ class _Log:
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=sheet.read_bytes())
         with _writing(self._tensorboard):
             self._event(step, summary=Summary(value=[Summary.Value(tag=SAMPLES, image=image)]))
+        return sheet
 
     def _event(self, step: int, **what) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
@@ -253,6 +262,22 @@ class _Log:
         for stream in (self._lines, self._events):
             with contextlib.suppress(OSError):
                 stream.close()
+
+
+def last_recorded(folder: str | Path) -> tuple[int, int]:
+    """Steps of the last metrics and of the last contact sheet in the files of a run, 0 where there are none.
+
+    A run that resumes removes what they have of steps after its checkpoint; a tracker cannot.
+    """
+    file, metrics = Path(folder) / METRICS, 0
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):  # `_Log` says what is wrong
+        metrics = int(json.loads(file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()[-1])["step"])
+    return metrics, max(_sheets(Path(folder)), default=0)
+
+
+def _sheets(folder: Path) -> dict[int, Path]:
+    """Contact sheets by their steps."""
+    return {int(sheet.stem): sheet for sheet in (folder / SAMPLES).glob("*.png") if sheet.stem.isdecimal()}
 
 
 def _writing(path: Path) -> contextlib.AbstractContextManager[None]:

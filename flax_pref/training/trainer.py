@@ -30,7 +30,7 @@ from flax_pref.checkpoints.model_flags import PLACES, ModelFlags
 from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.checkpoints.weights import abstract_network
-from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config
+from flax_pref.config import UserError, check_least, check_output_folder, check_seed, dump_config, public
 from flax_pref.data.buckets import size_text
 from flax_pref.data.consensus import Consensus
 from flax_pref.data.pipeline import InputConfig, PairBatches
@@ -58,11 +58,12 @@ from flax_pref.training.checkpoints import RunCheckpoints, read_part
 from flax_pref.training.export import ExportConfig, export_modules, load_exported, summary
 from flax_pref.training.networks import LoRA, Weights, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
-from flax_pref.training.records import Profile, Recorder
+from flax_pref.training.records import Profile, Recorder, last_recorded
 from flax_pref.training.rollouts import Rollouts, check_gradients, check_update, minibatches
 from flax_pref.training.samples import SampleConfig, Samples
 from flax_pref.training.sources import BatchSource, OnlineConfig, Pairs, encode_online_prompts
 from flax_pref.training.step import Independent, TrainState, make_step, new_state
+from flax_pref.training.trackers import RunTracker, TrackerName, find_package
 
 PATIENCE = 10  # steps in a row that are not finite, which end a run
 
@@ -161,6 +162,11 @@ class TrainConfig(ModelFlags):
     """Train nothing; write the modules of the newest checkpoint."""
     record_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    track: TrackerName | None = None
+    """Experiment tracker that gets metrics and sample images too: wandb or trackio, each an extra of this package
+    (default: none). Environment variables of the tracker say where it sends them, e.g. WANDB_MODE=offline."""
+    track_project: str = "flax_pref"
+    """Project of the tracker."""
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def __post_init__(self):
@@ -205,7 +211,7 @@ class TrainConfig(ModelFlags):
 # What may change when a run resumes: it makes the same steps, up to rounding.
 FREE = (
     *("output", "dtype", "attention", "remat", "mesh", "hosts", "host_timeout", "checkpoints", "samples", "export"),
-    *("export_only", "record_every", "profile"),
+    *("export_only", "record_every", "track", "track_project", "profile"),
 )
 FREE_OF_INPUT = ("threads", "prefetch", "workers")
 # What may differ between hosts. Inputs may lie elsewhere on each: `contents_of` has what must be alike of them.
@@ -215,14 +221,19 @@ FREE_OF_HOSTS = (
 )
 
 
+def fields_of(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a config, and the name of its method."""
+    fields = dataclasses.asdict(config)
+    return fields | {"method": {"name": type(config.method).__name__, **fields["method"]}}
+
+
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What the steps of a run depend on."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    settings = {name: value for name, value in fields_of(config).items() if name not in FREE}
     if config.input is not None:
         settings["input"] = {name: value for name, value in settings["input"].items() if name not in FREE_OF_INPUT}
     if not config.consensus.rewards:  # as before there was such a field
         del settings["consensus"]
-    settings["method"] = {"name": type(config.method).__name__, **settings["method"]}
     if config.optimizer.schedule == "constant":
         del settings["steps"]  # such a run can be made longer
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -292,6 +303,8 @@ def train(config: TrainConfig, *, records: Records | None = None) -> None:
     writes = jax.process_index() == 0
     if writes:
         check_output_folder(config.output)
+        if config.track is not None:
+            find_package(config.track)
     kept = {"keep": config.checkpoints.keep, "keep_every": config.checkpoints.keep_every}
     with (
         exits_by(signal.SIGTERM),
@@ -305,11 +318,12 @@ def train(config: TrainConfig, *, records: Records | None = None) -> None:
             if writes:
                 file = config.output / "config.json"
                 with writing(file), replacing(file) as unfinished:
-                    dump_config(config, unfinished)
+                    dump_config(fields_of(config), unfinished)
             if config.export_only and first == 0:
                 raise UserError(f"{checkpoints.folder}: no checkpoint that is whole; expected one to write modules of")
             if first < config.steps and not config.export_only:
-                state = run.train(state, first, source)
+                with run.tracked() as tracker:
+                    state = run.train(state, first, source, tracker)
         run.export(state, config.output / "modules")
 
 
@@ -612,7 +626,9 @@ class Run:
         factor = self.checkpoint.config("vae").downscale_factor
         return size_text((height * factor, width * factor))
 
-    def train(self, state: TrainState, first: int, source: BatchSource) -> TrainState:
+    def train(
+        self, state: TrainState, first: int, source: BatchSource, tracker: RunTracker | None = None
+    ) -> TrainState:
         """The loop, from step `first` to the last."""
         config = self.config
         if len(self.sizes) > 1:
@@ -631,6 +647,7 @@ class Run:
             flops=self.step_for(state, batch)[1],
             peak=peak_of(self.mesh.local_devices[0], self.program.dtype.name)[0],
             every=config.record_every,
+            tracker=tracker,
         )
         profile = self.profile()
         with recorder, profile, stopped_by(signal.SIGTERM) as come, jax.set_mesh(self.mesh):
@@ -669,6 +686,18 @@ class Run:
                     raise SystemExit(PREEMPTED)
         self.checkpoints.wait()
         return state
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[RunTracker | None]:
+        """The tracker of the run, in the first process, if the config asks for one."""
+        config = self.config
+        if config.track is None or jax.process_index() != 0:
+            yield None
+            return
+        settings = public(json.loads(json.dumps(fields_of(config), default=str)))
+        told = last_recorded(config.output)
+        with RunTracker(config.track, config.track_project, config.output, settings, told) as tracker:
+            yield tracker
 
     def profile(self) -> Profile:
         """The window of the profiler; none lies behind the last step."""

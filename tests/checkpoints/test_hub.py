@@ -1,10 +1,13 @@
 """Paths and Hub ids."""
 
+import json
 from pathlib import Path
 
 import pytest
+from sharing.hub_server import serving
 
-from flax_pref.checkpoints.hub import find_checkpoint
+from flax_pref.checkpoints.hub import RECORD, find_checkpoint, find_description
+from flax_pref.checkpoints.modules import find_module, fingerprint
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_only_the_files_of_one_variant_are_asked_for(monkeypatch):
     asked = {}
     monkeypatch.setattr(
         "flax_pref.checkpoints.hub.snapshot_download",
-        lambda name, allow_patterns: asked.update(p=allow_patterns) or "x",
+        lambda name, allow_patterns, **_: asked.update(p=allow_patterns) or "x",
     )
     find_checkpoint("owner/name")
     assert "unet/diffusion_pytorch_model.safetensors" in asked["p"]
@@ -81,3 +84,73 @@ def test_weights_of_torch_are_asked_for_only_where_a_part_has_no_others(monkeypa
     torch_files = [pattern for pattern in asked[-1] if pattern.endswith(".bin")]
     assert len(asked) == 2 and "vae/diffusion_pytorch_model.bin" in torch_files
     assert all(pattern.startswith("vae/") for pattern in torch_files)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Repositories of several modules
+
+
+LORA = {f"{name}{end}.safetensors": f"{name}{end}".encode() for name in ("pos", "neg") for end in ("", "_kohya")}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with serving(tmp_path) as hub:
+        yield hub
+
+
+def record(**fields):
+    return {RECORD: json.dumps(fields).encode()}
+
+
+def test_a_module_of_a_repository_is_chosen_by_its_name_and_nothing_else_is_downloaded(hub):
+    first = hub.add("anna/modules", LORA | {"README.md": b"x"} | record(modules=["pos", "neg"], base="demo"))
+    hub.add("anna/modules", {"pos.safetensors": b"newer"})
+    assert find_module("anna/modules", "pos").read_bytes() == b"newer"
+    assert find_module(Path(f"anna/modules@{first}"), "pos").read_bytes() == b"pos"
+    assert find_module("anna/modules@main", "neg").read_bytes() == b"neg"
+    assert not [path for path in hub.asked if "kohya" in path or "README" in path]
+    with pytest.raises(FileNotFoundError, match=r"anna/modules: has no module 'dpo', but pos, neg; expected one of"):
+        find_module("anna/modules", "dpo")
+    with pytest.raises(FileNotFoundError, match=r"anna/modules@v9: .* its repository on the Hub has no such revision"):
+        find_module("anna/modules@v9", "pos")
+    with pytest.raises(FileNotFoundError, match="anna/nothing: no such file or folder, and nothing of this name on"):
+        find_module("anna/nothing", "pos")
+    assert fingerprint(find_module("anna/modules", "pos")) != fingerprint(find_module("anna/modules", "neg"))
+
+
+def test_the_one_module_of_a_repository_may_have_any_name_in_rules(hub):
+    hub.add("anna/dpo", {"dpo.safetensors": b"dpo", "dpo_kohya.safetensors": b"k"} | record(modules=["dpo"]))
+    assert find_module("anna/dpo", "module").read_bytes() == b"dpo"
+    hub.add("anna/full", {"dpo/config.json": b"{}", "dpo/diffusion_pytorch_model.safetensors": b"w"})
+    hub.add("anna/full", record(modules=["dpo"]))
+    folder = find_module("anna/full", "module")
+    assert folder.name == "dpo" and {file.name for file in folder.iterdir()} >= {"config.json"}
+    hub.add("anna/kohya", {"pos_kohya.safetensors": b"k"})
+    assert find_module("anna/kohya", "pos").read_bytes() == b"k"
+    hub.add("anna/other", {"pytorch_lora_weights.safetensors": b"d"})
+    assert find_module("anna/other", "pos").read_bytes() == b"d"
+
+
+def test_a_module_of_a_local_folder_is_chosen_by_its_name(tmp_path):
+    for name, content in LORA.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "peft_peft").mkdir()
+    (tmp_path / "peft_peft" / "adapter_model.safetensors").write_bytes(b"p")
+    assert find_module(tmp_path, "neg").name == "neg.safetensors"
+    assert find_module(tmp_path, "peft") == tmp_path / "peft_peft" / "adapter_model.safetensors"
+    with pytest.raises(ValueError, match=r"2 safetensors files and no config\.json"):
+        find_module(tmp_path, "dpo")
+
+
+def test_a_repository_of_modules_leads_to_its_base(hub):
+    hub.add("anna/modules", LORA | record(modules=["pos", "neg"], base="demo"))
+    assert find_checkpoint("anna/modules@main") == find_checkpoint("demo") == find_description("anna/modules")
+    hub.add("anna/local", LORA | record(modules=["pos", "neg"], base=None))
+    with pytest.raises(FileNotFoundError, match=r"holds modules and no checkpoint, and flax_pref\.json names no base"):
+        find_checkpoint("anna/local")
+
+
+def test_a_revision_that_is_empty_is_no_id():
+    with pytest.raises(FileNotFoundError, match=r"owner/name@: no such file or folder, and not the id"):
+        find_checkpoint("owner/name@")

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import load_lora_network, lora_network, merge_lora_network, save_lora
-from flax_pref.checkpoints.modules import OWN_BASE, _find, fingerprint, load_modules, merge_modules
+from flax_pref.checkpoints.modules import OWN_BASE, find_module, fingerprint, load_modules, merge_modules
 from flax_pref.checkpoints.weights import save_network
 from flax_pref.diffusion.guidance import Schedule, autoguidance, cfg, cpgd, cpgd_conditional, merge_weights, pgd
 from flax_pref.models.bank import adapters
@@ -164,10 +164,10 @@ def test_the_weights_of_a_rule_are_those_of_the_paper():
 def test_the_folder_of_a_run_with_one_module_in_two_layouts_is_read(stored, tmp_path):
     shutil.copy(stored / "pos.safetensors", tmp_path / "dpo.safetensors")
     shutil.copy(stored / "pos.safetensors", tmp_path / "dpo_kohya.safetensors")
-    assert _find(tmp_path) == tmp_path / "dpo.safetensors"
+    assert find_module(tmp_path, "module") == tmp_path / "dpo.safetensors"
     shutil.copy(stored / "pos.safetensors", tmp_path / "neg.safetensors")
     with pytest.raises(ValueError, match="2 safetensors files"):
-        _find(tmp_path)
+        find_module(tmp_path, "module")
 
 
 def test_the_fingerprint_of_a_peft_adapter_changes_with_its_scale(stored, tmp_path):

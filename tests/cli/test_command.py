@@ -141,8 +141,9 @@ def test_help_texts_are_phrases_that_stand_alone():
     from flax_pref.images.image_flags import ImageFlags
     from flax_pref.planning.plan_flags import SamplingPlanFlags
     from flax_pref.serving.export_flags import ExportFlags
+    from flax_pref.sharing.push_flags import PushFlags
 
-    for flags in (ImageFlags, ScoreFlags, ReportFlags, ExportFlags, SamplingPlanFlags):
+    for flags in (ImageFlags, ScoreFlags, ReportFlags, ExportFlags, PushFlags, SamplingPlanFlags):
         texts = {}
         for kind in flags.__mro__[:-1]:
             body = ast.parse(Path(sys.modules[kind.__module__].__file__).read_text()).body

@@ -102,7 +102,7 @@ def test_flags_are_resolved_once(tmp_path, monkeypatch):
     def load(*arguments, **options):
         raise Loading
 
-    counts = dict.fromkeys(("_sources", "open_model", "find_checkpoint"), 0)
+    counts = dict.fromkeys(("_sources", "open_model", "find_module"), 0)
 
     def counted(name, function):
         def count(*arguments, **options):
@@ -117,7 +117,7 @@ def test_flags_are_resolved_once(tmp_path, monkeypatch):
     flags = ImageFlags(prompt=("a",), rule="cpgd", w="2", out=str(tmp_path / "out"), **BOTH)
     with pytest.raises(Loading):
         set_drawing.draw_images(flags)
-    assert counts == {"_sources": 1, "open_model": 1, "find_checkpoint": 2}, "of two modules"
+    assert counts == {"_sources": 1, "open_model": 1, "find_module": 4}, "of two modules, and for their hashes"
 
 
 def test_sigmas_spacing_and_solver_are_flags():

@@ -1,0 +1,1 @@
+"""Results on the Hub: what a folder holds, its card, and the upload."""
