@@ -78,7 +78,7 @@ def test_weights_of_torch_are_asked_for_only_where_a_part_has_no_others(monkeypa
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
     monkeypatch.setattr(
         "flax_pref.checkpoints.hub.snapshot_download",
-        lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path,
+        lambda name, allow_patterns, **_: asked.append(allow_patterns) or tmp_path,
     )
     assert find_checkpoint("owner/name") == tmp_path
     torch_files = [pattern for pattern in asked[-1] if pattern.endswith(".bin")]
