@@ -1,17 +1,16 @@
 """Writes pipelines of diffusers: a base, modules, and a pipeline.py that guides the one by the others.
 
-    model_index.json                the parts, and the rule
-    pipeline.py, networks/networks.py   code of torch, see serving/exported
-    networks/networks.json          what follows, and the path or Hub id of the base unless its parts are here
-    networks/module_pos.safetensors a module that is LoRA
-    networks/module_pos/            a module with full weights
-    scheduler/                      of the flags or the checkpoint
-    unet/, vae/, ...                with --include-base
+model_index.json                the parts, and the rule
+pipeline.py, networks/networks.py   code of torch, see serving/exported
+networks/networks.json          what follows, and the path or Hub id of the base unless its parts are here
+networks/module_pos.safetensors a module that is LoRA
+networks/module_pos/            a module with full weights
+scheduler/                      of the flags or the checkpoint
+unet/, vae/, ...                with --include-base
 """
 
 import dataclasses
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import write_parts
 from flax_pref.checkpoints.embeddings import add_embedding
+from flax_pref.checkpoints.hub import DEMO, find_checkpoint
 from flax_pref.checkpoints.lora import save_lora
 from flax_pref.checkpoints.modules import Guided, adapts_text_encoders, load_modules
 from flax_pref.checkpoints.weights import save_network
@@ -30,7 +30,6 @@ from flax_pref.diffusion.scheduler_configs import scheduler_config_of
 from flax_pref.files import check_new, new_folder, write_json
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import select_lora, split_lora
-from flax_pref.models.network import Network
 from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags
 
@@ -72,12 +71,12 @@ def export_diffusers(flags: ExportFlags) -> None:
         of_base = {"base": None} if flags.include_base else {"base": _reference(flags.model), "variant": flags.variant}
         write_json(folder / "networks" / "networks.json", {**of_base, "class_name": checkpoint.class_name, **listed})
         for name, path in CODE.items():
-            shutil.copyfile(resources.files("flax_pref.serving") / "exported" / name, folder / path)
+            (folder / path).write_bytes((resources.files("flax_pref.serving") / "exported" / name).read_bytes())
         index |= {
             "_class_name": ["pipeline", "GuidedPipeline"],
             "networks": ["networks", "Networks"],
             "rule": dict(drawing.terms),
-            "call": _call(flags, drawing),
+            "call": default_call(flags, drawing),
         }
         for unused in ("safety_checker", "feature_extractor", "requires_safety_checker"):
             index.pop(unused, None)
@@ -93,8 +92,8 @@ def _check(flags: ExportFlags, drawing: Drawing) -> None:
         )
     if flags.module_base is not None:
         raise UserError(
-            f"--module-base {flags.module_base} does not apply to --format diffusers: its modules guide their own base; "
-            "leave it out, and LoRA modules move onto the model"
+            f"--module-base {flags.module_base} does not apply to --format diffusers, whose modules guide one base; leave "
+            "it out, and LoRA modules move onto the model"
         )
     for name, parts in drawing.sources.items():
         if not re.fullmatch(r"\w+", name):
@@ -120,20 +119,20 @@ def _check(flags: ExportFlags, drawing: Drawing) -> None:
 
 def _reference(model: str) -> str:
     """The Hub id, or the absolute path of what lies here."""
-    from flax_pref.checkpoints.hub import DEMO, find_checkpoint
-
     here = model == DEMO or Path(model).expanduser().exists()
     return str(find_checkpoint(model).resolve()) if here else model
 
 
-def _call(flags: ExportFlags, drawing: Drawing) -> dict[str, Any]:
+def default_call(flags: ExportFlags, drawing: Drawing) -> dict[str, Any]:
     """What a call of the pipeline does unless it is told otherwise."""
     height, width = drawing.size
     call: dict[str, Any] = {"num_inference_steps": flags.steps, "height": height, "width": width}
     if flags.eta is not None:
         call["eta"] = flags.eta
-    if flags.clip_skip is not None:  # diffusers counts the layers that are left out, for XL from the last but one
-        call["clip_skip"] = flags.clip_skip - len(drawing.checkpoint.text_encoders)
+    # diffusers counts the layers that are left out, for XL from the last but one.
+    skipped = (flags.clip_skip or 0) - len(drawing.checkpoint.text_encoders)
+    if flags.clip_skip is not None and skipped:
+        call["clip_skip"] = skipped
     return call
 
 

@@ -18,6 +18,7 @@ peft for LoRA modules. Licence: Apache-2.0.
 import contextlib
 import inspect
 import math
+from typing import ClassVar
 
 import torch
 from diffusers import (
@@ -149,7 +150,9 @@ class Strength:
             way = (sum(active[: i + 1]) - 1) / last
             if self.shape == "cosine":
                 way = (1 - math.cos(math.pi * way)) / 2
-            value = self.values[i] if self.shape == "list" else self.values[0] + way * (self.values[-1] - self.values[0])
+            value = (
+                self.values[i] if self.shape == "list" else self.values[0] + way * (self.values[-1] - self.values[0])
+            )
             course.append(value if active[i] else off)
         return course
 
@@ -288,11 +291,11 @@ class GuidedPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = [
+    _optional_components: ClassVar = [
         *("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
     ]
-    _exclude_from_cpu_offload = ["networks"]
-    _callback_tensor_inputs = ["latents"]
+    _exclude_from_cpu_offload: ClassVar = ["networks"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
@@ -317,11 +320,11 @@ class GuidedPipeline(DiffusionPipeline):
             force_zeros_for_empty_prompt = networks.base.config.get("force_zeros_for_empty_prompt", True)
             networks.base = None
         self.register_modules(networks=networks, **parts)
-        self.register_to_config(
-            rule=rule, call=call or {}, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
-        )
+        self.register_to_config(rule=rule, call=call or {}, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         for name in networks.lora:
-            self.unet.load_lora_adapter(networks.folder, weight_name=f"{name}.safetensors", prefix="unet", adapter_name=name)
+            self.unet.load_lora_adapter(
+                networks.folder, weight_name=f"{name}.safetensors", prefix="unet", adapter_name=name
+            )
         adapted = [layer for layer in self.unet.modules() if hasattr(layer, "lora_A")]
         self.one_batch = all(hasattr(layer, "_mixed_batch_forward") for layer in adapted)
         self._adapters = None
@@ -400,7 +403,9 @@ class GuidedPipeline(DiffusionPipeline):
         images = num_images_per_prompt * (1 if isinstance(prompt, str) else len(prompt))
         second = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
         if not self.sdxl and any(text is not None for text in second.values()):
-            raise ValueError("prompt_2 and negative_prompt_2 are for Stable Diffusion XL; this base has one text encoder")
+            raise ValueError(
+                "prompt_2 and negative_prompt_2 are for Stable Diffusion XL; this base has one text encoder"
+            )
         prompts = self._encode(
             plain,
             {"prompt": prompt, "negative_prompt": negative_prompt, **(second if self.sdxl else {})},
@@ -423,25 +428,43 @@ class GuidedPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 scaled = self.scheduler.scale_model_input(latents, t)
                 noise_pred = guidance(i, lambda rows, x=scaled, t=t: self._predict(rows, x, t, prompts))
-                latents = self.scheduler.step(noise_pred.to(dtype), t, latents, **options, return_dict=False)[0].to(dtype)
+                latents = self.scheduler.step(noise_pred.to(dtype), t, latents, **options, return_dict=False)[0].to(
+                    dtype
+                )
                 if callback_on_step_end is not None:
                     latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
                 progress.update()
-        drawn = latents if output_type == "latent" else plain.image_processor.postprocess(
-            self._decode(latents), output_type=output_type
+        drawn = (
+            latents
+            if output_type == "latent"
+            else plain.image_processor.postprocess(self._decode(latents), output_type=output_type)
         )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _encode(self, plain, texts, options, size):
         """What the prompts "text" and "empty" are to the UNets, `[N, ...]` each."""
+        skip = options["clip_skip"]
+        if skip and not self.sdxl:  # diffusers 0.42 looks for a layer that transformers 5 has elsewhere
+            number = 1 if isinstance(texts["prompt"], str) else len(texts["prompt"])
+            given = {"prompt_embeds": texts["prompt"], "negative_prompt_embeds": texts["negative_prompt"] or ""}
+            given = {name: [text] * number if isinstance(text, str) else text for name, text in given.items()}
+            texts = {name: self._hidden_states(plain, text, skip) for name, text in given.items()} | {"prompt": None}
         text, empty, *pooled = plain.encode_prompt(**texts, do_classifier_free_guidance=True, **options)
         prompts = {"text": {"encoder_hidden_states": text}, "empty": {"encoder_hidden_states": empty}}
         if self.sdxl:
             sizes = torch.tensor([[*size, 0, 0, *size]], dtype=text.dtype, device=text.device).repeat(len(text), 1)
-            for seen, embeds in zip(prompts.values(), pooled):
+            for seen, embeds in zip(prompts.values(), pooled, strict=True):
                 seen |= {"text_embeds": embeds, "time_ids": sizes}
         return prompts
+
+    def _hidden_states(self, plain, texts, skip):
+        """Hidden states of Stable Diffusion 1.5's text encoder, so many layers before the last, `[N, T, D]`."""
+        texts = plain.maybe_convert_prompt(texts, self.tokenizer)
+        length = {"max_length": self.tokenizer.model_max_length, "padding": "max_length", "truncation": True}
+        ids = self.tokenizer(texts, **length, return_tensors="pt").input_ids.to(self._execution_device)
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states[-(skip + 1)]
+        return getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(states)
 
     def _predict(self, rows, latents, t, prompts):
         """The prediction of each (network, prompt), float32; one call of a UNet for as many as it can take together."""
@@ -452,7 +475,7 @@ class GuidedPipeline(DiffusionPipeline):
             turns.setdefault("base" if together else name, []).append((network, prompt, name))
         predictions = {}
         for turn, own in turns.items():
-            unet = self.networks.unets[turn] if turn in self.networks.unets else self.unet
+            unet = self.networks.unets[turn] if turn in self.networks.unets else self.unet  # noqa: SIM401
             seen = [prompts[prompt] for _, prompt, _ in own]
             seen = {key: torch.cat([part[key] for part in seen]) for key in seen[0]}
             states = seen.pop("encoder_hidden_states")
@@ -460,7 +483,7 @@ class GuidedPipeline(DiffusionPipeline):
                 inputs = torch.cat([latents] * len(own))
                 noise_pred = unet(inputs, t, encoder_hidden_states=states, added_cond_kwargs=seen, return_dict=False)[0]
             parts = noise_pred.float().chunk(len(own))
-            predictions |= {(network, prompt): part for (network, prompt, _), part in zip(own, parts)}
+            predictions |= {(network, prompt): part for (network, prompt, _), part in zip(own, parts, strict=True)}
         return predictions
 
     @contextlib.contextmanager
