@@ -92,8 +92,8 @@ def _check(flags: ExportFlags, drawing: Drawing) -> None:
         )
     if flags.module_base is not None:
         raise UserError(
-            f"--module-base {flags.module_base} does not apply to --format diffusers, whose modules guide one base; leave "
-            "it out, and LoRA modules move onto the model"
+            f"--module-base {flags.module_base} does not apply to --format diffusers, whose modules guide one base; "
+            "leave it out, and LoRA modules move onto the model"
         )
     for name, parts in drawing.sources.items():
         if not re.fullmatch(r"\w+", name):
