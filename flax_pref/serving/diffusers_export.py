@@ -33,7 +33,7 @@ from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags
 
-CODE = {"pipeline.py": "pipeline.py", "networks.py": "networks/networks.py"}
+CODE = {"pipeline.py": "pipeline.py", "guider.py": "guider.py", "networks.py": "networks/networks.py"}
 
 
 def export_diffusers(flags: ExportFlags) -> None:

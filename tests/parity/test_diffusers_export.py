@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLAutoBlocks, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch_pipelines import SCHEDULE, sd15, sdxl
@@ -394,3 +394,21 @@ def test_include_base_belongs_to_diffusers(tmp_path):
 
 def test_the_rules_of_the_flags_are_those_of_the_file():
     assert set(PIPELINE["RULES"]) == set(GUIDED)
+
+
+@pytest.mark.parametrize("pair", ["sdxl"], indirect=True)  # diffusers has no modular pipeline of Stable Diffusion 1.5
+def test_a_guider_of_modular_pipelines_draws_the_same(pair, monkeypatch):
+    pair.register(rule="cpgd", w="norm:0.5", every=2)
+    references = theirs(pair.pipeline, num_inference_steps=4)
+    monkeypatch.syspath_prepend(pair.folder / "out")
+    from guider import PreferenceGuider
+
+    whole = DiffusionPipeline.from_pretrained(pair.folder / "base", add_watermarker=False)
+    pipeline = StableDiffusionXLAutoBlocks().init_pipeline()
+    guider = PreferenceGuider.load(pair.folder / "out", whole.unet)
+    guider.rule = dict(pair.pipeline.config.rule)
+    pipeline.update_components(**{name: part for name, part in whole.components.items() if part}, guider=guider)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4}
+    images = pipeline(prompt=PROMPTS, latents=noise(), **size, output_type="np", output="images")
+    assert difference(np.asarray(images), references) < 0.1

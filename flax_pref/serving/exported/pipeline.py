@@ -215,52 +215,61 @@ class Guidance:
         return RULES[rule["name"]](s, self.names, rule.get("module"), rule.get("reference", "base"))
 
     def __call__(self, i, predict):
+        """The guided prediction of step i; predict makes a dict of predictions of a list of rows, see `combine`."""
+        return self.combine(i, predict(self.rows(i)))
+
+    def sums(self, i):
+        """What step i adds up: steady for each scale, contrasts for each, and steady without guidance."""
+        # At s = 1 a guided prediction is the text prediction that it is made of, by which rescaling goes.
+        scales = [self.s[i]] + ([] if self.rescale is None else [1.0])
+        group, place = divmod(self.order[i], self.every)
+        predicted = self.counting[group] if self.contrasted[i] and place == 0 else set()
+        terms = [self.formula(s) for s in scales]
+        contrasts = [{name: part for name, part in parts.items() if name in predicted} for _, parts in terms]
+        unguided = self.formula(0.0)[0] if self.contrasted[i] and self.norms else Sum()
+        return [steady for steady, _ in terms], contrasts, unguided
+
+    def rows(self, i):
+        """The (network, prompt) of each prediction that step i needs."""
+        steady, contrasts, unguided = self.sums(i)
+        parts = [*steady, *(part for parts in contrasts for part in parts.values()), unguided]
+        return list(dict.fromkeys(row for part in parts for row, coefficient in part.items() if coefficient))
+
+    def combine(self, i, predictions):
         """The guided prediction of step i, float32 `[N, C, H, W]`; steps are asked for in their order.
 
         Args:
             i: number of the step.
-            predict: from a list of (network, prompt) to a dict of their predictions, float32 `[N, C, H, W]` each.
+            predictions: of each (network, prompt) of `rows(i)`, float32 `[N, C, H, W]` each.
         """
-        group, place = divmod(self.order[i], self.every)
-        contrasted, measured = self.contrasted[i], self.contrasted[i] and bool(self.norms)
-        # At s = 1 a guided prediction is the text prediction that it is made of, by which rescaling goes.
-        scales = [self.s[i]] + ([] if self.rescale is None else [1.0])
-        steady, contrasts = [], []
-        for s in scales:
-            part, all_contrasts = self.formula(s)
-            steady.append(part)
-            if contrasted and place == 0:
-                contrasts.append({name: all_contrasts[name] for name in all_contrasts if name in self.counting[group]})
-        empty = self.formula(0.0)[0] if measured else Sum()
-        sums = [*steady, empty, *(part for parts in contrasts for part in parts.values())]
-        rows = dict.fromkeys(row for part in sums for row, coefficient in part.items() if coefficient)
-        predictions = predict(list(rows))
+        steady, contrasts, unguided = self.sums(i)
 
         def total(part):
             return sum(coefficient * predictions[row] for row, coefficient in part.items() if coefficient)
 
         guided = [total(part) for part in steady]
-        if contrasts:
+        if any(contrasts):
             newest = [{name: total(part) for name, part in parts.items()} for parts in contrasts]
             self.newest, self.before = newest, self.newest
-        if contrasted:
-            ahead = place / self.every if self.rule.get("between") == "extrapolate" and self.before else 0.0
-            unguided = total(empty) if measured else None
-            guided = [prediction + self.added(i, k, prediction, unguided, ahead) for k, prediction in enumerate(guided)]
+        if self.contrasted[i]:
+            empty = total(unguided) if self.norms else None
+            guided = [prediction + self.added(i, k, prediction, empty) for k, prediction in enumerate(guided)]
         if self.rescale is None:
             return guided[0]
         deviation, wanted = (x.std(dim=(1, 2, 3), keepdim=True) for x in guided)
         return guided[0] * (self.rescale * (wanted / deviation) + 1 - self.rescale)
 
-    def added(self, i, k, guided, unguided, ahead):
+    def added(self, i, k, guided, empty):
         """`sum_j w_j contrast_j` of the k-th scale."""
+        extrapolates = self.rule.get("between") == "extrapolate" and self.before is not None
+        ahead = self.order[i] % self.every / self.every if extrapolates else 0.0
         added = torch.zeros_like(guided)
         for name, contrast in self.newest[k].items():
             if ahead and name in self.before[k]:
                 contrast = contrast + ahead * (contrast - self.before[k][name])
             if name in self.norms:  # as long as what classifier-free guidance adds
                 length = _length(contrast)
-                contrast = torch.where(length == 0, 0.0, _length(guided - unguided) / length) * contrast
+                contrast = torch.where(length == 0, 0.0, _length(guided - empty) / length) * contrast
             added = added + self.w[name][i] * contrast
         return added
 
