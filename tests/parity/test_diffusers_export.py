@@ -225,6 +225,18 @@ def test_prompts_are_read_from_the_layer_of_the_flags(layer, pair):
             np.testing.assert_allclose(array, np.broadcast_to(expected[name], array.shape), atol=1e-5)
 
 
+def test_the_initial_latents_of_a_seed_are_those_of_flax_pref(pair):
+    shape = (5, 7, 4)
+    for seed, ids in ((0, [0, 1]), (2**32 - 1, [7, 2**32 - 1])):
+        expected = nchw(np.asarray(draw_normal(image_keys(seed, ids), 0, shape)))
+        found = PIPELINE["draw_latents"](seed, ids, (4, 5, 7))
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+    pair.register(rule="cpgd", w="2")
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    seeded = pair.pipeline(PROMPTS, seed=SEED, **options).images
+    assert difference(seeded, pair.pipeline(PROMPTS, latents=noise(), **options).images) < 0.1
+
+
 def test_modules_count_and_strengths_are_those_of_the_call(pair):
     pair.register(rule="cpgd", w="2")
     guided = theirs(pair.pipeline, num_inference_steps=4)

@@ -53,7 +53,7 @@ class PreferenceGuider(BaseGuidance):
         self.rows = self.guidance.rows(step)
 
     def prepare_inputs(self, data):
-        """One batch for each prediction; each input is a pair of what the prompts "text" and "empty" are to the UNet."""
+        """One batch for each prediction; an input is a pair, for the prompts "text" and "empty"."""
         place = {"text": 0, "empty": 1}
         return [self._prepare_batch(data, place[prompt], f"{network} {prompt}") for network, prompt in self.rows]
 

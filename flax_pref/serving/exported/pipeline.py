@@ -280,6 +280,50 @@ def _length(x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Initial latents of flax_pref
+
+
+def draw_latents(seed, prompt_ids, shape):
+    """The initial latents that flax_pref draws, float32 `[N, C, H, W]`, a function of seed and prompt id of each image.
+
+    Random bits are those of Threefry (Salmon et al., 2011) as JAX counts, normal numbers by the inverse error function.
+
+    Args:
+        seed: a whole number from 0 to 2^32 - 1.
+        prompt_ids: N of them.
+        shape: (C, H, W).
+    """
+    channels, height, width = shape
+    count = torch.arange(math.prod(shape))
+    images = []
+    for prompt_id in prompt_ids:
+        key = 0, seed
+        for number in (prompt_id, 0):  # of the image, and of its first draw
+            key = tuple(int(word) for word in _threefry(key, torch.tensor(0), torch.tensor(number)))
+        first, second = _threefry(key, torch.zeros_like(count), count)
+        # 23 bits are a number in [0, 1), which is stretched over (-1, 1).
+        uniform = ((first ^ second) >> 9).float() / 2**23
+        low = -1 + 2.0**-24
+        normal = math.sqrt(2) * torch.erfinv((uniform * 2 + low).clamp(min=low))
+        images.append(normal.reshape(height, width, channels).permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def _threefry(key, first, second):
+    """Threefry-2x32 with 20 rounds: two words of 32 bits from two, as int64."""
+    mask = 2**32 - 1
+    keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+    first, second = (first + keys[0]) & mask, (second + keys[1]) & mask
+    for block in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            first = (first + second) & mask
+            second = (((second << turn) | (second >> (32 - turn))) & mask) ^ first
+        first = (first + keys[(block + 1) % 3]) & mask
+        second = (second + keys[(block + 2) % 3] + block + 1) & mask
+    return first, second
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
 
@@ -376,6 +420,7 @@ class GuidedPipeline(DiffusionPipeline):
         eta=None,
         clip_skip=None,
         generator=None,
+        seed=None,
         latents=None,
         output_type="pil",
         return_dict=True,
@@ -394,7 +439,8 @@ class GuidedPipeline(DiffusionPipeline):
             prompt_2, negative_prompt_2: of the second text encoder of Stable Diffusion XL.
             num_images_per_prompt: images for each prompt.
             generator: of torch, for the initial latents and for schedulers that draw noise.
-            latents: initial ones, normal numbers `[N, C, H / 8, W / 8]`; None: drawn.
+            seed: instead, the initial latents of flax_pref for this seed and the prompt ids 0 to N - 1.
+            latents: or initial latents, normal numbers `[N, C, H / 8, W / 8]`.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False: a tuple.
             callback_on_step_end: called as `(pipeline, i, t, {"latents": latents})`; returns a dict, perhaps with other
@@ -427,8 +473,11 @@ class GuidedPipeline(DiffusionPipeline):
         dtype = prompts["text"]["encoder_hidden_states"].dtype
         if latents is None:
             sides = (call[side] // plain.vae_scale_factor for side in ("height", "width"))
-            shape = (images, self.unet.config.in_channels, *sides)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            shape = (self.unet.config.in_channels, *sides)
+            if seed is None:
+                latents = randn_tensor((images, *shape), generator=generator, device=device, dtype=dtype)
+            else:
+                latents = draw_latents(seed, range(images), shape)
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes = inspect.signature(self.scheduler.step).parameters
         options = {"eta": call.get("eta"), "generator": generator}
