@@ -1,12 +1,14 @@
 """Writes pipelines of diffusers: a base, modules, and a pipeline.py that guides the one by the others.
 
-model_index.json                the parts, and the rule
-pipeline.py, networks/networks.py   code of torch, see serving/exported
-networks/networks.json          what follows, and the path or Hub id of the base unless its parts are here
-networks/module_pos.safetensors a module that is LoRA
-networks/module_pos/            a module with full weights
-scheduler/                      of the flags or the checkpoint
-unet/, vae/, ...                with --include-base
+    model_index.json                     the parts, the rule, and the defaults of a call
+    pipeline.py, networks/networks.py    code of torch
+    guider.py                            the same rules for modular pipelines
+    networks/networks.json               the modules, and the path or Hub id of the base unless its parts are here
+    networks/module_pos/                 a module: a LoRA file, or a UNet with full weights
+    scheduler/                           that of the flags or the checkpoint
+    unet/, vae/, text_encoder/, ...      the base, with --include-base
+
+The code lies in serving/exported; this package does not import it.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CODE = {"pipeline.py": "pipeline.py", "guider.py": "guider.py", "networks.py": "networks/networks.py"}
 
 
@@ -145,7 +148,8 @@ def _write_modules(guided: Guided, folder: Path, dtype) -> dict[str, list[str]]:
         one = select_lora(lora, i)
         rank = next(leaf for path, leaf in flatten_dict(one).items() if path[-1] == "lora_b").shape[1]
         # The bank's alpha is its rank: see `checkpoints.lora.load_lora_network`.
-        save_lora(one, folder / f"module_{name}.safetensors", alpha=rank)
+        # In a folder of its own: of a component that holds weights itself, diffusers downloads nothing else.
+        save_lora(one, folder / f"module_{name}" / LORA_FILE, alpha=rank)
     for name, network in guided.modules.items():
         save_network(network, folder / f"module_{name}", dtype=dtype)
     return {"lora": [f"module_{name}" for name in bank], "unets": [f"module_{name}" for name in guided.modules]}

@@ -75,6 +75,7 @@ COURSES = {
     "held": {"w": "2@0.2:1", "every": 3},
     "held by name": {"w": "pos=3@0:0.5,neg=cosine:0:3@0.3:1", "every": 2},
     "extrapolated": {"w": "2@0.2:1", "every": 3, "between": "extrapolate", "guidance_scale": "linear:5:2"},
+    "extrapolated, one after another": {"w": "pos=3@0:0.5,neg=1@0.5:1", "every": 2, "between": "extrapolate"},
     "rescaled": {"w": "2", "rescale": 0.7},
     "norm": {"w": "pos=norm:0.8@0:0.7,neg=1", "every": 2, "between": "extrapolate", "rescale": 0.6},
     "norm, conditional": {"rule": "cpgd_conditional", "w": "norm:linear:0.2:0.9"},
@@ -157,11 +158,12 @@ def under_one_layout(table: Table) -> Table:
     contrast, w = laid_out(table.contrast), table.w
     if w.shape[1] == 1:
         contrast, w = (np.concatenate([part, np.zeros_like(part)], axis=1) for part in (contrast, w))
+    extrapolation = np.zeros(w.shape[:2], np.float32)
     plans = (GuidanceStep(tuple(range(len(rows))), "new"),) * len(table.plans)
     return dataclasses.replace(
         table,
         **{"rows": rows, "plans": plans, "steady": laid_out(table.steady), "contrast": contrast, "w": w},
-        norms=(False,) * 2,
+        **{"norms": (False,) * 2, "extrapolation": extrapolation},
     )
 
 

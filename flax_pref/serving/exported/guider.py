@@ -41,8 +41,8 @@ class PreferenceGuider(BaseGuidance):
         if networks["unets"]:
             raise ValueError(f"{folder}: {networks['unets'][0]} has full weights; a guider takes LoRA modules only")
         for name in networks["lora"]:
-            place = {"weight_name": f"{name}.safetensors", "prefix": "unet", "adapter_name": name}
-            unet.load_lora_adapter(str(Path(folder) / "networks"), **place)
+            place = {"subfolder": name, "weight_name": "pytorch_lora_weights.safetensors"}
+            unet.load_lora_adapter(str(Path(folder) / "networks"), **place, prefix="unet", adapter_name=name)
         return cls(json.loads((Path(folder) / "model_index.json").read_text())["rule"])
 
     def set_state(self, step, num_inference_steps, timestep):

@@ -15,8 +15,8 @@ class Networks(torch.nn.Module):
 
     Attributes:
         folder: of this file.
-        lora: names of modules that are LoRA files `NAME.safetensors`.
-        unets: modules with full weights, by name.
+        lora: names of modules that are LoRA, each a folder with a file.
+        unets: modules with full weights, by name, each a folder of a UNet.
         base: the pipeline of the base; None where the folder of the pipeline holds its parts.
     """
 
