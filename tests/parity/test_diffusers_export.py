@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLAutoBlocks, UNet2DConditionModel
+from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch_pipelines import SCHEDULE, sd15, sdxl
@@ -91,6 +92,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache_of_code(tmp_path_factory):
+    """diffusers copies the code of a folder before it runs it, to one place for all processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("code")))
+        yield
 
 
 def save(family, folder):
@@ -259,7 +268,9 @@ def test_modules_in_turns_draw_the_same(pair):
 
 
 def test_contrasts_that_are_used_again_and_measured_draw_what_they_draw_here(pair):
-    course = {"w": "pos=norm:0.8,neg=1", "every": 3, "between": "extrapolate", "rescale": 0.6}
+    # As many steps as fill groups, 20 and 21 (PNDM): fewer kinds of steps are compiled sooner.
+    every = 4 if "sdxl" in str(pair.folder) else 3
+    course = {"w": "pos=norm:0.8,neg=1", "every": every, "between": "extrapolate", "rescale": 0.6}
     assert pair.error(rule="cpgd", **course) < 2
 
 
