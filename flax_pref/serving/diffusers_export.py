@@ -71,7 +71,7 @@ def export_diffusers(flags: ExportFlags) -> None:
             index = write_parts(pipeline, folder, dtype=dtype)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         listed = {"lora": [], "unets": []} if guided is None else _write_modules(guided, folder / "networks", dtype)
-        of_base = {"base": None} if flags.include_base else {"base": _reference(flags.model), "variant": flags.variant}
+        of_base = {"base": None} if flags.include_base else {**_reference(flags.model), "variant": flags.variant}
         write_json(folder / "networks" / "networks.json", {**of_base, "class_name": checkpoint.class_name, **listed})
         for name, path in CODE.items():
             (folder / path).write_bytes((resources.files("flax_pref.serving") / "exported" / name).read_bytes())
@@ -120,10 +120,12 @@ def _check(flags: ExportFlags, drawing: Drawing) -> None:
         )
 
 
-def _reference(model: str) -> str:
-    """The Hub id, or the absolute path of what lies here."""
-    here = model == DEMO or Path(model).expanduser().exists()
-    return str(find_checkpoint(model).resolve()) if here else model
+def _reference(model: str) -> dict[str, str | None]:
+    """The Hub id with its revision, or the absolute path of what lies here."""
+    if model == DEMO or Path(model).expanduser().exists():
+        return {"base": str(find_checkpoint(model).resolve()), "revision": None}
+    name, _, revision = model.partition("@")
+    return {"base": name, "revision": revision or None}
 
 
 def default_call(flags: ExportFlags, drawing: Drawing) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Networks(torch.nn.Module):
 def _base(settings, dtype):
     if settings["base"] is None:
         return None
-    files = {"torch_dtype": dtype, "variant": settings["variant"]}
+    files = {"torch_dtype": dtype, "variant": settings["variant"], "revision": settings["revision"]}
     if settings["class_name"] == "StableDiffusionXLPipeline":
         return StableDiffusionXLPipeline.from_pretrained(settings["base"], **files, add_watermarker=False)
     unused = {"safety_checker": None, "requires_safety_checker": False}
