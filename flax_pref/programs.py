@@ -32,7 +32,9 @@ PROGRAMS = {
         "train.encode", "Encodes a preference set for training.", "flax_pref.data.preparation:EncodeConfig"
     ),
     "train": Command("train.modules", "Trains preference modules.", "flax_pref.training.trainer:TrainConfig"),
-    "export": Command("sample.export", "Exports a sampler that a serving process loads without tracing."),
+    "export": Command(
+        "sample.export", "Exports a sampler: a program that is served without tracing, or a pipeline of diffusers."
+    ),
     "push": Command("sample.push", "Shares a training run, an image set or a report on the Hub, with a card."),
     "plan": Command("train.plan", "Plans training or encoding for a TPU slice that is not there."),
     "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),

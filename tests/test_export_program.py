@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 from PIL import Image
+from safetensors.numpy import load_file
 
 from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.checkpoints.diffusers import load_pipeline
@@ -110,6 +111,30 @@ def test_what_the_program_cannot_draw_is_refused(sampler):
         sampler(PROMPTS, range(3), seed=7, w="2@0:0.5")
     with pytest.raises(ValueError, match="3 prompts, but 2 prompt_ids"):
         sampler(PROMPTS, range(2), seed=7)
+
+
+def test_a_pipeline_of_diffusers_names_its_base_and_holds_its_modules(rule, tmp_path, capsys):
+    files = [text.partition("=")[2] for text in rule if "=" in text]
+    summed = ("--rule", "pgd", "--module", f"dpo={files[0]}:0.5", "--module", f"dpo={files[1]}:-2")
+    flags = ("--model", "demo", "--steps", "2", "--format", "diffusers", "--w", "3")
+    export.main([*flags, *summed, "--out", str(tmp_path / "out")])
+    assert f"wrote a pipeline of diffusers to {tmp_path / 'out'}" in capsys.readouterr().out
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    code = {"pipeline.py", "guider.py", "networks/networks.py", "networks/networks.json", "model_index.json"}
+    assert written == {*code, "scheduler/scheduler_config.json", "networks/module_dpo/pytorch_lora_weights.safetensors"}
+    networks = json.loads((tmp_path / "out" / "networks" / "networks.json").read_text())
+    assert networks["base"] == str(Path(BASE).resolve())
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def difference(file):
+        tensors = load_file(file)
+        return tensors[f"unet.{layer}.lora_B.weight"] @ tensors[f"unet.{layer}.lora_A.weight"]
+
+    expected = 0.5 * difference(files[0]) - 2 * difference(files[1])
+    found = difference(tmp_path / "out" / "networks" / "module_dpo" / "pytorch_lora_weights.safetensors")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_weights_in_eight_bits_are_exported_as_such(tmp_path):

@@ -7,6 +7,7 @@ A folder holds `model_index.json` and one subfolder per component: `unet/`, `vae
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -247,6 +248,12 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
         >>> fp.load_pipeline("copy").unet.config == pipeline.unet.config
         True
     """
+    with new_folder(folder) as unfinished:
+        write_json(unfinished / "model_index.json", write_parts(pipeline, unfinished, dtype=dtype))
+
+
+def write_parts(pipeline: Pipeline, folder: Path, *, dtype=jnp.float32) -> dict[str, Any]:
+    """Writes the networks, tokenizers and scheduler of `save_pipeline` into a folder; returns its model_index.json."""
     folders = FAMILIES[pipeline.class_name]
     networks = {"unet": pipeline.unet, "vae": pipeline.vae}
     networks |= {name: network for (name, _), network in zip(folders, pipeline.text_encoders, strict=True)}
@@ -260,13 +267,12 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
         index["force_zeros_for_empty_prompt"] = pipeline.force_zeros_for_empty_prompt
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    with new_folder(folder) as unfinished:
-        for name, network in networks.items():
-            save_network(network, unfinished / name, dtype=dtype)
-        for (_, name), tokenizer in zip(folders, pipeline.tokenizers, strict=True):
-            tokenizer.save(unfinished / name)
-        write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler_config)
-        write_json(unfinished / "model_index.json", index)
+    for name, network in networks.items():
+        save_network(network, folder / name, dtype=dtype)
+    for (_, name), tokenizer in zip(folders, pipeline.tokenizers, strict=True):
+        tokenizer.save(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler_config)
+    return index
 
 
 def _library(network: Network) -> tuple[str, str]:

@@ -150,6 +150,16 @@ def _text_encoders(
     return tuple(own)
 
 
+def adapts_text_encoders(source: str | Path) -> bool:
+    """Whether a module of this path, see `load_modules`, adapts text encoders; reads no weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_modules`.
+    """
+    path = _find(source)
+    return path.suffix == ".safetensors" and bool(_adapted_encoders(path, len(TEXT_NAMES)))
+
+
 def _adapted_encoders(path: Path, encoders: int) -> set[Part]:
     """The text encoders that a file adapts; there are so many."""
     if path.is_dir():

@@ -554,7 +554,7 @@ class Table:
             is done.
         empty: steady of the prediction for the empty prompt that shaping goes by, likewise.
         w: float32 `[S, J, N]`.
-        extrapolation: float32 `[S]`, 0 where the contrast is held.
+        extrapolation: float32 `[S, J]`, 0 where the contrast is held.
         rescale: float32 `[N]`, or None.
         proxy: float32 scalar.
         shaping: name of what is done to the contrasts, see `shaping.SHAPINGS`.
@@ -641,9 +641,10 @@ def tabulate(rule: Rule, num_steps: int, num_images: int, *, keep_unguided: bool
         )
         for i in steps
     )
-    # On the line through the last two predictions of the contrast, once there are two.
-    extrapolation = (
-        np.where((order >= rule.every) & (rule.between == "extrapolate"), order % rule.every, 0) / rule.every
+    # On the line through the last two predictions of a contrast, where it counts in both.
+    groups, ahead = np.cumsum(new), np.where(rule.between == "extrapolate", order % rule.every, 0) / rule.every
+    extrapolation = np.stack(
+        [ahead * [bool((counts[name] & (groups == number - 1)).any()) for number in groups] for name in ws], axis=1
     )
     text = rule.terms(1.0)
     name, numbers = (None, ()) if rule.shaping is None else parse_shaping(rule.shaping)

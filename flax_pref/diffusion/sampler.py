@@ -201,7 +201,7 @@ def _walk(
         if plan.contrast != "none" and (reuses or measures):
             if reuses:
                 held = (jnp.stack(newest), held[0]) if apart else held
-                now = held[0] + extrapolation * (held[0] - held[1])
+                now = held[0] + extrapolation.reshape(-1, *(1,) * 5) * (held[0] - held[1])
             else:
                 now = jnp.stack(newest)
             if measures:

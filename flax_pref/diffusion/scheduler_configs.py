@@ -266,6 +266,32 @@ def solver_from_config(
     return solver
 
 
+def scheduler_config_of(
+    scheduler_config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    sigmas: str | None = None,
+    spacing: str | None = None,
+) -> dict[str, Any]:
+    """The file from which diffusers makes the scheduler that `solver_from_config` makes a solver of.
+
+    Args:
+        scheduler_config, name: as for `solver_from_config`.
+        sigmas: "karras", "exponential" or "beta"; None for those that the file asks for.
+        spacing: "leading", "trailing" or "linspace"; None for that of the file.
+    """
+    config = dict(scheduler_config)
+    if name is not None:
+        kind, decided = NAMES[name]
+        classes = {own: class_name for class_name, (own, _) in CLASSES.items()}
+        config |= {**decided, "_class_name": classes[kind]}
+    if sigmas is not None:
+        config |= {field: level == sigmas for field, level in SIGMA_FIELDS.items()}
+    if spacing is not None:
+        config["timestep_spacing"] = spacing
+    return config
+
+
 def _check_fields(kind: Kind, values: Mapping[str, Any], name: str) -> None:
     """That a file says nothing that would change the table and is not supported."""
     supported = {**kind.only, **{field: tuple(meanings) for field, meanings in kind.values.items()}}

@@ -26,7 +26,7 @@ from flax_pref.diffusion.sampler import image_keys
 from flax_pref.files import read_json
 from flax_pref.programs import command
 
-FORMAT = 3
+FORMAT = 4
 DESCRIPTION, WEIGHTS = "sampler.json", "weights.safetensors"
 # Of the description, what loading and calling ask for.
 EXPECTED = {

@@ -176,7 +176,7 @@ def test_the_contrast_is_predicted_in_every_so_many_steps():
     assert [plan.contrast for plan in table.plans] == ["new", "reused", "reused"] * 2 + ["new", "reused"]
     assert [len(plan.rows) for plan in table.plans] == [6, 2, 2] * 2 + [6, 2]
     assert table.evaluations == 3 * 6 + 5 * 2
-    np.testing.assert_array_equal(table.extrapolation, np.zeros(8))
+    np.testing.assert_array_equal(table.extrapolation, np.zeros((8, 1)))
 
 
 def test_in_an_interval_the_first_step_predicts_the_contrast():
@@ -187,7 +187,14 @@ def test_in_an_interval_the_first_step_predicts_the_contrast():
 
 def test_extrapolation_goes_on_from_two_predictions():
     table = tabulate(cpgd(2.0, S, every=3, between="extrapolate"), 9, 1)
-    np.testing.assert_allclose(table.extrapolation, [0, 0, 0, 0, 1 / 3, 2 / 3, 0, 1 / 3, 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(table.extrapolation[:, 0], [0, 0, 0, 0, 1 / 3, 2 / 3, 0, 1 / 3, 2 / 3], rtol=1e-6)
+
+
+def test_a_contrast_that_was_not_predicted_before_is_held():
+    w = {"pos": Schedule((3.0,), stop=0.5), "neg": Schedule((1.0,), start=0.5)}
+    table = tabulate(cpgd(w, S, every=2, between="extrapolate"), 8, 1)
+    used_again = table.extrapolation[1::2]
+    np.testing.assert_array_equal(used_again, [[0, 0], [0.5, 0], [0.5, 0], [0, 0.5]])
 
 
 def test_a_rule_without_contrast_has_nothing_to_reuse():
