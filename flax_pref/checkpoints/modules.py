@@ -150,13 +150,13 @@ def _text_encoders(
     return tuple(own)
 
 
-def adapts_text_encoders(source: str | Path) -> bool:
-    """Whether a module of this path, see `load_modules`, adapts text encoders; reads no weights.
+def adapts_text_encoders(source: str | Path, name: str) -> bool:
+    """Whether the module of this path and name, see `load_modules`, adapts text encoders; reads no weights.
 
     Raises:
         FileNotFoundError, ValueError: as `load_modules`.
     """
-    path = _find(source)
+    path = find_module(source, name)
     return path.suffix == ".safetensors" and bool(_adapted_encoders(path, len(TEXT_NAMES)))
 
 

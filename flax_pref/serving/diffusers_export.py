@@ -102,7 +102,7 @@ def _check(flags: ExportFlags, drawing: Drawing) -> None:
         if not re.fullmatch(r"\w+", name):
             raise UserError(f"--module {name}=...: expected a name of letters, digits and _ with --format diffusers")
         for path, _ in parts:
-            if adapts_text_encoders(path):
+            if adapts_text_encoders(path, name):
                 raise UserError(
                     f"--module {name}={path}: adapts text encoders, which the pipeline.py of --format diffusers does "
                     "not support; expected a file that adapts the UNet alone"
