@@ -9,7 +9,7 @@ TPU := $(VENV)/tpu
 # Tests start hundreds of programs, each of which would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo study test test-python test-programs test-recipes test-long parity formats plan plan-check docs lint format
+.PHONY: demo study test test-python test-formats test-programs test-recipes test-long parity formats plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -36,6 +36,10 @@ test-recipes: $(VENV)/installed-test
 # Whole programs that are killed, or run on other meshes and hosts: they come to what one undisturbed run does.
 test-programs: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m program
+
+# Every kind of file that docs/formats.md lists: made, read, written and damaged.
+test-formats: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m formats tests/formats
 
 # What takes too long for every change: a run that is killed twenty times.
 test-long: $(VENV)/installed-test

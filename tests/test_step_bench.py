@@ -28,6 +28,7 @@ def figures(tmp_path, capsys, *arguments):
     return stored
 
 
+@pytest.mark.program
 def test_a_step_of_dpo_is_that_of_torch_and_stands_beside_both_modules_at_once(tmp_path, capsys):
     pytest.importorskip("torch")
     told = figures(tmp_path, capsys, "--rank", 4)
@@ -65,6 +66,7 @@ def test_a_mistake_is_told_before_a_step_is_made(flags, message):
         main(["step", *flags])
 
 
+@pytest.mark.program
 def test_the_loss_of_nft_is_the_sum_of_its_parts_and_less_work_than_one_pass(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(UNET.to_dict()))
     main(["online", "--unet", str(tmp_path / "config.json"), "--size", "64", "--rounds", "1", "--rank", "4"])

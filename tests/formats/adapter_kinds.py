@@ -327,6 +327,8 @@ def by_lycoris(
         lycoris.wrapper.PRESET["matrix"] = {"enable_conv": True, "lora_prefix": prefix, **chosen}
         unet = torch_unet("sd15")
         sizes = {"linear_dim": RANK, "linear_alpha": ALPHA} | options
+        shared = lycoris.wrapper.LycorisNetwork  # keeps the settings of the last network, for whatever comes next
+        before = {name: value for name, value in vars(shared).items() if name.isupper()}
         network = lycoris.wrapper.create_lycoris(unet, algo=algo, preset="matrix", **sizes)
         network.apply_to()
         drawn(network.parameters())
@@ -335,6 +337,8 @@ def by_lycoris(
         if dtype != "float32":
             network.load_weights(path)
         network.double()
+        for name, value in before.items():
+            setattr(shared, name, value)
         return Made(path, lambda: {"prediction": predicted(unet)})
 
     return make

@@ -9,6 +9,8 @@ from flax_pref.config import UserError
 from tests.formats.damages import content_of, copied, cut, misshapen, with_surplus, without
 from tests.formats.matrix import KINDS
 
+pytestmark = pytest.mark.formats
+
 CHANGES = {"missing": without, "surplus": with_surplus, "shape": misshapen}
 
 

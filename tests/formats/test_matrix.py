@@ -16,6 +16,8 @@ from tests.formats.matrix import (
     with_table,
 )
 
+pytestmark = pytest.mark.formats
+
 HOW = "if this is wanted: python -m tests.formats"
 
 

@@ -12,6 +12,8 @@ from flax_pref.checkpoints.modules import load_modules
 from tests.checkpoints.small import small_pipeline
 from tests.formats.adapter_kinds import base
 
+pytestmark = pytest.mark.formats
+
 UNET = "model.diffusion_model."
 CHECKPOINTS = {
     "Stable Diffusion 3": (

@@ -230,7 +230,7 @@ def test_a_peft_folder_of_a_text_encoder_encodes_as_there(saved, reference, tmp_
 def test_adapters_of_lycoris_encode_as_there(saved, reference, tmp_path, algo, prefix):
     with contextlib.redirect_stdout(io.StringIO()):
         wrapper = pytest.importorskip("lycoris.wrapper")
-        wrapper.LycorisNetwork.apply_preset({"target_module": ["CLIPAttention", "CLIPMLP"]})
+        wrapper.LycorisNetwork.apply_preset({"lora_prefix": "lycoris", "target_module": ["CLIPAttention", "CLIPMLP"]})
         made = wrapper.create_lycoris(reference, 1.0, linear_dim=2, linear_alpha=3.0, algo=algo)
     made.apply_to()
     generator = torch.Generator().manual_seed(0)

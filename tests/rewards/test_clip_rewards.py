@@ -343,7 +343,7 @@ def test_what_is_published_is_asked_of_the_hub(folder, monkeypatch, tmp_path):
     torch.save(openclip_weights(), tmp_path / "hps.pt")
     asked = []
 
-    def snapshot(name, allow_patterns):
+    def snapshot(name, allow_patterns, **_):
         asked.append((name, any(pattern.endswith(".bin") for pattern in allow_patterns)))
         return folder
 
@@ -362,7 +362,7 @@ def test_what_is_published_is_asked_of_the_hub(folder, monkeypatch, tmp_path):
 def test_torch_files_of_the_hub_are_asked_for_only_where_there_is_no_other(monkeypatch, tmp_path):
     asked = []
 
-    def snapshot(name, allow_patterns):
+    def snapshot(name, allow_patterns, **_):
         asked.append([pattern for pattern in allow_patterns if pattern.endswith(".bin")])
         return tmp_path
 
