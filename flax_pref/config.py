@@ -30,9 +30,11 @@ from flax_pref.programs import PROGRAMS, by_name, own_command
 
 C = TypeVar("C")
 
-# A wheel has the shipped configs inside the package, a clone beside it.
+# A wheel has these folders inside the package, a clone beside it: the shipped configs, and code for other programs.
 _PACKAGE = Path(__file__).parent
-CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+CONFIGS, INTEGRATIONS = (
+    _PACKAGE / name if (_PACKAGE / name).is_dir() else _PACKAGE.parent / name for name in ("configs", "integrations")
+)
 
 
 class UserError(Exception):

@@ -69,7 +69,10 @@ def load_pipeline(
         'DDIMScheduler'
     """
     checkpoint = open_checkpoint(
-        **{"path_or_id": path_or_id, "variant": variant, "vae": vae, "text_encoders": text_encoders},
+        path_or_id,
+        variant=variant,
+        vae=vae,
+        text_encoders=text_encoders,
         prediction_type=prediction_type,
         clip_skip=clip_skip,
     )

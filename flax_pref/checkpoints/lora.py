@@ -613,7 +613,7 @@ UNSUPPORTED = (
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-MAGNITUDES = re.compile(r"\.(lora_magnitude_vector(\.weight)?|dora_scale)$")
+MAGNITUDES = ("dora_scale", "lora_magnitude_vector")  # of DoRA, in files of LyCORIS and of PEFT
 
 
 class PeftSettings(NamedTuple):
@@ -712,7 +712,12 @@ def peft_settings(
             "export the adapter again"
         )
     found = beside or inside
-    if found is not None and found.dora and stored and not any(MAGNITUDES.search(name) for name in stored):
+    if (
+        found is not None
+        and found.dora
+        and stored
+        and not any(name.removesuffix(".weight").endswith(MAGNITUDES) for name in stored)
+    ):
         raise ValueError(
             f"{found.file}: 'use_dora' is set, but {file} has no lora_magnitude_vector; they do not belong together: "
             "download or export both again"

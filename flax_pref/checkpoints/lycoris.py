@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_pref.checkpoints.lora import (
+    MAGNITUDES,
     OTHER_ENDINGS,
     PAIRS,
     Part,
@@ -42,8 +43,7 @@ FACTORS = {
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
     ".weight": "weight",
 }
-# What makes DoRA of adapters of these kinds; all of a file have it.
-MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
+# Endings of adapters that DoRA gives a magnitude each.
 LOW_RANK = r"lora_up|lora_down|hada_|lokr_"
 
 

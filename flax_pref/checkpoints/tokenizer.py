@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,21 @@ class CLIPTokenizer:
 
     def pieces(self, text: str) -> list[tuple[int, ...]]:
         """Ids of a text of any length, without start and end token; the vectors of a textual inversion together."""
-        ids = {token.content: index for index, token in self._encoder.get_added_tokens_decoder().items()}
-        several = {ids[first]: tuple(ids[vector] for vector in vectors) for first, vectors in self._several.items()}
         encoding = self._encoder.encode(text, add_special_tokens=False)
         return [
-            several.get(token, (token,))
+            self._vectors.get(token, (token,))
             for part in (encoding, *encoding.overflowing)
             for token, own in zip(part.ids, part.attention_mask, strict=True)
             if own  # and no padding
         ]
 
-    @property
+    @cached_property
+    def _vectors(self) -> dict[int, tuple[int, ...]]:
+        """`_several` in ids."""
+        ids = {token.content: index for index, token in self._encoder.get_added_tokens_decoder().items()}
+        return {ids[first]: tuple(ids[vector] for vector in vectors) for first, vectors in self._several.items()}
+
+    @cached_property
     def _several(self) -> dict[str, list[str]]:
         """Tokens of textual inversions of several vectors, by the first of them."""
         added = {token.content for token in self.added_tokens}

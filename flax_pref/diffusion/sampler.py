@@ -171,7 +171,7 @@ def _walk(
     others = {network: _prompts(table, *own, num_images) for network, own in own_prompts.items()}
     rows = [others.get(network, prompts)[prompt] for network, prompt in table.rows]
     conditioning = {
-        plan.rows: jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *(rows[r] for r in plan.rows))
+        plan.rows: jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *(rows[r] for r in plan.rows))
         for plan in set(table.plans)
     }
     reuses = any(plan.contrast == "reused" for plan in table.plans)

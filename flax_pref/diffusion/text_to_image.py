@@ -238,7 +238,7 @@ class TextToImage:
         *,
         chunks: int = 1,
     ) -> tuple[dict, dict]:
-        """What the rows "text" and "empty" see, `[B, ...]` each; see `diffusion.conditioning`."""
+        """Conditioning of the rows "text" and "empty", `[B, ...]` each; see `diffusion.conditioning`."""
         if second_prompts is not None and len(self.pipeline.tokenizers) == 1:
             raise ValueError("second_prompts: this checkpoint has one text encoder; expected them for SDXL only")
         reading = {"syntax": self.prompt_syntax, "chunks": chunks, "sharding": self.sharding}
@@ -258,7 +258,7 @@ class TextToImage:
         *,
         chunks: int = 1,
     ) -> dict[str, tuple[dict, dict, dict]]:
-        """What the rows "text" and "empty" of networks with text encoders of their own see, and the empty text "".
+        """Conditioning of networks with text encoders of their own: of "text" and "empty", and of the empty text "".
 
         Only of networks that the table asks for, and once for networks with the same text encoders.
         """
@@ -302,7 +302,7 @@ class TextToImage:
 
     @cached_property
     def readers(self) -> "dict[str, TextToImage]":
-        """The same with the text encoders of each network that has its own, for the conditioning that it sees.
+        """A copy of this for each network with text encoders of its own, which encodes the prompts that it sees.
 
         Arrays that text encoders share with those of the checkpoint are on the devices once.
         """

@@ -267,7 +267,7 @@ class FeedForward(nnx.Module):
 
 
 class Context(NamedTuple):
-    """What layers see of a prompt.
+    """An encoded prompt, as layers see it.
 
     Attributes:
         states: `[B, S, D]`.

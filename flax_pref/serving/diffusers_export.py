@@ -8,12 +8,11 @@
     scheduler/                           that of the flags or the checkpoint
     unet/, vae/, text_encoder/, ...      the base, with --include-base
 
-The code lies in serving/exported; this package does not import it.
+The code lies in integrations/diffusers; nothing here imports it.
 """
 
 import dataclasses
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from flax_pref.checkpoints.hub import DEMO, find_checkpoint
 from flax_pref.checkpoints.lora import save_lora
 from flax_pref.checkpoints.modules import Guided, adapts_text_encoders, load_modules
 from flax_pref.checkpoints.weights import save_network
-from flax_pref.config import UserError
+from flax_pref.config import INTEGRATIONS, UserError
 from flax_pref.diffusion.drawing import Drawing, resolve_drawing
 from flax_pref.diffusion.drawing_flags import with_preset
 from flax_pref.diffusion.scheduler_configs import scheduler_config_of
@@ -74,7 +73,7 @@ def export_diffusers(flags: ExportFlags) -> None:
         of_base = {"base": None} if flags.include_base else {**_reference(flags.model), "variant": flags.variant}
         write_json(folder / "networks" / "networks.json", {**of_base, "class_name": checkpoint.class_name, **listed})
         for name, path in CODE.items():
-            (folder / path).write_bytes((resources.files("flax_pref.serving") / "exported" / name).read_bytes())
+            (folder / path).write_bytes((INTEGRATIONS / "diffusers" / name).read_bytes())
         index |= {
             "_class_name": ["pipeline", "GuidedPipeline"],
             "networks": ["networks", "Networks"],
@@ -129,7 +128,7 @@ def _reference(model: str) -> dict[str, str | None]:
 
 
 def default_call(flags: ExportFlags, drawing: Drawing) -> dict[str, Any]:
-    """What a call of the pipeline does unless it is told otherwise."""
+    """Arguments of a call of the pipeline that are not given: steps, size in pixels, and where needed more."""
     height, width = drawing.size
     call: dict[str, Any] = {"num_inference_steps": flags.steps, "height": height, "width": width}
     if flags.eta is not None:

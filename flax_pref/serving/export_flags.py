@@ -8,7 +8,7 @@ from flax_pref.diffusion.drawing_flags import SPACINGS, DrawingFlags
 
 Platform = Literal["cpu", "tpu", "cuda"]
 Format = Literal["stablehlo", "diffusers"]
-# `RULES` of serving/exported/pipeline.py.
+# `RULES` of integrations/diffusers/pipeline.py.
 GUIDED = (
     *("cfg", "fine_tuned", "pgd", "cpgd", "cpgd_conditional", "positive_only", "negative_only"),
     *("npo", "autoguidance", "multi"),

@@ -24,7 +24,7 @@ UNPUBLISHED = "PATH_OF_THE_BASE"  # in examples, where the base is on no Hub
 
 
 class SharedData(NamedTuple):
-    """What a run was trained on, and the dataset of the Hub that this is of, if any."""
+    """Training data in words, and the dataset of the Hub that they are of, if any."""
 
     told: str
     dataset: str | None
@@ -32,7 +32,7 @@ class SharedData(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedRun:
-    """What the card of a training run says.
+    """Facts for the card of a training run.
 
     Attributes:
         repository: on the Hub.
@@ -83,7 +83,7 @@ class SharedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedImages:
-    """What the card of an image set says.
+    """Facts for the card of an image set.
 
     Attributes:
         repository: on the Hub.
@@ -223,7 +223,7 @@ def _uses(run: SharedRun) -> list[str]:
 
 
 def metrics_of(report: Mapping[str, Any]) -> list[str]:
-    """What a report found, a table for each reward.
+    """The figures of a report, a table for each reward.
 
     Raises:
         LookupError, TypeError: it is no report of flax-pref.

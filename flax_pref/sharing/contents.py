@@ -1,4 +1,4 @@
-"""What a repository of the Hub gets: the files of a training run, an image set or a report, with a card and a record.
+"""Contents of a repository of the Hub: the files of a training run, an image set or a report, with a card and a record.
 
     README.md          the card
     flax_pref.json     the record: what the repository is, read by --model, --module and the next push
@@ -51,7 +51,7 @@ LICENSES = {
 
 
 class SharedKind(NamedTuple):
-    """What a folder holds.
+    """The kind of a folder.
 
     Attributes:
         name: in records.
@@ -71,7 +71,7 @@ RUN, IMAGES, COMPARISON = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a repository gets.
+    """Files of a repository.
 
     Attributes:
         kind: what it is.
@@ -283,7 +283,7 @@ def _trained(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _about(method: str) -> str:
-    """What a method does, the first line of its documentation."""
+    """The first line of a method's documentation."""
     doc = getattr(methods, method).__doc__ if hasattr(methods, method) else None
     return (doc or "").strip().partition("\n")[0]
 
@@ -310,7 +310,7 @@ def _license(base: str | None, model: str) -> str:
 
 
 def _data(config: Mapping[str, Any]) -> cards.SharedData:
-    """What a run was trained on, as far as files of this machine say it."""
+    """The training data of a run, from the files that are there."""
     if (online := config.get("online")) is not None:
         rewards = ", ".join(str(reward["name"]) for reward in online["rewards"])
         prompts = public(str(online["prompts"]))
@@ -408,7 +408,7 @@ def _gather_images(folder: Path, flags: PushFlags) -> Contents:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What a report says, with the folders of its methods by their names only.
+    """A report, with the folders of its methods by their names only.
 
     Raises:
         UserError: there is no report, or it is not one of flax-pref.

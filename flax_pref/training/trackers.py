@@ -22,7 +22,7 @@ TRACKED = "tracker.json"  # in the folder of a run: which run of a tracker it is
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told of a run before its first step.
+    """A run, as a tracker is told of it before the first step.
 
     Attributes:
         folder: of the run.

@@ -40,7 +40,7 @@ BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (1.6e-2, 4e-2), "float16": (2e-3,
 
 
 class Finding(NamedTuple):
-    """What a check has found.
+    """Result of a check.
 
     Attributes:
         name: of what was checked.
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What checks are run with.
+    """Settings of all checks.
 
     Attributes:
         dtype: of kernels.
@@ -202,7 +202,7 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def check_collectives(setting: Setting) -> Iterator[Finding]:
-    """What devices send each other in training and sampling, on all devices of all processes."""
+    """Collectives of training and sampling, over all devices of all processes."""
     count = jax.device_count()
     mesh = Mesh(np.array(jax.devices()), ("all",))
     each = np.arange(count * count, dtype=np.float32).reshape(count, count)
@@ -243,7 +243,7 @@ PROMPTS = ("a large red circle in the middle, white background", "a small blue s
 
 
 def draw_recorded() -> np.ndarray:
-    """What the demo model draws in float32, averaged over blocks of 16 x 16 pixels: `[2, 4, 4, 3]`."""
+    """Images of the demo model in float32, averaged over blocks of 16 x 16 pixels: `[2, 4, 4, 3]`."""
     with jax.default_matmul_precision("highest"):
         images = TextToImage(load_pipeline("demo"), steps=4, batch_size=2)(list(PROMPTS), rule=cfg(3.0), seed=1)
     return images.reshape(2, 4, 16, 4, 16, 3).mean(axis=(2, 4))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import runpy
-from importlib import resources
 from pathlib import Path
 
 import diffusers
@@ -20,7 +19,7 @@ from torch_pipelines import SCHEDULE, sd15, sdxl
 from torch_reference import SD15_UNET, SDXL_UNET, nchw, randomised, relative_error
 
 from flax_pref.checkpoints.checkpoint import Checkpoint
-from flax_pref.config import UserError
+from flax_pref.config import INTEGRATIONS, UserError
 from flax_pref.diffusion.drawing import resolve_drawing
 from flax_pref.diffusion.drawing_flags import DrawingFlags
 from flax_pref.diffusion.guidance import GuidanceStep, Table, tabulate
@@ -56,7 +55,7 @@ UNETS = {
         "transformer_layers_per_block": [1, 2],
     },
 }
-PIPELINE = runpy.run_path(str(resources.files("flax_pref.serving") / "exported" / "pipeline.py"))
+PIPELINE = runpy.run_path(str(INTEGRATIONS / "diffusers" / "pipeline.py"))
 PROMPTS, SEED, SIZE = ["a lion, red", "a dog"], 3, (24, 32)
 STEPS = 20
 NETWORKS = ("base", "pos", "neg", "bad")

@@ -137,7 +137,7 @@ class Strength:
             ) from None
 
     def active(self, steps):
-        """Whether each step lies in the interval; step i of S is at i / S, but for rounding."""
+        """Whether each step lies in the interval; step i of S is at i / S, up to rounding."""
         return [self.start - 1e-9 <= i / steps < self.stop - 1e-9 for i in range(steps)]
 
     def at(self, steps, off):
@@ -219,7 +219,7 @@ class Guidance:
         return self.combine(i, predict(self.rows(i)))
 
     def sums(self, i):
-        """What step i adds up: steady for each scale, contrasts for each, and steady without guidance."""
+        """The sums of step i: steady for each scale, contrasts for each, and steady without guidance."""
         # At s = 1 a guided prediction is the text prediction that it is made of, by which rescaling goes.
         scales = [self.s[i]] + ([] if self.rescale is None else [1.0])
         group, place = divmod(self.order[i], self.every)
@@ -500,7 +500,7 @@ class GuidedPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _encode(self, plain, texts, options, size):
-        """What the prompts "text" and "empty" are to the UNets, `[N, ...]` each."""
+        """Conditioning of the UNets on the prompts "text" and "empty", `[N, ...]` each."""
         skip = options["clip_skip"]
         if skip and not self.sdxl:  # diffusers 0.42 looks for a layer that transformers 5 has elsewhere
             number = 1 if isinstance(texts["prompt"], str) else len(texts["prompt"])

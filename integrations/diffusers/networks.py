@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 
 
 class Networks(torch.nn.Module):
-    """What ../pipeline.py guides with.
+    """The networks that ../pipeline.py guides with.
 
     Attributes:
         folder: of this file.
@@ -29,12 +29,12 @@ class Networks(torch.nn.Module):
 
     @property
     def device(self):
-        """Where it is."""
+        """Device of the networks."""
         return self.place.device
 
     @property
     def dtype(self):
-        """Of its weights."""
+        """Precision of the weights."""
         return self.place.dtype
 
     @classmethod
