@@ -232,7 +232,14 @@ def _condense(message: str) -> str:
     title, *parts = re.split(r"[─-]{8,}", re.sub("[╭╮╰╯│]", " ", message))
     parts = [re.sub(r"^Error parsing \w+: ", "", " ".join(part.split())) for part in parts]
     suggestion = re.search(r"Perhaps you meant:? *(--\S+)", " ".join(parts[1:]))
-    return (parts[0] if parts else title) + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
+    said = re.sub(r"Expected one of \((.+)\)", _choices, parts[0] if parts else title).rstrip(".")
+    return said + (f"; perhaps you meant {suggestion[1]}" if suggestion else "")
+
+
+def _choices(message: re.Match) -> str:
+    """The choices of a flag, which tyro lists in another order each time; none is chosen by leaving the flag out."""
+    names = set(re.findall("'([^']*)'", message[1])) - {"None"}
+    return f"Expected one of {', '.join(sorted(names))}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -21,6 +22,7 @@ class Config:
     weights: tuple[float, ...] = ()
     output: Path = Path("runs/x")
     quick: bool = False
+    solver: Literal["unipc", "ddim", "euler"] | None = None
 
     def __post_init__(self):
         if any(w != w for w in self.w):
@@ -50,6 +52,7 @@ MISTAKES = {
     "a flag first": (["--quick"], "no config file; usage: python -m"),
     "a missing file": (["{folder}/smal.py"], "smal.py: no such config file; {folder} has small.py"),
     "a missing folder": (["{folder}/none/x.py"], "no such config file; there are no config files in {folder}/none"),
+    "an unknown choice": (["{file}", "--solver", "eule"], "Expected one of ddim, euler, unipc; see"),
     "an unknown field": (["{file}", "--training.step", "4"], "perhaps you meant --training.steps"),
     "a word for a number": (["{file}", "--training.steps", "many"], "--training.steps"),
     "a number that is not finite": (
@@ -197,7 +200,8 @@ def test_the_config_of_a_run_is_recorded(tmp_path):
     dump_config(dataclasses.asdict(Config()), tmp_path / "config.json")
     recorded = json.loads((tmp_path / "config.json").read_text())
     training = {"steps": 3, "rate": None}
-    assert recorded == {"training": training, "w": [1.0, 2.0], "weights": [], "output": "runs/x", "quick": False}
+    values = {"w": [1.0, 2.0], "weights": [], "output": "runs/x", "quick": False, "solver": None}
+    assert recorded == {"training": training, **values}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompt
     capsys.readouterr()
     images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(out), "--verify"])
     told = capsys.readouterr().out
-    assert "damaged and drawn again: 1 of 16 images (prompt 0 with seed 0)\n" in told and "drew 1 images" in told
+    assert "damaged and drawn again: 1 of 16 images (prompt 0 with seed 0)\n" in told and "drew 1 image in" in told
     assert contents(out) == before
 
 

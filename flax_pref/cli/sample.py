@@ -12,4 +12,4 @@ def main(arguments: list[str]) -> None:
 
     set_up()
     if images := draw_images(flags):
-        print(f"wrote {images} images, manifest.parquet and contact_sheet.png to {flags.out}")
+        print(f"wrote {images} image{'s' * (images != 1)}, manifest.parquet and contact_sheet.png to {flags.out}")

@@ -258,7 +258,7 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
             if stopping():
                 break
     seconds = time.perf_counter() - started
-    print(f"drew {drawn} images in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
+    print(f"drew {drawn} image{'s' * (drawn != 1)} in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
     return not anywhere(len(images.pending) > 0)
 
 
