@@ -255,8 +255,11 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, *, dtype=jnp.float32) 
         write_json(unfinished / "model_index.json", write_parts(pipeline, unfinished, dtype=dtype))
 
 
-def write_parts(pipeline: Pipeline, folder: Path, *, dtype=jnp.float32) -> dict[str, Any]:
-    """Writes the networks, tokenizers and scheduler of `save_pipeline` into a folder; returns its model_index.json."""
+def write_parts(pipeline: Pipeline, folder: Path, *, dtype=jnp.float32, weights: bool = True) -> dict[str, Any]:
+    """Writes the networks, tokenizers and scheduler of `save_pipeline` into a folder; returns its model_index.json.
+
+    Without weights, networks are only described.
+    """
     folders = FAMILIES[pipeline.class_name]
     networks = {"unet": pipeline.unet, "vae": pipeline.vae}
     networks |= {name: network for (name, _), network in zip(folders, pipeline.text_encoders, strict=True)}
@@ -271,7 +274,10 @@ def write_parts(pipeline: Pipeline, folder: Path, *, dtype=jnp.float32) -> dict[
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     for name, network in networks.items():
-        save_network(network, folder / name, dtype=dtype)
+        if weights:
+            save_network(network, folder / name, dtype=dtype)
+        else:
+            write_json(folder / name / "config.json", network.config.to_dict())
     for (_, name), tokenizer in zip(folders, pipeline.tokenizers, strict=True):
         tokenizer.save(folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler_config)

@@ -92,7 +92,7 @@ def _base_of(folder: Path) -> str | None:
     Raises:
         FileNotFoundError: its record does not name one that others have.
     """
-    if not (record := read_record(folder)).get("modules") or (folder / INDEX).is_file():
+    if not (record := read_record(folder)).get("modules") or (folder / "unet").is_dir():
         return None
     if (base := record.get("base")) is None or (base != DEMO and not HUB_ID.fullmatch(base.partition("@")[0])):
         raise FileNotFoundError(

@@ -240,20 +240,30 @@ def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
     texts = [(text, "--rewards") for text in flags.rewards]
     texts += [] if flags.diversity is None else [(flags.diversity, "--diversity")]
     for text, flag in texts:
-        name, given, path = text.partition("=")
-        if not re.fullmatch(r"[\w.+-]+", name) or (given and not path):
-            raise UserError(f"{flag} {text}: expected NAME or NAME=PATH")
-        if name not in REWARDS and not is_service(path):
-            raise UserError(f"{flag} {text}: no reward {name!r}; expected one of {', '.join(REWARDS)}")
-        if path and not is_service(path):
-            _check_place(flag, text, path)
-        if flag == "--diversity" and (is_service(path) or name not in EMBEDDED):
+        name, path = named_reward(text, flag)
+        if flag == "--diversity" and ((path is not None and is_service(path)) or name not in EMBEDDED):
             raise UserError(f"{flag} {text}: has no image embeddings; expected one of {', '.join(EMBEDDED)}")
         column = EMBEDDING if flag == "--diversity" else SCORE + name
         if column in found:
             raise UserError(f"{flag}: {name} is there twice; expected each reward once, under a name of its own")
-        found[column] = (column, name, path or None)
+        found[column] = (column, name, path)
     return list(found.values())
+
+
+def named_reward(text: str, flag: str = "--rewards") -> tuple[str, str | None]:
+    """Name and path of a reward that a flag gives as NAME or NAME=PATH.
+
+    Raises:
+        UserError: it is neither, there is no such reward, or nothing lies at the path.
+    """
+    name, given, path = text.partition("=")
+    if not re.fullmatch(r"[\w.+-]+", name) or (given and not path):
+        raise UserError(f"{flag} {text}: expected NAME or NAME=PATH")
+    if name not in REWARDS and not is_service(path):
+        raise UserError(f"{flag} {text}: no reward {name!r}; expected one of {', '.join(REWARDS)}")
+    if path and not is_service(path):
+        _check_place(flag, text, path)
+    return name, path or None
 
 
 def _tokenizers(flags: ScoreFlags, names: Sequence[str]) -> dict[str, str]:

@@ -137,7 +137,7 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
                 raise
             return Plan(job, topology, mesh, effort, memory=None, excess=excess)
     module = Module(text, topology.chip.mxu)
-    executed = list(module.executed(lambda one, operands: kernel_cost(one, operands, topology)))
+    executed = run_by(module, topology)
     if effort == "quick":
         executed = [one._replace(cost=modelled(one, topology)) for one in executed]
         memory = memory._replace(generated_code_size_in_bytes=code_bytes(executed))
@@ -152,6 +152,16 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
         copies=large_copies(executed),
         uncounted=sorted(uncounted),
     )
+
+
+def planned_seconds(text: str, topology: Topology) -> float:
+    """Seconds of a call of a program on one chip, by the text of what was compiled for it, with its estimates."""
+    return sum(one.cost.cycles for one in run_by(Module(text, topology.chip.mxu), topology)) / topology.chip.clock
+
+
+def run_by(module: Module, topology: Topology) -> list[Executed]:
+    """Everything that a program runs, with the costs of its kernels on these chips."""
+    return list(module.executed(lambda one, operands: kernel_cost(one, operands, topology)))
 
 
 class Memory(NamedTuple):

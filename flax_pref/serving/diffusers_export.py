@@ -11,8 +11,9 @@
 The code lies in integrations/diffusers; nothing here imports it.
 """
 
-import dataclasses
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.diffusers import write_parts
 from flax_pref.checkpoints.embeddings import add_embedding
-from flax_pref.checkpoints.hub import DEMO, find_checkpoint
+from flax_pref.checkpoints.hub import DEMO, INDEX, find_checkpoint
 from flax_pref.checkpoints.lora import save_lora
 from flax_pref.checkpoints.modules import Guided, adapts_text_encoders, load_modules
 from flax_pref.checkpoints.weights import save_network
@@ -28,13 +29,15 @@ from flax_pref.config import INTEGRATIONS, UserError
 from flax_pref.diffusion.drawing import Drawing, resolve_drawing
 from flax_pref.diffusion.drawing_flags import with_preset
 from flax_pref.diffusion.scheduler_configs import scheduler_config_of
-from flax_pref.files import check_new, new_folder, write_json
+from flax_pref.files import check_new, new_folder
 from flax_pref.models.bank import adapters
 from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+UNUSED = ("safety_checker", "feature_extractor", "requires_safety_checker")
+Listed = Mapping[str, Sequence[str]]
 CODE = {"pipeline.py": "pipeline.py", "guider.py": "guider.py", "networks.py": "networks/networks.py"}
 
 
@@ -50,14 +53,11 @@ def export_diffusers(flags: ExportFlags) -> None:
     flags = with_preset(flags)
     check_new(flags.out)
     drawing = resolve_drawing(flags)
-    _check(flags, drawing)
+    check_exportable(flags, drawing)
     checkpoint, dtype = drawing.checkpoint, jnp.dtype(flags.compute_dtype)
-    scheduler = scheduler_config_of(
-        checkpoint.scheduler_config, name=flags.solver, sigmas=flags.sigmas, spacing=flags.spacing
-    )
     pipeline = unet = None
     if flags.include_base:
-        pipeline = dataclasses.replace(checkpoint.load(), scheduler_config=scheduler)
+        pipeline = checkpoint.load()
         for name, file in drawing.embeddings.items():
             pipeline = add_embedding(pipeline, name, file)
         unet = pipeline.unet
@@ -65,28 +65,48 @@ def export_diffusers(flags: ExportFlags) -> None:
         unet = checkpoint.part("unet").load(jnp.float32)
     guided = None if unet is None else load_modules(unet, drawing.sources)
     with new_folder(flags.out) as folder:
-        index: dict[str, Any] = {"scheduler": ["diffusers", scheduler["_class_name"]]}
-        if pipeline is not None:
-            index = write_parts(pipeline, folder, dtype=dtype)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        index = {} if pipeline is None else write_parts(pipeline, folder, dtype=dtype)
         listed = {"lora": [], "unets": []} if guided is None else _write_modules(guided, folder / "networks", dtype)
-        of_base = {"base": None} if flags.include_base else {**_reference(flags.model), "variant": flags.variant}
-        write_json(folder / "networks" / "networks.json", {**of_base, "class_name": checkpoint.class_name, **listed})
-        for name, path in CODE.items():
-            (folder / path).write_bytes((INTEGRATIONS / "diffusers" / name).read_bytes())
-        index |= {
-            "_class_name": ["pipeline", "GuidedPipeline"],
-            "networks": ["networks", "Networks"],
-            "rule": dict(drawing.terms),
-            "call": default_call(flags, drawing),
-        }
-        for unused in ("safety_checker", "feature_extractor", "requires_safety_checker"):
-            index.pop(unused, None)
-        write_json(folder / "model_index.json", index)
+        for path, content in described(flags, drawing, index, listed).items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(content)
 
 
-def _check(flags: ExportFlags, drawing: Drawing) -> None:
-    """Checks what the files and the flags say against what the pipeline can do; reads no weights."""
+def described(flags: ExportFlags, drawing: Drawing, index: Mapping[str, Any], listed: Listed) -> dict[str, bytes]:
+    """The files of a pipeline that are no weights, by their paths.
+
+    Args:
+        flags: what is exported.
+        drawing: what they ask for.
+        index: model_index.json of the base, where its weights are written too.
+        listed: folders of the modules by kind, LoRA files and UNets.
+    """
+    config, class_name = drawing.checkpoint.scheduler_config, drawing.checkpoint.class_name
+    scheduler = scheduler_config_of(config, name=flags.solver, sigmas=flags.sigmas, spacing=flags.spacing)
+    of_base = {"base": None} if flags.include_base else {**_reference(flags.model), "variant": flags.variant}
+    index = {
+        **{name: part for name, part in index.items() if name not in UNUSED},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "_class_name": ["pipeline", "GuidedPipeline"],
+        "networks": ["networks", "Networks"],
+        "rule": dict(drawing.terms),
+        "call": default_call(flags, drawing),
+    }
+    code = {path: (INTEGRATIONS / "diffusers" / name).read_bytes() for name, path in CODE.items()}
+    settings = {
+        INDEX: index,
+        "scheduler/scheduler_config.json": scheduler,
+        "networks/networks.json": {**of_base, "class_name": class_name, **listed},
+    }
+    return code | {path: json.dumps(values, indent=2).encode() + b"\n" for path, values in settings.items()}
+
+
+def check_exportable(flags: ExportFlags, drawing: Drawing) -> None:
+    """Checks what the files and the flags say against what the pipeline can do; reads no weights.
+
+    Raises:
+        UserError: it cannot.
+    """
     if drawing.checkpoint.config("unet").time_cond_proj_dim is not None:
         raise UserError(
             f"{drawing.checkpoint.path}: its UNet imitates guidance (time_cond_proj_dim), which the pipeline.py of "
@@ -140,7 +160,7 @@ def default_call(flags: ExportFlags, drawing: Drawing) -> dict[str, Any]:
     return call
 
 
-def _write_modules(guided: Guided, folder: Path, dtype) -> dict[str, list[str]]:
+def _write_modules(guided: Guided, folder: Path, dtype) -> Listed:
     """Writes the modules; their names by kind, as networks.json lists them."""
     folder.mkdir()
     bank = adapters(guided.base.graphdef, guided.base.params)

@@ -111,6 +111,11 @@ def rule_of(method: str, modules: Sequence[str]) -> str:
     return RULES_OF_METHODS.get(method) or RULES_OF_MODULES.get(tuple(modules), "pgd")
 
 
+def guiding(rule: str) -> str:
+    """The same rule as flags name it: the table's npo has a positive module too."""
+    return "negative_only" if rule == "npo" else rule
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training runs
 
@@ -212,14 +217,40 @@ def _uses(run: SharedRun) -> list[str]:
     ]
     shell = [f"flax-pref sample --model {repository if run.base else UNPUBLISHED}"]
     shell += [f"--module {name}={repository}" for name in run.modules]
-    named = "negative_only" if run.rule == "npo" else run.rule  # the table's npo has a positive module too
+    named = guiding(run.rule)
     shell += [f"--rule {named}", *([f"--w {run.w:g}"] if named in CONTRASTING else [])]
     shell += [f"--guidance-scale {run.guidance_scale:g}", f'--prompt "{PROMPT}"']
-    alone = "diffusers and ComfyUI apply one module at a time, as any adapter. Guidance by the rule needs JAX."
+    alone = "One module alone, as any adapter:" if "pipeline.py" in run.files else ALONE
     return [
         *("### JAX", _code("python", jax), "Or from a shell:", _code("sh", [" ".join(shell)])),
-        *("### diffusers", _code("python", diffusers), "### ComfyUI", comfy, alone),
+        *("### diffusers", *_guided_diffusers(run), alone, _code("python", diffusers)),
+        *("### ComfyUI", comfy, COMFYUI if lora else ALONE),
     ]
+
+
+ALONE = "One module alone; guidance by the rule needs JAX."
+COMFYUI = (
+    "That is one module alone. To guide by the rule, copy the folder `integrations/comfyui` of flax_pref into "
+    "`ComfyUI/custom_nodes`; its nodes *Load preference modules* and *Contrastive guidance* take the same files."
+)
+
+
+def _guided_diffusers(run: SharedRun) -> list[str]:
+    """How to guide in diffusers, with the pipeline.py of the repository."""
+    if "pipeline.py" not in run.files:
+        return []
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{run.repository}", custom_pipeline="{run.repository}",',
+        '    trust_remote_code=True, torch_dtype=torch.float16).to("cuda")',
+        f'image = pipe("{PROMPT}", guidance_scale={run.guidance_scale:g}'
+        + (f", w={run.w:g}" if guiding(run.rule) in CONTRASTING else "")
+        + ").images[0]",
+    ]
+    told = f"Guidance by the rule `{guiding(run.rule)}`; `trust_remote_code` runs `pipeline.py` of this repository."
+    return [told, _code("python", lines)]
 
 
 def metrics_of(report: Mapping[str, Any]) -> list[str]:

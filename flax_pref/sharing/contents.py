@@ -2,6 +2,7 @@
 
     README.md          the card
     flax_pref.json     the record: what the repository is, read by --model, --module and the next push
+    pipeline.py        and model_index.json, networks/, scheduler/: guidance in diffusers, where the base is on the Hub
     pos.safetensors    and pos_kohya.safetensors: a LoRA module in both layouts; pos/: one with weights of its own
     grid.png           images of a run
     metrics.jsonl      what training measured
@@ -27,10 +28,14 @@ from flax_pref.checkpoints.lora import FILE_NAMES
 from flax_pref.checkpoints.module_info import ARCHITECTURES, STRENGTH
 from flax_pref.config import UserError, public
 from flax_pref.data.prepared import PAIRS
+from flax_pref.diffusion.drawing import resolve_drawing
+from flax_pref.diffusion.rules import CONTRASTING
 from flax_pref.evaluation.runs import SCORES
 from flax_pref.files import read_json
 from flax_pref.images.image_set import MANIFEST, SETTINGS, SHEET, read_manifest
 from flax_pref.programs import command, title
+from flax_pref.serving.diffusers_export import LORA_FILE, check_exportable, described
+from flax_pref.serving.export_flags import ExportFlags
 from flax_pref.sharing import cards
 from flax_pref.sharing.push_flags import PushFlags
 from flax_pref.training.export import NAMES
@@ -153,9 +158,13 @@ def _gather_run(folder: Path, flags: PushFlags) -> Contents:
     license_name = flags.license or _license(base, str(config["model"]))
     report = None if flags.report is None else read_report(Path(flags.report))
     grid = _grid(folder, flags.grid)
-    files = _run_files(folder, modules, grid)
     data = _data(config)
     family, w = _described(folder / "modules", modules[0])
+    strengths = {"w": config.get("samples", {}).get("w", 1.0) if w is None else w}
+    strengths["guidance_scale"] = config.get("samples", {}).get("guidance_scale", 7.5)
+    rule = cards.rule_of(method, modules)
+    pipeline, lacks = _pipeline_files(folder, config, base, modules, rule, strengths)
+    files = _run_files(folder, modules, grid) | pipeline
     settings = public({name: value for name, value in config.items() if name not in OF_MACHINES})
     run = cards.SharedRun(
         repository=flags.repo,
@@ -167,10 +176,9 @@ def _gather_run(folder: Path, flags: PushFlags) -> Contents:
         about=_about(method),
         modules=modules,
         weights=config["weights"],
-        rule=cards.rule_of(method, modules),
+        rule=rule,
         family=family,
-        w=config.get("samples", {}).get("w", 1.0) if w is None else w,
-        guidance_scale=config.get("samples", {}).get("guidance_scale", 7.5),
+        **strengths,
         steps=config["steps"],
         settings=settings,
         data=data,
@@ -180,7 +188,7 @@ def _gather_run(folder: Path, flags: PushFlags) -> Contents:
         report=report,
         files=tuple(files),
     )
-    notes = []
+    notes = [] if lacks is None else [f"no pipeline.py for diffusers: {lacks}"]
     if base is None:
         notes.append("the base is a local checkpoint; name its repository with --base-model, for others to find it")
     if license_name == UNKNOWN:
@@ -196,11 +204,7 @@ def _gather_run(folder: Path, flags: PushFlags) -> Contents:
 
 
 def _run_files(folder: Path, modules: tuple[str, ...], grid: Path | None) -> dict[str, Path | bytes]:
-    """The files of a run's repository but its card and its record.
-
-    This is the one place that says which they are: what else belongs into the repository, such as a pipeline of
-    diffusers, is added here.
-    """
+    """Modules, metrics and the grid of a run, by their paths in its repository."""
     stored, files = folder / "modules", {}
     for name in modules:
         files |= {path.name: path for layout in LAYOUTS if (path := _stored(stored, name, layout)).is_file()}
@@ -212,6 +216,39 @@ def _run_files(folder: Path, modules: tuple[str, ...], grid: Path | None) -> dic
     if (folder / METRICS).is_file():
         files[METRICS] = folder / METRICS
     return files | ({} if grid is None else {f"grid{grid.suffix.lower()}": grid})
+
+
+def _pipeline_files(
+    folder: Path,
+    config: Mapping[str, Any],
+    base: str | None,
+    modules: tuple[str, ...],
+    rule: str,
+    strengths: Mapping[str, float],
+) -> tuple[dict[str, Path | bytes], str | None]:
+    """What diffusers needs to guide with the modules, see `serving.diffusers_export`; or why there is no such."""
+    if config["weights"] == "full":
+        return {}, f"modules with weights of their own are written by {command('export')} --format diffusers"
+    if base is None or base == DEMO:
+        return {}, "its base is on no Hub"
+    stored = {name: _stored(folder / "modules", name, "diffusers") for name in modules}
+    try:
+        flags = ExportFlags(
+            model=base,
+            module=tuple(f"{name}={file}" for name, file in stored.items()),
+            rule=cards.guiding(rule),
+            w=f"{strengths['w']:g}" if cards.guiding(rule) in CONTRASTING else None,
+            guidance_scale=f"{strengths['guidance_scale']:g}",
+            format="diffusers",
+            out=str(folder),
+        )
+        drawing = resolve_drawing(flags, weights=False)
+        check_exportable(flags, drawing)
+        networks = {f"module_{name}": file for name, file in stored.items()}
+        files = described(flags, drawing, {}, {"lora": [*networks], "unets": []})
+    except (UserError, FileNotFoundError, ValueError) as error:
+        return {}, str(error)
+    return files | {f"networks/{name}/{LORA_FILE}": file for name, file in networks.items()}, None
 
 
 def _stored(folder: Path, name: str, layout: str) -> Path:

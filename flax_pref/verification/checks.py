@@ -1,17 +1,17 @@
 """The checks of `flax-pref verify`, each a function that yields findings."""
 
 import importlib.util
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata, resources
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.diffusers import load_pipeline
@@ -28,41 +28,17 @@ from flax_pref.models.platform import platform
 from flax_pref.models.presets import SD15
 from flax_pref.models.quantized import quantize
 from flax_pref.parallel.peak import compile_and_count, measured_bandwidth, measured_peak, peak_flops
+from flax_pref.planning.plan import planned_seconds
+from flax_pref.planning.topologies import running_on
 from flax_pref.training.networks import LoRA, trained_networks
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.step import make_step, new_state
+from flax_pref.verification.findings import Finding, Setting, normal, read_recorded, relative
 
-RECORDED = "recorded.json"
 PACKAGES = ("flax-pref", "jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 # Largest error of a kernel relative to the largest value of its float32 reference: forward, and of gradients. In 16
 # bits inputs and results are rounded to 8 bits (bfloat16) or 11 (float16).
 BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (1.6e-2, 4e-2), "float16": (2e-3, 1e-2)}
-
-
-class Finding(NamedTuple):
-    """Result of a check.
-
-    Attributes:
-        name: of what was checked.
-        passed: None: nothing was asked for, or it could not be checked here; `told` says why.
-        told: the figures, in words.
-        figures: the same, as JSON can hold them.
-    """
-
-    name: str
-    passed: bool | None
-    told: str
-    figures: Mapping[str, Any]
-
-
-class Setting(NamedTuple):
-    """Settings of all checks.
-
-    Attributes:
-        dtype: of kernels.
-    """
-
-    dtype: str
 
 
 def check_devices(setting: Setting) -> Iterator[Finding]:
@@ -73,7 +49,12 @@ def check_devices(setting: Setting) -> Iterator[Finding]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    yield Finding("versions", None, ", ".join(f"{name} {version}" for name, version in found.items()), found)
+    told = ", ".join(f"{name} {version}" for name, version in found.items())
+    yield Finding("versions", None, told, found)
+    if (hosts := jax.process_count()) > 1:
+        each = multihost_utils.process_allgather(np.uint32(zlib.crc32(told.encode())))
+        same = len(set(each.tolist())) == 1
+        yield Finding("versions of all hosts", same, f"{'equal' if same else 'not equal'} on {hosts} hosts", {})
     devices = jax.devices()
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     told = f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes"
@@ -156,45 +137,39 @@ def check_quantization(setting: Setting) -> Iterator[Finding]:
         x, kernel = normal((64, 640), 0), normal((640, 640), 1)
         with jax.default_matmul_precision("highest"):
             product, expected = x @ quantize({"kernel": kernel}, to)["kernel"].astype(jnp.float32), x @ kernel
-        error = _relative(product, expected)
+        error = relative(product, expected)
         yield Finding(to, error < bound, f"error {error:.1e}, at most {bound:.0e}", {"error": error, "bound": bound})
-
-
-def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Standard normal numbers, the same on any machine."""
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def _kernel(name: str, ours: Callable, reference: Callable, drawn: Sequence[np.ndarray], setting: Setting) -> Finding:
     """Errors of a kernel in the compute precision, and of its gradients, against float32 in full precision."""
     rounded = [jnp.asarray(x, setting.dtype) for x in drawn]
-
-    def value_and_gradients(function, inputs):
-        def loss(*inputs):
-            out = function(*inputs).astype(jnp.float32)
-            return jnp.sin(out).sum(), out
-
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
-        return out, gradients
-
     started = time.perf_counter()
     with jax.default_matmul_precision("highest"):
-        expected = value_and_gradients(reference, [x.astype(jnp.float32) for x in rounded])
+        expected = with_gradients(reference)(*(x.astype(jnp.float32) for x in rounded))
     precision = "highest" if setting.dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
-        found = value_and_gradients(ours, rounded)
-    forward, bounds = _relative(found[0], expected[0]), BOUNDS[setting.dtype]
-    backward = max(_relative(a, b) for a, b in zip(found[1], expected[1], strict=True))
+        found = with_gradients(ours)(*rounded)
+    forward, bounds = relative(found[0], expected[0]), BOUNDS[setting.dtype]
+    backward = max(relative(a, b) for a, b in zip(found[1], expected[1], strict=True))
     told = f"error {forward:.1e}, gradients {backward:.1e}, at most {bounds[0]:.0e} and {bounds[1]:.0e}"
     figures = {"error": forward, "gradient_error": backward, "seconds": round(time.perf_counter() - started, 2)}
     return Finding(name, forward < bounds[0] and backward < bounds[1], told, figures)
 
 
-def _relative(found: Any, expected: Any) -> float:
-    """Largest difference relative to the largest value; infinite where a number is not finite."""
-    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    return float(error) if np.isfinite(error) else math.inf
+def with_gradients(function: Callable) -> Callable:
+    """The value of a function, and the gradients of a loss of it with respect to all arguments; jitted."""
+
+    @jax.jit
+    def run(*inputs):
+        def loss(*inputs):
+            out = function(*inputs).astype(jnp.float32)
+            return jnp.sin(out).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True)(*inputs)
+        return out, gradients
+
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,12 +202,12 @@ def check_collectives(setting: Setting) -> Iterator[Finding]:
 
 def check_noise(setting: Setting) -> Iterator[Finding]:
     """The noise of images, which is the same on every machine."""
-    recorded = _recorded()["noise"]
+    recorded = read_recorded("noise")
     keys = image_keys([0, 7], [3, 2**32 - 1])
     bits = np.asarray(jax.vmap(lambda key: jax.random.bits(key, (4,)))(keys)).tolist()
     same = bits == recorded["bits"]
     yield Finding("noise: bits", same, f"{'equal to' if same else 'other than'} the recorded ones", {"bits": bits})
-    error = _relative(draw_normal(keys, 0, (4,)), np.array(recorded["normal"]))
+    error = relative(draw_normal(keys, 0, (4,)), np.array(recorded["normal"]))
     yield Finding("noise: normal numbers", error < 1e-5, f"error {error:.1e}, at most 1e-05", {"error": error})
 
 
@@ -251,7 +226,7 @@ def draw_recorded() -> np.ndarray:
 
 def check_drawing(setting: Setting) -> Iterator[Finding]:
     """Images of the demo model in float32."""
-    error = float(np.abs(draw_recorded() - np.array(_recorded()["drawing"])).max())
+    error = float(np.abs(draw_recorded() - np.array(read_recorded("drawing"))).max())
     told = f"off by {255 * error:.2f} / 255, at most 2 / 255"
     yield Finding("drawing with the demo model", error < 2 / 255, told, {"error": error})
 
@@ -286,8 +261,8 @@ def train_recorded() -> list[float]:
 
 def check_training(setting: Setting) -> Iterator[Finding]:
     """Ten steps of training on the demo model in float32."""
-    losses, recorded = train_recorded(), _recorded()["training"]
-    error = _relative(np.array(losses), np.array(recorded))
+    losses, recorded = train_recorded(), read_recorded("training")
+    error = relative(np.array(losses), np.array(recorded))
     told = f"loss {losses[0]:.4f} to {losses[-1]:.4f}, off by {error:.1e} of the recorded ones, at most 1e-03"
     yield Finding("ten steps of training the demo model", error < 1e-3, told, {"losses": losses, "error": error})
 
@@ -311,19 +286,8 @@ def check_compilation(setting: Setting) -> Iterator[Finding]:
 def check_speed(setting: Setting) -> Iterator[Finding]:
     """A pass of Stable Diffusion 1.5's UNet with random weights, beside what matrix products and copies reach."""
     device, images = jax.local_devices()[0], 1 if platform() == "cpu" else 4
-    network = abstract_network("unet", SD15.unet, setting.dtype)
-    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), network.params)
-
-    def forward(params, latents, timesteps, text):
-        return nnx.merge(network.graphdef, params)(latents, timesteps, text)
-
-    side, tokens = 64, 77
-    inputs = (
-        normal((images, side, side, SD15.unet.in_channels), 0),
-        np.full(images, 500),
-        normal((images, tokens, SD15.unet.cross_attention_dim), 1),
-    )
-    program = jax.jit(forward)
+    program, shapes = unet_pass(images, setting.dtype)
+    params, *inputs = jax.tree.map(lambda shape: jnp.full(shape.shape, 0.01, shape.dtype), shapes)
     compiled, flops = compile_and_count(program.lower(params, *inputs), program, params, *inputs)
     jax.block_until_ready(compiled(params, *inputs))
     rounds = []
@@ -342,25 +306,29 @@ def check_speed(setting: Setting) -> Iterator[Finding]:
         f"{seconds / images:.3f} s an image in {setting.dtype}, {flops / seconds / 1e12:.2f} TFLOP/s; products reach "
         f"{products / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.0f} GB/s"
     )
+    if (hosts := jax.process_count()) > 1:
+        each = np.sort(multihost_utils.process_allgather(np.float32(seconds / images)))
+        told += f"; {each[0]:.3f} to {each[-1]:.3f} s on {hosts} hosts"
+        figures["seconds_of_hosts"] = each.tolist()
     if makers is not None:
         told += f"; {flops / seconds / makers:.0%} of the maker's peak"
+    slice = running_on([device])
+    planned = planned_seconds(compiled.as_text(), slice) if slice is not None else 0.0
+    if planned:
+        told += f"; planned {planned / images:.3f} s, {seconds / planned:.2f} times as long"
+        figures["planned_seconds"] = planned
+    else:
+        told += f"; no plan is made for {device.device_kind}"
     yield Finding("speed of Stable Diffusion 1.5's UNet", None, told, figures)
 
 
-def _recorded() -> dict[str, Any]:
-    return json.loads((resources.files("flax_pref.verification") / RECORDED).read_text(encoding="utf-8"))
-
-
-CHECKS: Mapping[str, Callable[[Setting], Iterator[Finding]]] = {
-    "devices": check_devices,
-    "attention": check_attention,
-    "convolutions": check_convolutions,
-    "norms": check_norms,
-    "quantization": check_quantization,
-    "collectives": check_collectives,
-    "noise": check_noise,
-    "drawing": check_drawing,
-    "training": check_training,
-    "compilation": check_compilation,
-    "speed": check_speed,
-}
+def unet_pass(images: int, dtype: str) -> tuple[Callable, tuple]:
+    """Stable Diffusion 1.5's UNet at 512 x 512 pixels, jitted, and the shapes of its arguments, parameters first."""
+    config, network = SD15.unet, abstract_network("unet", SD15.unet, dtype)
+    shapes = (
+        jax.ShapeDtypeStruct((images, 64, 64, config.in_channels), jnp.float32),
+        jax.ShapeDtypeStruct((images,), jnp.int32),
+        jax.ShapeDtypeStruct((images, 77, config.cross_attention_dim), jnp.float32),
+    )
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), network.params)
+    return jax.jit(lambda params, *inputs: nnx.merge(network.graphdef, params)(*inputs)), (params, *shapes)

@@ -10,7 +10,9 @@ from flax_pref.models.attention import attention
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.planning.hlo import Cost, Instruction, Module
 from flax_pref.planning.kernels import kernel_cost, known
+from flax_pref.planning.plan import planned_seconds
 from flax_pref.planning.topologies import CHIPS, Topology, topology
+from flax_pref.verification import checks
 
 V5E = Topology("v5e:2x2", [], CHIPS["v5e"], 197e12)
 BATCH, LENGTH, HEADS, SIZE = 4, 1024, 2, 40
@@ -73,3 +75,14 @@ def test_kernels_take_the_time_of_the_padded_heads(mesh):
     cycles = sum(one.cost.cycles for one in flash if one.instruction.opcode == "custom-call")
     product = 2 * BATCH // 4 * HEADS * LENGTH**2 * 128
     assert cycles >= 7 * product / V5E.peak * V5E.chip.clock
+
+
+@pytest.mark.plan
+def test_a_kernel_that_a_machine_is_verified_with_compiles_for_a_tpu_and_is_planned(mesh):
+    alone = NamedSharding(mesh, PartitionSpec())
+    length, keys, size = max(checks.ATTENTION)
+    q, k = (jax.ShapeDtypeStruct((2, n, 2, size), jnp.bfloat16, sharding=alone) for n in (length, keys))
+    with jax.set_mesh(mesh):
+        compiled = checks.with_gradients(attention).lower(q, k, k).compile()
+    least = 12 * 2 * 2 * length * keys * size / V5E.peak  # two products forward, four backward
+    assert least < planned_seconds(compiled.as_text(), V5E) < 20 * least

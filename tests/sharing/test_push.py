@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import DatasetCard, ModelCard, constants
 from PIL import Image
 from sharing.hub_server import TOKEN, serving
 
-from flax_pref.checkpoints.diffusers import load_pipeline
+from flax_pref.checkpoints.diffusers import load_pipeline, save_pipeline
 from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.checkpoints.module_info import ModuleInfo
 from flax_pref.checkpoints.modules import find_module, fingerprint
@@ -34,9 +35,11 @@ from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.sharing.contents import gather
 from flax_pref.sharing.push import write
 from flax_pref.sharing.push_flags import PushFlags
+from flax_pref.training.export import NAMES
 from flax_pref.training.optimizers import OptimizerConfig
 from flax_pref.training.samples import SampleConfig
 from flax_pref.training.trainer import TrainConfig, fields_of
+from tests.checkpoints.small import small_pipeline
 
 REPO = "anna/modules"
 # Of huggingface_hub itself, where it uploads without hf_xet.
@@ -176,6 +179,83 @@ def test_the_card_of_a_run_says_what_the_run_was(world, hub):
     )
     assert record["files"] == sorted(contents.files) and "output" not in record["settings"]
     assert record["settings"]["data"] == "pairs", "the folders of this machine are nobody's business"
+
+
+@pytest.fixture
+def published_base(tmp_path, hub):
+    """A small base on the Hub, and a run of modules that were trained on it."""
+    pipeline = small_pipeline("sd1")
+    save_pipeline(pipeline, tmp_path / "base")
+    files = {
+        str(file.relative_to(tmp_path / "base")): file for file in (tmp_path / "base").rglob("*") if file.is_file()
+    }
+    hub.add("anna/base", {name: file.read_bytes() for name, file in files.items()})
+    unet = lora_network(pipeline.unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.05), split_lora(unet.params)[1])
+    for i, name in enumerate(("pos", "neg")):
+        for layout in ("diffusers", "kohya"):
+            file = tmp_path / "run" / "modules" / NAMES[layout].format(name)
+            save_lora(select_lora(lora, i), file, alpha=2 - i, layout=layout, config=unet.config)
+    describe_run(tmp_path / "run", model="anna/base")
+    return tmp_path / "run"
+
+
+def test_a_run_on_a_published_base_is_a_pipeline_of_diffusers_too(published_base, hub, capsys):
+    status, out, err = push(capsys, published_base, "--repo", REPO, "--license", "mit")
+    assert status == 0 and "pipeline.py" not in out + err
+    files = hub.files(REPO)
+    assert files["networks/module_neg/pytorch_lora_weights.safetensors"] == files["neg.safetensors"]
+    index = json.loads(files["model_index.json"])
+    assert (index["rule"]["name"], index["rule"]["w"], index["rule"]["guidance_scale"]) == ("cpgd", "3", "7.5")
+    assert json.loads(files["networks/networks.json"])["base"] == "anna/base"
+    card = files["README.md"].decode()
+    guided, alone = blocks(card.partition("### diffusers")[2], "python")
+    assert f'"{REPO}", custom_pipeline="{REPO}"' in guided and ", guidance_scale=7.5, w=3)" in guided
+    assert "load_lora_weights" in alone
+    for block in (guided, alone):
+        compile(block, "card", "exec")
+    # The repository leads to the base, and not to itself.
+    drawing = drawing_of(REPO, {"pos": REPO, "neg": REPO})
+    assert (drawing.checkpoint.path / "unet").is_dir()
+    assert drawing.sources["pos"] == [(REPO, 1.0)] and find_module(REPO, "pos").name == "pos.safetensors"
+
+
+@pytest.mark.program
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_guides_from_a_repository_as_its_card_says(published_base, hub, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    assert push(capsys, published_base, "--repo", REPO, "--license", "mit")[0] == 0
+    stored = {name: published_base / "modules" / f"{name}.safetensors" for name in ("pos", "neg")}
+    drawing = drawing_of("anna/base", stored)
+    drawn = drawing.load(dtype="float32", batch_size=1)(["a cat"], rule=drawing.sampled, seed=7)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(REPO, custom_pipeline=REPO, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "height": 16, "width": 16, "seed": 7, "output_type": "np"}
+    image, plain = (pipe("a cat", guidance_scale=7.5, w=w, **options).images for w in (3, 0))
+    assert np.abs(image - drawn).max() < 2 / 255
+    assert np.abs(plain - drawn).max() > 8 / 255, "the modules matter"
+
+
+def drawing_of(model, modules):
+    given = tuple(f"{name}={place}" for name, place in modules.items())
+    return resolve_drawing(
+        ImageFlags(model=model, module=given, rule="cpgd", w="3", steps=10, height=16, width=16, prompt=("a",))
+    )
+
+
+NO_PIPELINE = {
+    "a base that nobody else has": ({"model": "runs/base"}, "its base is on no Hub"),
+    "a rule that it has not": ({"method": CHATS()}, "--rule chats"),
+}
+
+
+@pytest.mark.parametrize("what", NO_PIPELINE)
+def test_why_there_is_no_pipeline_of_diffusers_is_told(published_base, what, capsys):
+    changes, reason = NO_PIPELINE[what]
+    describe_run(published_base, **{"model": "anna/base", **changes})
+    contents = gather(PushFlags(folder=str(published_base), repo=REPO))
+    assert "pipeline.py" not in contents.files
+    assert any(note.startswith(f"no pipeline.py for diffusers: {reason}") for note in contents.notes), contents.notes
 
 
 @pytest.mark.parametrize(
