@@ -36,6 +36,7 @@ PAIRS = (
 )
 ALPHA = ".alpha"
 ENDINGS = {a: "A" for a, _ in PAIRS} | {b: "B" for _, b in PAIRS} | {ALPHA: "alpha"}
+PARTNERS = dict(PAIRS) | {b: a for a, b in PAIRS}
 PREFIXES = re.compile(r"^(diffusion_model\.|lora_unet_|lycoris_|(unet\.)?(base_model\.model\.)?)")
 TEXT_ENCODERS = re.compile(r"lora_te\d?_|text_encoder(_2)?\.|(base_model\.model\.)?text_model\.")
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, as JSON
@@ -135,15 +136,17 @@ def _settings(file, tensors, metadata):
 
 def _pair(file, tensors, parts, settings, model, layer):
     """A and B of a layer in the shape that it computes with."""
-    for a, b in PAIRS:
-        for one, other, missing in ((a, b, "B"), (b, a, "A")):
-            key = next((parts[part] for part in ("A", "B", "alpha") if part in parts), "")
-            if missing not in parts and key.endswith(one):
-                raise ValueError(f"{file}: no weight {key.removesuffix(one) + other!r} beside {key!r}; export it again")
+    for part, other in ("AB", "BA"):
+        if part in parts and other not in parts:
+            key = parts[part]
+            ending = next(filter(key.endswith, ENDINGS))
+            raise ValueError(
+                f"{file}: no weight {key.removesuffix(ending) + PARTNERS[ending]!r} beside {key!r}; export it again"
+            )
     if "A" not in parts:
         raise ValueError(f"{file}: no matrices beside {parts['alpha']!r}; export it again")
     a, b = (tensors[parts[part]].float() for part in "AB")
-    rank, weight = len(a), model.get_submodule(layer).weight
+    rank, weight = a.shape[0] if a.ndim else 0, model.get_submodule(layer).weight
     inner = (rank, *weight.shape[1:])
     outer = (weight.shape[0], rank, *(1,) * (weight.ndim - 2))
     # The same numbers make a matrix and a 1x1 convolution, and files have either for layers that can be both.
@@ -178,6 +181,23 @@ def _of_layer(name, patterns, default):
     """The value of the first pattern that the name ends with, after a dot; that is how PEFT reads them."""
     fits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
     return next(fits, default)
+
+
+def check_fit(modules, model):
+    """That modules were loaded for a model of this kind.
+
+    Raises:
+        ValueError: a layer is missing, or of another shape.
+    """
+    layers = dict(model.model.named_modules())
+    for name, module in modules.items():
+        for layer, (a, b) in module.items():
+            weight = getattr(layers.get(layer), "weight", None)
+            if weight is None or (len(b), *a.shape[1:]) != tuple(weight.shape):
+                raise ValueError(
+                    f"module {name}: its layer {layer!r} does not fit the model; connect Load preference modules to "
+                    "the model that is guided"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import folder_paths
 import torch
 
 from .guidance import RULES, Guidance, parse_strengths
-from .modules import Predictor, load_module
+from .modules import Predictor, check_fit, load_module
 
 NONE = "none"
-NAMES = tuple(name for name in RULES if name != "cfg")  # which is what ComfyUI does without these nodes
+NAMES = [name for name in RULES if name != "cfg"]  # which is what ComfyUI does without these nodes
 COMBINES, PREDICTS = "sampler_cfg_function", "sampler_calc_cond_batch_function"
 
 
@@ -72,7 +72,7 @@ class ContrastiveGuidance:
                 "norm_matched": ("BOOLEAN", norm),
             },
             "optional": {
-                "between": (("hold", "extrapolate"), between),
+                "between": (["hold", "extrapolate"], between),
                 "rescale": share(0.0, "Share phi of guidance rescale. 0 is none."),
                 "strengths": ("STRING", text),
             },
@@ -92,6 +92,7 @@ class ContrastiveGuidance:
         if "neg" in modules:
             modules = {**modules, "bad": modules["neg"]}  # as autoguidance calls it
         guidance = _check(terms, modules)
+        check_fit(modules, model)
         patched = model.clone()
         if guidance.names:
             _refuse(model, COMBINES, rule)

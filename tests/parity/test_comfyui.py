@@ -524,6 +524,13 @@ def test_a_file_that_cannot_be_read_whole_is_refused(damage, family, nodes, lora
     assert "damaged.safetensors" in str(told.value) and "\n" not in str(told.value)
 
 
+def test_modules_of_another_model_are_refused(nodes):
+    modules = {"pos": {"diffusion_model.other": line_modules()["pos"]["diffusion_model.scale"]}}
+    message = "module pos: its layer 'diffusion_model.other' does not fit the model; connect Load preference modules"
+    with pytest.raises(ValueError, match=message):
+        guide(nodes, line()[0], modules, "pgd")
+
+
 @pytest.mark.parametrize("family", ["sd15"], indirect=True)
 def test_files_of_other_kinds_are_refused(family, nodes, loras):
     patcher, load = family[3], nodes.LoadPreferenceModules().load
@@ -609,7 +616,7 @@ def test_the_example_workflow_fits_the_nodes(nodes):
         for name, (kind, *options) in choices.items():
             if node["type"] == "LoadPreferenceModules":
                 assert values[name].endswith(".safetensors")
-            elif isinstance(kind, tuple):
+            elif isinstance(kind, list):
                 assert values[name] in kind
             else:
                 assert type(values[name]) is {"FLOAT": float, "INT": int, "BOOLEAN": bool, "STRING": str}[kind]
