@@ -16,7 +16,8 @@ from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch_pipelines import SCHEDULE, sd15, sdxl
-from torch_reference import SD15_UNET, SDXL_UNET, nchw, randomised, relative_error
+from torch_reference import TWO_BLOCKS as UNETS
+from torch_reference import nchw, randomised, relative_error
 
 from flax_pref.checkpoints.checkpoint import Checkpoint
 from flax_pref.config import INTEGRATIONS, UserError
@@ -37,24 +38,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
 ]
-# Smaller ones than in the other tests: most of the time is that of our compilations.
-TWO = {"block_out_channels": [8, 16], "layers_per_block": 1}
-UNETS = {
-    "sd15": SD15_UNET
-    | TWO
-    | {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    },
-    "sdxl": SDXL_UNET
-    | TWO
-    | {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "attention_head_dim": [1, 2],
-        "transformer_layers_per_block": [1, 2],
-    },
-}
 PIPELINE = runpy.run_path(str(INTEGRATIONS / "diffusers" / "pipeline.py"))
 PROMPTS, SEED, SIZE = ["a lion, red", "a dog"], 3, (24, 32)
 STEPS = 20

@@ -28,6 +28,24 @@ SDXL_UNET = {
     "projection_class_embeddings_input_dim": 46,
     "norm_num_groups": 4,
 }
+# With two blocks, for tests that compile many programs.
+TWO = {"block_out_channels": [8, 16], "layers_per_block": 1}
+TWO_BLOCKS = {
+    "sd15": SD15_UNET
+    | TWO
+    | {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "sdxl": SDXL_UNET
+    | TWO
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [1, 2],
+        "transformer_layers_per_block": [1, 2],
+    },
+}
 VAE = {
     "block_out_channels": [8, 16, 16],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
