@@ -26,6 +26,9 @@ class Command(NamedTuple):
 
 PROGRAMS = {
     "sample": Command("sample.images", "Draws images from a Stable Diffusion checkpoint."),
+    "app": Command(
+        "sample.app", "Serves a page to play with: base and guided image side by side, from the same noise."
+    ),
     "score": Command("sample.score", "Scores folders of images, or the pairs of prepared sets, with rewards."),
     "report": Command("sample.report", "Compares methods on the same prompts and seeds."),
     "encode": Command(

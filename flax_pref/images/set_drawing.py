@@ -130,7 +130,6 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
         raise UserError(
             f"--second-prompt: {drawing.checkpoint.path} has one text encoder; expected it for Stable Diffusion XL only"
         )
-    settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
     texts = json.dumps([(prompt.id, prompt.text, prompt.group) for prompt in prompts])
     return ImageWork(
         flags=flags,
@@ -138,8 +137,14 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
         items=items,
         prompts=Content(flags.prompts or "--prompt", hashlib.sha256(texts.encode()).hexdigest()),
         layout=layout,
-        settings=settings | {"dtype": default_dtype(flags.dtype)} | drawing.fingerprints(),
+        settings=settings_of(flags) | drawing.fingerprints(),
     )
+
+
+def settings_of(flags: ImageFlags) -> dict[str, Any]:
+    """What the flags say of how images look besides prompt and seed, as their metadata tell it."""
+    settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
+    return settings | {"dtype": default_dtype(flags.dtype)}
 
 
 def _seeds(flags: ImageFlags) -> list[int]:
