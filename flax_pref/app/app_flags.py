@@ -36,5 +36,7 @@ class AppFlags(DrawingFlags):
             raise UserError(
                 "--preset fast: merges one w into the weights, and the page changes it; expected full, light or late"
             )
+        if self.preset == "late" and self.w is None:
+            raise UserError("--preset late: needs --w, the strength of the modules in the second half, e.g. --w 4")
         if not 1 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: expected 1 to 65535")

@@ -1,5 +1,6 @@
 """The page, in gradio: fields on the left, images on the right, and what was drawn before under them."""
 
+import dataclasses
 import html
 import importlib.resources
 import re
@@ -278,6 +279,7 @@ def follow(entry: Entry, studio: Studio, entries: list[Entry]) -> Iterator[tuple
             yield gr.HTML(text), images, archive, *[gr.skip()] * 2, BUTTON_BUSY, gr.skip() if seen else BUTTON_STOPS
         job.finished.wait(0.2)
     save(entry, len(job.pictures))
+    job.pictures = [dataclasses.replace(picture, content=b"") for picture in job.pictures]  # the files have it
     if not entry.files:
         entries.remove(entry)
     yield (

@@ -29,7 +29,7 @@ from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import to_bytes, watched_steps
 from flax_pref.images.image_files import encode_image
 from flax_pref.images.image_flags import ImageFlags
-from flax_pref.images.set_drawing import settings_of
+from flax_pref.images.set_drawing import check_devices, settings_of
 from flax_pref.models.bank import AXIS
 from flax_pref.models.platform import default_dtype, platform
 from flax_pref.parallel.mesh import make_mesh
@@ -162,17 +162,16 @@ class Studio:
             UserError, ValueError, FileNotFoundError: as `resolve_drawing`, or the modules do not allow the rule.
         """
         self.flags = flags = with_preset(flags)
+        check_devices(flags.mesh, flags.attention)
         self._mesh = make_mesh(flags.mesh, jax.local_devices())
         names = tuple(dict.fromkeys(text.partition("=")[0] for text in flags.module))
         self.offers = offered(names, flags)
         self.first = first_offer(self.offers, flags)
         # A rule that uses all modules, whatever they are: so all are found, checked and loaded.
-        rule = {0: "cfg", 1: "pgd"}.get(len(names), "multi")
-        w = {0: None, 1: "1"}.get(len(names), ",".join(f"{name}=1" for name in names))
-        free: dict[str, Any] = {"every": 1, "between": "hold", "shaping": None, "proxy": None}
-        if not names:
-            free["module_base"] = None
-        self._drawing = resolve_drawing(dataclasses.replace(flags, rule=rule, w=w, guidance_scale="7.5", **free))
+        rule = "pgd" if len(names) == 1 else "multi"
+        w = "1" if len(names) == 1 else ",".join(f"{name}=1" for name in names)
+        changes: dict[str, Any] = {"rule": rule, "w": w, "every": 1, "between": "hold", "shaping": None, "proxy": None}
+        self._drawing = resolve_drawing(dataclasses.replace(flags, **changes) if names else flags)
         order = Order(
             prompt="",
             negative_prompt="",

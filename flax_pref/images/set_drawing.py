@@ -28,6 +28,7 @@ from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_ste
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS
+from flax_pref.models.choices import Kernel
 from flax_pref.models.platform import default_dtype, platform
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, wait_for_others, watched
@@ -124,7 +125,7 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
         [prompt.text for prompt in prompts] + [flags.negative_prompt or "", flags.second_prompt or ""],
         flags.prompt_syntax,
     )
-    _check_devices(flags)
+    check_devices(flags.mesh, flags.attention)
     drawing = resolve_drawing(flags)
     if flags.second_prompt is not None and len(drawing.checkpoint.text_encoders) == 1:
         raise UserError(
@@ -166,13 +167,17 @@ def _seeds(flags: ImageFlags) -> list[int]:
     return list(dict.fromkeys(itertools.chain(*ranges)))
 
 
-def _check_devices(flags: ImageFlags) -> None:
-    """Checks the flags that say how to use the devices."""
-    make_mesh(flags.mesh, jax.local_devices())
-    needed = {"cudnn": "gpu", "flash": "tpu"}.get(flags.attention, platform())
+def check_devices(mesh: str, attention: Kernel) -> None:
+    """Checks the flags that say how to use the devices.
+
+    Raises:
+        UserError, ValueError: the devices make up no such mesh, or the kernel is for others.
+    """
+    make_mesh(mesh, jax.local_devices())
+    needed = {"cudnn": "gpu", "flash": "tpu"}.get(attention, platform())
     if needed != platform():
         raise UserError(
-            f"--attention {flags.attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
+            f"--attention {attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
             "expected auto, xla or blocked"
         )
 
