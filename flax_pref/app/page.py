@@ -9,6 +9,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -108,7 +109,7 @@ def open_page(studio: Studio, folder: Path, flags: AppFlags) -> tuple[Callable[[
     if flags.share and not public:
         blocks.close()
         raise OSError("--share: Gradio's servers gave no public address; leave it out, or look at the network")
-    return blocks.close, public or None
+    return partial(blocks.close, verbose=False), public or None
 
 
 def make_page(studio: Studio, visitors: Visitors) -> gr.Blocks:
