@@ -18,7 +18,7 @@ import gradio as gr
 from gradio.themes import Default
 
 from flax_pref.app.app_flags import AppFlags
-from flax_pref.app.studio import Job, Order, Picture, Studio, readable
+from flax_pref.app.studio import Order, Picture, Studio, StudioJob, readable
 from flax_pref.config import UserError
 
 MOST_IMAGES = 8
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
         files: name of the file of each of the job's pictures.
     """
 
-    job: Job
+    job: StudioJob
     folder: Path
     form: Mapping[str, Any]
     size: tuple[int, int]
@@ -63,7 +63,7 @@ class Visitors:
         """Those of the tab that asks."""
         return self._entries.setdefault(str(request.session_hash), [])
 
-    def begin(self, job: Job, form: Mapping[str, Any], size: tuple[int, int], request: gr.Request) -> Entry:
+    def begin(self, job: StudioJob, form: Mapping[str, Any], size: tuple[int, int], request: gr.Request) -> Entry:
         """A new entry; the oldest goes where there are many."""
         entries = self.entries(request)
         folder = self._folder / uuid.uuid4().hex
@@ -324,7 +324,7 @@ def archive_of(entry: Entry) -> Any:
 # HTML
 
 
-def state_of(job: Job | None, error: str | None = None, *, ahead: int = 0) -> str:
+def state_of(job: StudioJob | None, error: str | None = None, *, ahead: int = 0) -> str:
     """How far an order is, or why it is not drawn."""
     error = error or (job.error if job else None)
     parts = []
@@ -341,7 +341,7 @@ def state_of(job: Job | None, error: str | None = None, *, ahead: int = 0) -> st
     return f"<div class='state'>{''.join(parts)}</div>"
 
 
-def doing(job: Job, ahead: int) -> str:
+def doing(job: StudioJob, ahead: int) -> str:
     """What is done for an order now, in a sentence."""
     if job.stopped:
         return "Stopping after this step"

@@ -96,7 +96,7 @@ class StoppedByVisitor(Exception):
     """Raised inside of a running sampler, which ends by it."""
 
 
-class Job:
+class StudioJob:
     """An order on its way; what its attributes say changes while it is drawn.
 
     Attributes:
@@ -193,7 +193,7 @@ class Studio:
         )
         self.example = "a large red circle in the middle, white background" if flags.model == "demo" else ""
         self._bases: collections.OrderedDict[str, bytes] = collections.OrderedDict()
-        self._queue: list[Job] = []
+        self._queue: list[StudioJob] = []
         self._lock = threading.Lock()
         # One thread computes. So visitors wait for each other, and JAX gets one program at a time.
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="studio")
@@ -226,7 +226,7 @@ class Studio:
         """The sides that an order draws: a rule without modules is that of the base."""
         return SIDES if self.offer(order.rule).modules else SIDES[:1]
 
-    def submit(self, order: Order) -> Job:
+    def submit(self, order: Order) -> StudioJob:
         """Puts an order into the queue.
 
         Raises:
@@ -236,7 +236,7 @@ class Studio:
             raise UserError("Prompt: empty; describe what to draw")
         check_seed(order.seed, "Seed")
         check_prompts([order.prompt, order.negative_prompt], self.flags.prompt_syntax)
-        job = Job(order, self.sides(order))
+        job = StudioJob(order, self.sides(order))
         work: dict[Side, tuple[ImageFlags, Drawing]] = {side: self._resolved(order, side) for side in job.sides}
         job.total = sum(len(drawing.solver.timesteps) for _, drawing in work.values()) * len(self._batches(order))
         with self._lock:
@@ -244,7 +244,7 @@ class Studio:
             job.future = self._worker.submit(self._finish, job, work)
         return job
 
-    def stop(self, job: Job) -> None:
+    def stop(self, job: StudioJob) -> None:
         """Ends a job: at once where it waits, else after the current step.
 
         On TPUs it ends after the current batch, for no exception ends a program there.
@@ -253,7 +253,7 @@ class Studio:
         if job.future is not None and job.future.cancel():
             self._leave(job)
 
-    def ahead(self, job: Job) -> int:
+    def ahead(self, job: StudioJob) -> int:
         """Orders that are drawn before this one."""
         with self._lock:
             before = self._queue[: self._queue.index(job)] if job in self._queue else []
@@ -293,7 +293,7 @@ class Studio:
         shards = 1 if self._mesh.size == 1 else self._mesh.size // self._mesh.shape.get(AXIS, 1)
         return list(chunks(order.images, self.flags.batch_size * shards))
 
-    def _finish(self, job: Job, work: Mapping[Side, tuple[ImageFlags, Drawing]]) -> None:
+    def _finish(self, job: StudioJob, work: Mapping[Side, tuple[ImageFlags, Drawing]]) -> None:
         try:
             if not job.stopped:
                 self._draw_all(job, work)
@@ -303,13 +303,13 @@ class Studio:
         finally:
             self._leave(job)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: StudioJob) -> None:
         with self._lock:
             if job in self._queue:  # a job may be stopped twice
                 self._queue.remove(job)
         job.finished.set()
 
-    def _draw_all(self, job: Job, work: Mapping[Side, tuple[ImageFlags, Drawing]]) -> None:
+    def _draw_all(self, job: StudioJob, work: Mapping[Side, tuple[ImageFlags, Drawing]]) -> None:
         order = job.order
         seeds = [(order.seed + i) % 2**32 for i in range(order.images)]
         with warnings.catch_warnings(record=True) as caught:
@@ -339,7 +339,9 @@ class Studio:
                 while len(self._bases) > KEPT:
                     self._bases.popitem(last=False)
 
-    def _contents(self, job: Job, flags: ImageFlags, drawing: Drawing, seeds: Sequence[int], count: int) -> list[bytes]:
+    def _contents(
+        self, job: StudioJob, flags: ImageFlags, drawing: Drawing, seeds: Sequence[int], count: int
+    ) -> list[bytes]:
         """A batch as PNG files."""
         if drawing.imitated_guidance != self._draw.imitated_guidance:
             self._draw = dataclasses.replace(self._draw, imitated_guidance=drawing.imitated_guidance)
