@@ -190,6 +190,8 @@ def make_page(studio: Studio, visitors: Visitors) -> gr.Blocks:
             entry = visitors.begin(job, form, studio.size, request)
             try:
                 yield from follow(entry, studio, visitors.entries(request))
+            except Exception as error:  # such as a full disk
+                yield gr.HTML(state_of(None, readable(error))), *[gr.skip()] * 4, BUTTON_READY, BUTTON_IDLE
             finally:  # whatever ends this, such as a tab that is closed
                 studio.stop(job)
 

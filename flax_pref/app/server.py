@@ -1,5 +1,6 @@
 """Serves the page: checks what can be checked at once, loads the model, and waits."""
 
+import errno
 import importlib.util
 import os
 import signal
@@ -32,8 +33,6 @@ def check_server(flags: AppFlags) -> None:
     except PermissionError as error:
         raise UserError(f"--port {flags.port}: is reserved for the system; expected 1024 to 65535") from error
     except OSError as error:
-        import errno
-
         if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"--port {flags.port}: is in use on {flags.host}; end the program that listens there, or choose "

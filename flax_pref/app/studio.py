@@ -176,7 +176,7 @@ class Studio:
             prompt="",
             negative_prompt="",
             rule=self.first.label,
-            w=flags.w or "1",
+            w=flags.w or ",".join(f"{name}=1" if name != "w" else "1" for name in self.first.strengths),
             guidance_scale=flags.guidance_scale,
             steps=flags.steps,
             seed=0,

@@ -185,6 +185,13 @@ def test_what_is_cut_from_a_prompt_is_said(studio):
     assert len(job.notes) == 1 and "this is cut and has no effect" in job.notes[0]
 
 
+@pytest.mark.parametrize("rule", ["multi", "npo", "pgd", "cfg"])
+def test_a_page_begins_with_any_rule_that_is_offered(given, rule):
+    studio = Studio(AppFlags(**given, steps=3, rule=rule))
+    assert studio.first.rule == ("cpgd" if rule == "cfg" else rule)
+    studio.close()
+
+
 def test_syntax_that_is_not_supported_is_refused_before_it_waits(given):
     studio = Studio(AppFlags(**given, steps=3, prompt_syntax="a1111"))
     with pytest.raises(ValueError, match=r"edits the prompt while sampling, which is not supported"):
