@@ -36,6 +36,9 @@ PROGRAMS = {
         "sample.export", "Exports a sampler: a program that is served without tracing, or a pipeline of diffusers."
     ),
     "push": Command("sample.push", "Shares a training run, an image set or a report on the Hub, with a card."),
+    "app": Command(
+        "sample.app", "Serves a page to play with: base and guided image side by side, from the same noise."
+    ),
     "plan": Command("train.plan", "Plans training or encoding for a TPU slice that is not there."),
     "plan-sample": Command("sample.plan", "Plans sampling for a TPU slice that is not there."),
     "verify": Command("sample.verify", "Checks that this machine computes what it should, and how fast."),

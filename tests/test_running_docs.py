@@ -71,6 +71,7 @@ FLAGS = {
     **dict.fromkeys(("make demo", "make study", "make test"), ""),
     "hf download": "--local-dir --include",
     "hf auth login": "",
+    "ssh": "-L",
     "git archive": "--format --output",
     "apt-get update": "",
     "apt-get install": "--yes",

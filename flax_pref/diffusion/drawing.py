@@ -71,6 +71,19 @@ class Drawing:
             "modules_sha256": {name: "+".join(map(fingerprint, paths)) for name, paths in parts.items()},
         }
 
+    def changed(self, flags: DrawingFlags) -> "Drawing":
+        """The same checkpoint with another rule, strengths or steps, and with as many of its modules; reads no file.
+
+        Args:
+            flags: which modules, textual inversions and settings of the model are some of those of this drawing.
+
+        Raises:
+            UserError, ValueError: as `resolve_drawing`.
+        """
+        sources = _sources(flags)
+        _check_modules(named_rule(**_terms(flags, sources)), sources, flags)
+        return _resolved(flags, self.checkpoint, sources, self.embeddings)
+
     def load(self, *, dtype: str, batch_size: int, mesh: Mesh | None = None) -> TextToImage:
         """The checkpoint with its modules on the devices.
 
@@ -135,8 +148,7 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
             file is not what the networks need.
     """
     sources, embeddings = _sources(flags), _embeddings(flags)
-    terms = _terms(flags, sources)
-    rule = named_rule(**terms)
+    rule = named_rule(**_terms(flags, sources))
     if weights:
         _check_modules(rule, sources, flags)
     checkpoint = open_model(flags, weights=weights)
@@ -145,6 +157,18 @@ def resolve_drawing(flags: DrawingFlags, *, weights: bool = True) -> Drawing:
             find_module(path, name)
     for path in (*filter(None, [flags.module_base]), *embeddings.values()):
         find_checkpoint(path)
+    return _resolved(flags, checkpoint, sources, embeddings)
+
+
+def _resolved(
+    flags: DrawingFlags,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Sequence[tuple[str, float]]],
+    embeddings: Mapping[str, str],
+) -> Drawing:
+    """What follows from the flags and from the config files of a checkpoint."""
+    terms = _terms(flags, sources)
+    rule = named_rule(**terms)
     unet = checkpoint.config("unet")
     imitated, guiding = IMITATED_GUIDANCE, flags
     if unet.time_cond_proj_dim is not None:

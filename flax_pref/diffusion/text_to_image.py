@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,7 @@ class TextToImage:
         second_prompts: Sequence[str] | None = None,
         chunks: int = 1,
         bar: np.ndarray | None = None,
+        solver: Solver | None = None,
     ) -> jax.Array:
         """Draws one batch and does not wait for it: work for the next can be prepared while devices compute.
 
@@ -203,6 +204,7 @@ class TextToImage:
             chunks: of tokens, as many as the longest prompt has, see `count_chunks`; a program is compiled for each
                 number.
             bar: number of a progress bar that counts steps.
+            solver: of other steps than those of this; None: its own.
 
         Returns:
             float32 `[B, H, W, 3]` in [0, 1], on the devices.
@@ -215,7 +217,7 @@ class TextToImage:
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, self.solver, keys, text, empty, blank, own, shape, bar)
+            latents = _sample(self.bank, table, solver or self.solver, keys, text, empty, blank, own, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
     def count_chunks(self, prompts: Sequence[str]) -> int:
@@ -347,12 +349,20 @@ def trained_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
     return vae.downscale_factor * height, vae.downscale_factor * width
 
 
-_bars: dict[int, tqdm] = {}
+class StepBar(Protocol):
+    """What counts the steps of a sampler, such as a progress bar."""
+
+    def update(self) -> object:
+        """Counts one step; on CPUs and GPUs an exception ends the running sampler, whose caller gets JAX's error."""
+        ...
+
+
+_bars: dict[int, StepBar] = {}
 _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def watched_steps(bar: tqdm, watch: bool) -> Iterator[np.ndarray | None]:
+def watched_steps(bar: StepBar, watch: bool) -> Iterator[np.ndarray | None]:
     """The number under which a running program finds its progress bar: compiled programs outlive bars."""
     if not watch:
         yield None

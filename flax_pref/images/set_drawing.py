@@ -28,6 +28,7 @@ from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_ste
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS
+from flax_pref.models.choices import Kernel
 from flax_pref.models.platform import default_dtype, platform
 from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, wait_for_others, watched
@@ -124,13 +125,12 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
         [prompt.text for prompt in prompts] + [flags.negative_prompt or "", flags.second_prompt or ""],
         flags.prompt_syntax,
     )
-    _check_devices(flags)
+    check_devices(flags.mesh, flags.attention)
     drawing = resolve_drawing(flags)
     if flags.second_prompt is not None and len(drawing.checkpoint.text_encoders) == 1:
         raise UserError(
             f"--second-prompt: {drawing.checkpoint.path} has one text encoder; expected it for Stable Diffusion XL only"
         )
-    settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
     texts = json.dumps([(prompt.id, prompt.text, prompt.group) for prompt in prompts])
     return ImageWork(
         flags=flags,
@@ -138,8 +138,14 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
         items=items,
         prompts=Content(flags.prompts or "--prompt", hashlib.sha256(texts.encode()).hexdigest()),
         layout=layout,
-        settings=settings | {"dtype": default_dtype(flags.dtype)} | drawing.fingerprints(),
+        settings=settings_of(flags) | drawing.fingerprints(),
     )
+
+
+def settings_of(flags: ImageFlags) -> dict[str, Any]:
+    """What the flags say of how images look besides prompt and seed, as their metadata tell it."""
+    settings = {name: value for name, value in vars(flags).items() if name not in WORKING and value is not None}
+    return settings | {"dtype": default_dtype(flags.dtype)}
 
 
 def _seeds(flags: ImageFlags) -> list[int]:
@@ -161,13 +167,17 @@ def _seeds(flags: ImageFlags) -> list[int]:
     return list(dict.fromkeys(itertools.chain(*ranges)))
 
 
-def _check_devices(flags: ImageFlags) -> None:
-    """Checks the flags that say how to use the devices."""
-    make_mesh(flags.mesh, jax.local_devices())
-    needed = {"cudnn": "gpu", "flash": "tpu"}.get(flags.attention, platform())
+def check_devices(mesh: str, attention: Kernel) -> None:
+    """Checks the flags that say how to use the devices.
+
+    Raises:
+        UserError, ValueError: the devices make up no such mesh, or the kernel is for others.
+    """
+    make_mesh(mesh, jax.local_devices())
+    needed = {"cudnn": "gpu", "flash": "tpu"}.get(attention, platform())
     if needed != platform():
         raise UserError(
-            f"--attention {flags.attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
+            f"--attention {attention}: is a kernel for {needed.upper()}s, but JAX runs on {platform()} here; "
             "expected auto, xla or blocked"
         )
 

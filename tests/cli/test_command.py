@@ -136,6 +136,7 @@ def test_the_prompts_of_shipped_configs_are_found_from_any_folder(tmp_path, monk
 
 
 def test_help_texts_are_phrases_that_stand_alone():
+    from flax_pref.app.app_flags import AppFlags
     from flax_pref.evaluation.report_flags import ReportFlags
     from flax_pref.evaluation.score_flags import ScoreFlags
     from flax_pref.images.image_flags import ImageFlags
@@ -143,7 +144,7 @@ def test_help_texts_are_phrases_that_stand_alone():
     from flax_pref.serving.export_flags import ExportFlags
     from flax_pref.sharing.push_flags import PushFlags
 
-    for flags in (ImageFlags, ScoreFlags, ReportFlags, ExportFlags, PushFlags, SamplingPlanFlags):
+    for flags in (AppFlags, ImageFlags, ScoreFlags, ReportFlags, ExportFlags, PushFlags, SamplingPlanFlags):
         texts = {}
         for kind in flags.__mro__[:-1]:
             body = ast.parse(Path(sys.modules[kind.__module__].__file__).read_text()).body

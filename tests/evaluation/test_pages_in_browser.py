@@ -3,26 +3,18 @@
 import base64
 import io
 import json
-import shutil
 import time
 
 import numpy as np
 import pytest
+from browser import playwright, running_browser
 from PIL import Image
 from test_pages import HOSTILE, comparison_of, picture
 
 from flax_pref.evaluation.comparison import read_votes
 from flax_pref.evaluation.pages import write_pages
 
-playwright = pytest.importorskip("playwright.sync_api")
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-if BROWSER is None:
-    pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed", allow_module_level=True)
 NONE = "\u2013"  # what stands where there is no number
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
-
 PROMPTS = [*HOSTILE, *(f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("cat", "dog", "owl"))]
 PROMPTS += [f"prompt {number}" for number in range(len(PROMPTS), 40)]
 METHODS = ("base", "dpo", "cpgd")
@@ -30,10 +22,8 @@ METHODS = ("base", "dpo", "cpgd")
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=BROWSER, args=FLAGS)
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
