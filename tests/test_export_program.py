@@ -123,7 +123,7 @@ def test_a_pipeline_of_diffusers_names_its_base_and_holds_its_modules(rule, tmp_
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
     }
     code = {"pipeline.py", "guider.py", "networks/networks.py", "networks/networks.json", "model_index.json"}
-    assert written == {*code, "scheduler/scheduler_config.json", "networks/module_dpo/pytorch_lora_weights.safetensors"}
+    assert written == {*code, "scheduler/scheduler_config.json", "networks/module_dpo/model.safetensors"}
     networks = json.loads((tmp_path / "out" / "networks" / "networks.json").read_text())
     assert networks["base"] == str(Path(BASE).resolve())
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -133,7 +133,7 @@ def test_a_pipeline_of_diffusers_names_its_base_and_holds_its_modules(rule, tmp_
         return tensors[f"unet.{layer}.lora_B.weight"] @ tensors[f"unet.{layer}.lora_A.weight"]
 
     expected = 0.5 * difference(files[0]) - 2 * difference(files[1])
-    found = difference(tmp_path / "out" / "networks" / "module_dpo" / "pytorch_lora_weights.safetensors")
+    found = difference(tmp_path / "out" / "networks" / "module_dpo" / "model.safetensors")
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -35,7 +35,8 @@ from flax_pref.models.lora import select_lora, split_lora
 from flax_pref.models.tree import flatten_dict
 from flax_pref.serving.export_flags import ExportFlags
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+# As whole weights are called: else diffusers downloads no safetensors of a repository that has no whole network.
+LORA_FILE = "model.safetensors"
 UNUSED = ("safety_checker", "feature_extractor", "requires_safety_checker")
 Listed = Mapping[str, Sequence[str]]
 CODE = {"pipeline.py": "pipeline.py", "guider.py": "guider.py", "networks.py": "networks/networks.py"}

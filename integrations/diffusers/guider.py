@@ -41,7 +41,7 @@ class PreferenceGuider(BaseGuidance):
         if networks["unets"]:
             raise ValueError(f"{folder}: {networks['unets'][0]} has full weights; a guider takes LoRA modules only")
         for name in networks["lora"]:
-            place = {"subfolder": name, "weight_name": "pytorch_lora_weights.safetensors"}
+            place = {"subfolder": name, "weight_name": "model.safetensors"}
             unet.load_lora_adapter(str(Path(folder) / "networks"), **place, prefix="unet", adapter_name=name)
         return cls(json.loads((Path(folder) / "model_index.json").read_text())["rule"])
 

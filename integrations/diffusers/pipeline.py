@@ -375,7 +375,7 @@ class GuidedPipeline(DiffusionPipeline):
         self.register_modules(networks=networks, **parts)
         self.register_to_config(rule=rule, call=call or {}, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         for name in networks.lora:
-            place = {"subfolder": name, "weight_name": "pytorch_lora_weights.safetensors"}
+            place = {"subfolder": name, "weight_name": "model.safetensors"}
             self.unet.load_lora_adapter(networks.folder, **place, prefix="unet", adapter_name=name)
         adapted = [layer for layer in self.unet.modules() if hasattr(layer, "lora_A")]
         self.one_batch = all(hasattr(layer, "_mixed_batch_forward") for layer in adapted)

@@ -204,7 +204,7 @@ def test_a_run_on_a_published_base_is_a_pipeline_of_diffusers_too(published_base
     status, out, err = push(capsys, published_base, "--repo", REPO, "--license", "mit")
     assert status == 0 and "pipeline.py" not in out + err
     files = hub.files(REPO)
-    assert files["networks/module_neg/pytorch_lora_weights.safetensors"] == files["neg.safetensors"]
+    assert files["networks/module_neg/model.safetensors"] == files["neg.safetensors"]
     index = json.loads(files["model_index.json"])
     assert (index["rule"]["name"], index["rule"]["w"], index["rule"]["guidance_scale"]) == ("cpgd", "3", "7.5")
     assert json.loads(files["networks/networks.json"])["base"] == "anna/base"
