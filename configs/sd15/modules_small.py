@@ -8,7 +8,8 @@ Settings are our choice: the losses of the paper (arXiv:2602.18799), everything 
 
 Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more; 8 chips (as Kaggle gives) share each
 batch. By `python -m train.plan configs/sd15/modules_small.py --topology v5e:1x1`, one v5e takes 5.1 GiB of its 15.75
-(10.7 GiB are left) and trains 15 pairs/s at best: an hour and a quarter in all. Not measured on a TPU.
+(10.7 GiB are left) and trains 15 pairs/s at best: an hour and a quarter in all, or 12 minutes on 8 chips. Not measured
+on a TPU.
 
 Not run here. What metrics.jsonl shows when it works: `winner` and `loser`, the errors of the two modules, fall a little
 below those of the first steps. They are noisy, since each step draws other noise levels; means of a hundred steps show
