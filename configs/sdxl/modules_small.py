@@ -7,7 +7,8 @@ Reads runs/pick_a_pic_small_sdxl, which `python -m train.encode configs/sdxl/enc
 Settings are our choice: the losses of the paper (arXiv:2602.18799), everything else as in configs/sdxl/dpo_small.py.
 
 Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more; on 8 chips (as Kaggle gives) add
---accumulation 4. It has as many adapters and half as many predictions as configs/sdxl/dpo_small.py SDXLPLAN
+--accumulation 4. Estimated from that config's plan, not planned itself: about three hours on one chip, within
+9 GiB of its 15.75. Not measured on a TPU.
 
 Not run here. What metrics.jsonl shows when it works: `winner` and `loser`, the errors of the two modules, fall a little
 below those of the first steps. They are noisy, since each step draws other noise levels; means of a hundred steps show
