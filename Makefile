@@ -33,7 +33,8 @@ CORE_TESTS := tests/models tests/diffusion
 test-recipes: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipe
 
-# Whole programs that are killed, or run on other meshes and hosts: they come to what one undisturbed run does.
+# Whole programs that are killed, or run on other meshes and hosts: they come to what one undisturbed run does. Also the
+# notebooks, and the steps of the Docker images.
 test-programs: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m program
 

@@ -42,6 +42,8 @@ PUBLISHED = {
     # [all but the loss]
     "sd15/dpo_small": ("DiffusionDPO", {"beta": 2000}, "adamw", 1e-4, 50, 64, 1000, 0.1),
     "sdxl/dpo_small": ("DiffusionDPO", {"beta": 2000}, "adamw", 1e-4, 50, 32, 500, 0.1),
+    "sd15/modules_small": ("PositiveNegative", {"train": "both"}, "adamw", 1e-4, 50, 64, 1000, 0.1),
+    "sdxl/modules_small": ("PositiveNegative", {"train": "both"}, "adamw", 1e-4, 50, 32, 500, 0.1),
     # [as dpo]
     "sd15/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adamw", 2.048e-5, 500, 2048, 2000, 0.2),
     "sdxl/dpo_modules": ("PositiveNegativeDPO", {"beta": 5000}, "adafactor", 2.048e-5, 200, 2048, 2000, 0.2),

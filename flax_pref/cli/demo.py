@@ -20,6 +20,9 @@ def main(arguments: list[str]) -> None:
     check_output_folder(config.output)
     with one_writer(config.output), writing(config.output):
         dump_config(dataclasses.asdict(config), config.output / "config.json")
+        if config.pairs_only:
+            print(f"wrote {Demo(config).draw_pairs()}")
+            return
         report = Demo(config).run()
     print(f"\n{report['prompts']} held-out prompts, {report['seconds']:.0f} s")
     print(text_table(table(report)), text_table(comparison_table(report)), sep="\n\n")

@@ -72,6 +72,8 @@ class DemoConfig:
     """Diffusers folder of the base model; None for the one in the package."""
     quick: bool = False
     """Run every part, but too little of it for the figures to mean anything."""
+    pairs_only: bool = False
+    """Stop when the pairs are drawn, labelled and written."""
     seed: int = 0
     """Seed of validation prompts, held-out prompts and the noise of images."""
     training_seed: int = 0

@@ -339,7 +339,7 @@ class StudyConfig:
         if cell.budget is not None:
             settings["budget"] = cell.budget
         # Neither where files lie nor what the demo alone does.
-        for name in ("output", "quick", "w_pgd", "w_cpgd"):
+        for name in ("output", "quick", "pairs_only", "w_pgd", "w_cpgd"):
             del settings[name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

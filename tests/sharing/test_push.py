@@ -191,11 +191,12 @@ def published_base(tmp_path, hub):
     }
     hub.add("anna/base", {name: file.read_bytes() for name, file in files.items()})
     unet = lora_network(pipeline.unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
-    lora = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.05), split_lora(unet.params)[1])
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape)), split_lora(unet.params)[1])
     for i, name in enumerate(("pos", "neg")):
         for layout in ("diffusers", "kohya"):
             file = tmp_path / "run" / "modules" / NAMES[layout].format(name)
-            save_lora(select_lora(lora, i), file, alpha=2 - i, layout=layout, config=unet.config)
+            save_lora(select_lora(lora, i), file, alpha=2, layout=layout, config=unet.config)
     describe_run(tmp_path / "run", model="anna/base")
     return tmp_path / "run"
 
@@ -244,7 +245,7 @@ def drawing_of(model, modules):
 
 
 NO_PIPELINE = {
-    "a base that nobody else has": ({"model": "runs/base"}, "its base is on no Hub"),
+    "a base that nobody else has": ({"model": "./runs/base"}, "its base is on no Hub"),
     "a rule that it has not": ({"method": CHATS()}, "--rule chats"),
 }
 
