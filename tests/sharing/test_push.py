@@ -192,7 +192,7 @@ def published_base(tmp_path, hub):
     hub.add("anna/base", {name: file.read_bytes() for name, file in files.items()})
     unet = lora_network(pipeline.unet, ("pos", "neg"), rank=2, alpha=2, key=jax.random.key(0))
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape)), split_lora(unet.params)[1])
+    lora = jax.tree.map(lambda leaf: jnp.asarray(1.5 * rng.standard_normal(leaf.shape)), split_lora(unet.params)[1])
     for i, name in enumerate(("pos", "neg")):
         for layout in ("diffusers", "kohya"):
             file = tmp_path / "run" / "modules" / NAMES[layout].format(name)
