@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -322,7 +323,7 @@ def check_speed(setting: Setting) -> Iterator[Finding]:
     yield Finding("speed of Stable Diffusion 1.5's UNet", None, told, figures)
 
 
-def unet_pass(images: int, dtype: str) -> tuple[Callable, tuple]:
+def unet_pass(images: int, dtype: str) -> tuple[Any, tuple]:
     """Stable Diffusion 1.5's UNet at 512 x 512 pixels, jitted, and the shapes of its arguments, parameters first."""
     config, network = SD15.unet, abstract_network("unet", SD15.unet, dtype)
     shapes = (

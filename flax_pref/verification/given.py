@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,8 @@ def check_rewards(setting: Setting) -> Iterator[Finding]:
     for name, path in setting.rewards:
         scores = _scores(load_reward(name, path), captions, images)
         told = ", ".join(f"{score:.4f}" for score in scores)
-        passed, figures = None, {"scores": scores}
+        passed: bool | None = None
+        figures: dict[str, Any] = {"scores": scores}
         if name in setting.recorded:
             error = relative(scores, setting.recorded[name])
             passed, told = error < 1e-3, f"{told}, off by {error:.1e} of the recorded ones, at most 1e-03"
@@ -129,17 +131,18 @@ def pictures() -> tuple[list[str], np.ndarray]:
 def small_rewards() -> dict[str, Reward]:
     """The judge, and rewards of every kind of view with small networks, whose weights are the same everywhere."""
     words = clip_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = CLIPTextConfig(**sizes, vocab_size=len(words.vocab), max_position_embeddings=77, hidden_act="gelu")
-    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, hidden_act="gelu")
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "hidden_act": "gelu"}
+    text = CLIPTextConfig(**sizes, vocab_size=len(words.vocab), max_position_embeddings=77)
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
     clip = abstract_network("clip", CLIPConfig(projection_dim=32, text_config=text, vision_config=vision))
     leaves, tree = jax.tree.flatten(clip.params)
     # Not smaller: else all pictures would be alike.
     params = jax.tree.unflatten(tree, [0.2 * normal(leaf.shape, i) for i, leaf in enumerate(leaves)])
     found: dict[str, Reward] = {"judge": Judge()}
     found |= {name: ClipScore(params, name, clip.graphdef, 32, words.__call__) for name in ("pickscore", "hpsv2.1")}
-    head = normal((32,), len(leaves)), np.float32(5.0)
-    return found | {"aesthetic": AestheticScore(params, *map(jnp.asarray, head), clip.graphdef, 32)}
+    kernel = jnp.asarray(normal((32,), len(leaves)))
+    return found | {"aesthetic": AestheticScore(params, kernel, jnp.float32(5.0), clip.graphdef, 32)}
 
 
 def _scores(reward: Reward, captions: list[str], images: np.ndarray) -> list[float]:
