@@ -41,7 +41,7 @@ class OnlineArm(NamedTuple):
     within: bool = False
 
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 _COMMON = {"steps": STEPS, "guidance_scale": 3.0}
 ONLINE = {
     "TailorPO": OnlineArm(TailorPO(**_COMMON), 3e-4),

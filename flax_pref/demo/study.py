@@ -201,7 +201,7 @@ OFFLINE = {
     "SNPO": OfflineArm(
         lambda c: SNPO(beta=c.beta), lambda w, s: cfg(w, "snpo"), "scales", learning_rate=4.5e-3, caption_dropout=0.0
     ),
-    "positive and negative": OfflineArm(lambda c: PositiveNegative(), cpgd, "w"),
+    "positive and negative": OfflineArm(lambda c: PositiveNegative(), cpgd, "w", learning_rate=1.5e-4),
 }
 
 

@@ -12,13 +12,13 @@ from flax_pref.models.choices import Dtype, Kernel, QuantizedType
 
 F = TypeVar("F", bound="DrawingFlags")
 
-# Ways to use modules pos and neg, with the time of an image against plain CFG's and the share of full cPGD's gain that
-# docs/guidance.md has measured.
+# Ways to use modules pos and neg, with their predictions per image beside those of plain CFG; docs/guidance.md has their
+# gains.
 PRESETS = {
-    "full": {"rule": "cpgd"},  # 3.1, 100 %
-    "fast": {"rule": "cpgd", "merge": True},  # 1.0, 107 %
-    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.1, 105 %
-    "late": {"rule": "cpgd_conditional"},
+    "full": {"rule": "cpgd"},  # 3 times as many
+    "fast": {"rule": "cpgd", "merge": True},  # as many
+    "light": {"rule": "cpgd_conditional", "every": 5, "between": "extrapolate"},  # 1.25
+    "late": {"rule": "cpgd_conditional"},  # 1.25
 }
 # Parts of the trajectory that a preset confines its strengths to: early by the prompt, late by the modules (SGG,
 # arXiv:2603.20584).
