@@ -8,6 +8,7 @@ from bench.__main__ import main
 from tests.training.tiny import tiny_checkpoint
 
 
+@pytest.mark.program
 def test_the_second_start_compiles_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file = tmp_path / "new" / "figures.json"

@@ -71,6 +71,7 @@ assert set(networks) <= {"flax_pref.models.config"}, networks
 """
 
 
+@pytest.mark.program
 def test_a_process_without_the_networks_draws_the_images_of_sample_images(exported, rule, tmp_path):
     command = [sys.executable, "-c", SERVE, exported, tmp_path / "images.npy", *PROMPTS]
     served = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -86,6 +87,7 @@ def test_strengths_are_inputs_of_the_program(sampler, rule, tmp_path):
     assert (for_each[1] != other[1]).any() and (for_each[2] != other[2]).any()
 
 
+@pytest.mark.program
 def test_a_shaped_rule_is_exported_with_its_numbers_as_inputs(rule, tmp_path):
     shaped = ("--shaping", "apg:0.5:3:-0.5", "--w", "norm:0.5")
     export.main([*QUICK, *rule, *shaped, "--out", str(tmp_path / "shaped")])

@@ -23,6 +23,7 @@ ORDER = Order(
     prompt="a cat", negative_prompt="", rule="cpgd", w="4", guidance_scale="3", steps=3, seed=0, images=1
 )  # fmt: skip
 SECONDS = 120
+pytestmark = pytest.mark.program
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,7 @@ def phase(step):
     return re.sub(r"\d+", "0", re.sub(r"\d+\.[0-9a-f]{32}", "unfinished", step.removeprefix("step ")))
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("layout", "count"), [("webdataset", 3), ("geneval", 2)])
 def test_killed_at_any_step_and_repeated_a_run_gives_the_files_of_an_undisturbed_one(program, tmp_path, layout, count):
     whole = program(tmp_path / "whole", layout=layout, count=count)
