@@ -12,8 +12,8 @@ from flax_pref.models.choices import Dtype, Kernel, QuantizedType
 
 F = TypeVar("F", bound="DrawingFlags")
 
-# Ways to use modules pos and neg, with their predictions per image beside those of plain CFG; docs/guidance.md has their
-# gains.
+# Ways to use modules pos and neg, with their predictions per image beside those of plain CFG; their gains are in
+# docs/guidance.md.
 PRESETS = {
     "full": {"rule": "cpgd"},  # 3 times as many
     "fast": {"rule": "cpgd", "merge": True},  # as many
