@@ -6,9 +6,9 @@ Reads runs/pick_a_pic_small_sdxl, which `python -m train.encode configs/sdxl/enc
 
 Settings are our choice: the losses of the paper (arXiv:2602.18799), everything else as in configs/sdxl/dpo_small.py.
 
-Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more. Planned: one v5e chip holds 9.1 of its 15.75
-GiB and takes 136 minutes; 8 chips (as Kaggle gives, with --accumulation 4) hold 9.0 GiB each and take 17 minutes. Not
-measured on a TPU.
+Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more. Planned: one v5e chip holds 9.1 of its
+15.75 GiB and takes 136 minutes; 8 chips (as Kaggle gives, with --accumulation 4) hold 9.0 GiB each and take 17 minutes.
+Not measured on a TPU.
 
 Not run here. What metrics.jsonl shows when it works: `winner` and `loser`, the errors of the two modules, fall a little
 below those of the first steps. They are noisy, since each step draws other noise levels; means of a hundred steps show
