@@ -74,7 +74,7 @@ def offered(modules: Sequence[str], flags: DrawingFlags) -> list[Offer]:
 
 
 def first_offer(offers: Sequence[Offer], flags: DrawingFlags) -> Offer:
-    """What a page begins with: the rule of the flags, or one that uses modules.
+    """The offer that a page begins with: the rule of the flags, or one that uses modules.
 
     Raises:
         ValueError: the modules do not allow the rule of the flags.

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 class Visitors:
-    """What each tab has drawn, newest last; its files go with it."""
+    """Drawings of each tab, newest last; closing a tab deletes its files."""
 
     def __init__(self, studio: Studio, folder: Path):
         self._studio, self._folder = studio, folder
@@ -235,7 +235,7 @@ def make_page(studio: Studio, visitors: Visitors) -> gr.Blocks:
 
 
 def order_of(form: Mapping[str, Any], modules: list[str], studio: Studio) -> Order:
-    """What the fields ask for.
+    """The order that the fields describe.
 
     Raises:
         UserError: a field has no number.
@@ -267,7 +267,7 @@ BUTTON_IDLE = gr.Button(value="Stop", interactive=False)
 
 
 def follow(entry: Entry, studio: Studio, entries: list[Entry]) -> Iterator[tuple]:
-    """What the page shows while an order is drawn: state, images, archive, history, and the buttons."""
+    """Updates of the page while an order is drawn: state, images, archive, history, and the buttons."""
     job, seen, said = entry.job, -1, ""
     while not job.finished.is_set():
         grown = len(job.pictures) > seen
@@ -344,7 +344,7 @@ def state_of(job: StudioJob | None, error: str | None = None, *, ahead: int = 0)
 
 
 def doing(job: StudioJob, ahead: int) -> str:
-    """What is done for an order now, in a sentence."""
+    """The current work on an order, in a sentence."""
     if job.stopped:
         return "Stopping after this step"
     if ahead:

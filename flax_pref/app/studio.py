@@ -1,4 +1,4 @@
-"""What a page draws with: one checkpoint with its modules, one drawing at a time, in the order they were asked for."""
+"""Draws for a page: one checkpoint with its modules, one drawing at a time, in the order they were asked for."""
 
 import collections
 import concurrent.futures
@@ -54,7 +54,7 @@ OF_MODULES = ("module", "module_base", "w", "shaping", "proxy", "every", "betwee
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a visitor asks for.
+    """A drawing that a visitor orders.
 
     Attributes:
         prompt: text.
@@ -360,7 +360,7 @@ class Studio:
         ]
 
     def _metadata(self, flags: ImageFlags, seed: int) -> dict[str, Any]:
-        """What `flax-pref sample` writes into the same image."""
+        """The metadata that `flax-pref sample` writes into the same image."""
         used = {text.partition("=")[0] for text in flags.module}
         used |= {OWN_BASE} if flags.module_base is not None else set()
         prints = {
@@ -375,7 +375,7 @@ class Studio:
 
 
 def readable(error: Exception) -> str:
-    """What a visitor reads of an error: its own message with the names of the page, or where the traceback is."""
+    """The text of an error for visitors: its own message with the names of the page, or where the traceback is."""
     if isinstance(error, UserError | ValueError | OSError | FloatingPointError):
         text = " ".join(str(error).split())
         return re.sub(r"--[a-z][a-z-]*", lambda flag: LABELS.get(flag[0], flag[0]), text)

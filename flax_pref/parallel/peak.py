@@ -11,13 +11,19 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from flax_pref.parallel.mesh import Device
 
-# Dense FLOP/s in bfloat16 of one device of JAX, after its maker; the first pattern that is found in its kind counts.
+# Generations of TPUs by the kinds that JAX gives to their devices; the first pattern that is found in one counts.
+GENERATIONS = {
+    r"TPU v4$": "v4",
+    r"TPU v5 lite|TPU v5e": "v5e",
+    r"TPU v5": "v5p",
+    r"TPU v6": "v6e",
+    r"TPU ?(v7|7x)": "tpu7x",
+}
+# Dense FLOP/s in bfloat16 of one device of JAX, after its maker; of tpu7x half a chip's, which is two devices.
+TPU_PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12 / 2}
+# By patterns, of which the first that is found in a device's kind counts.
 PEAKS = {
-    r"TPU v4$": 275e12,
-    r"TPU v5 lite|TPU v5e": 197e12,
-    r"TPU v5": 459e12,
-    r"TPU v6": 918e12,
-    r"TPU ?(v7|7x)": 2307e12 / 2,  # a chip is two devices
+    **{pattern: TPU_PEAKS[generation] for pattern, generation in GENERATIONS.items()},
     r"H100 PCIe": 756e12,
     r"H100|H200": 989e12,
     r"A100": 312e12,

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from flax_pref.compilation import share_code
 from flax_pref.config import UserError
 from flax_pref.parallel.mesh import Device
-from flax_pref.parallel.peak import peak_flops
+from flax_pref.parallel.peak import GENERATIONS, peak_flops
 
 
 class Chip(NamedTuple):
@@ -53,14 +53,6 @@ CHIPS = {
     "v5p": Chip(int(95.74 * GIB), 2765e9, 600e9, 1.75e9, vector=500, cores=2, mxu=128),
     "v6e": Chip(int(31.25 * GIB), 1640e9, 400e9, 1.75e9, vector=500, cores=1, mxu=256),
     "tpu7x": Chip(int(94.75 * GIB), 3690e9, 300e9, 2.20e9, vector=500, cores=1, mxu=256),
-}
-# Kinds that JAX gives to devices; the first pattern that is found in one counts.
-KINDS = {
-    r"TPU v4$": "v4",
-    r"TPU v5 lite|TPU v5e": "v5e",
-    r"TPU v5": "v5p",
-    r"TPU v6": "v6e",
-    r"TPU ?(v7|7x)": "tpu7x",
 }
 # Without it the devices of a v4 would be cores, which share no memory.
 OPTIONS = {"v4": {"chip_config_name": "megacore"}}
@@ -132,7 +124,7 @@ def topology(name: str) -> Topology:
 
 def running_on(devices: Sequence[Device]) -> Topology | None:
     """The slice that programs run on, to plan what was compiled for it; None where its chips have no plans."""
-    kind = next((name for pattern, name in KINDS.items() if re.search(pattern, devices[0].device_kind)), None)
+    kind = next((name for pattern, name in GENERATIONS.items() if re.search(pattern, devices[0].device_kind)), None)
     peak, _ = peak_flops(devices[0].device_kind, "bfloat16")
     return (
         None if kind is None or peak is None else Topology(f"{kind}, {len(devices)} chips", devices, CHIPS[kind], peak)

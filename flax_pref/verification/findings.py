@@ -1,4 +1,4 @@
-"""What checks of `flax-pref verify` find, and what they share: settings, numbers, recorded values."""
+"""Findings of the checks of `flax-pref verify`, and the settings, numbers and recorded values that checks share."""
 
 import json
 import math
