@@ -25,6 +25,7 @@ from flax_pref.rewards.clip import ClipScore
 from flax_pref.rewards.image_reward import ImageReward
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.judge import Judge
+from flax_pref.rewards.mps import MPSScore
 from flax_pref.rewards.remote import Remote
 from flax_pref.rewards.reward import WeightedSum
 
@@ -126,6 +127,7 @@ REWARDS = {
     ClipScore: (SQUARES, IDS),
     AestheticScore: (SQUARES, ()),
     ImageReward: (SQUARES, (IDS, IDS > 0)),
+    MPSScore: (SQUARES, IDS),
     JpegSize: (VIEW, ()),
     Judge: (VIEW, None),
     Remote: (VIEW, None),
@@ -143,7 +145,7 @@ def test_rewards_take_images_with_three_channels(kind):
             kind.view(None, wrong)
 
 
-@pytest.mark.parametrize("kind", [ClipScore, AestheticScore, ImageReward])
+@pytest.mark.parametrize("kind", [ClipScore, AestheticScore, ImageReward, MPSScore])
 def test_networks_that_score_take_squares(kind):
     with pytest.raises(TypeCheckError):
         kind.score(None, VIEW, REWARDS[kind][1])

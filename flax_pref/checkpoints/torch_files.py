@@ -2,7 +2,8 @@
 
 Such a file is a pickle, a program that builds objects, and the bytes of its tensors. The pickle is interpreted here by
 a machine that knows tensors and plain data and nothing else: it imports no module, calls no function that the file
-names and sets no attribute. Everything that could do more is refused by name.
+names and sets no attribute. Everything that could do more is refused by name; of a network that was saved whole, as an
+object, only what it says of its weights is kept.
 """
 
 import dataclasses
@@ -203,6 +204,14 @@ class Global:
     name: str
 
 
+@dataclasses.dataclass
+class Saved:
+    """An object that a pickle describes and that is never made: the name of what would make it, and its attributes."""
+
+    name: str
+    attributes: dict = dataclasses.field(default_factory=dict)
+
+
 def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
     if metadata:
         raise Refused("holds a tensor that is conjugated or negated when it is read, which is not supported")
@@ -232,6 +241,7 @@ FUNCTIONS |= {
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), lambda *arguments: None),
     "numpy.dtype": lambda *arguments: NUMPY_DTYPE,
     "_codecs.encode": lambda text, encoding: b"",
+    **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda items=(): list(items)),
 }
 CALLBACKS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
 KNOWN = {*FUNCTIONS, *STORAGE_DTYPES, *TENSOR_DTYPES}
@@ -261,8 +271,11 @@ def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         yield opcode.name, argument
 
 
-def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
-    """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end."""
+def _run(stream: BinaryIO, storage: Callable[[tuple], Storage], objects: bool) -> Any:
+    """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end.
+
+    With `objects`, whatever is neither a tensor nor plain data comes back as `Saved`; without, it is refused.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -274,12 +287,14 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
         return items
 
     def top(kind: type) -> Any:
+        if objects and type(stack[-1]) is Saved:  # its items, if it is a kind of list or dictionary, are dropped
+            return kind()
         if type(stack[-1]) is not kind:
             raise Refused(f"changes a {type(stack[-1]).__name__} as if it were a {kind.__name__}: not plain data")
         return stack[-1]
 
     def push_global(name: str) -> None:
-        if name not in KNOWN and not CALLBACKS.fullmatch(name):
+        if name not in KNOWN and not CALLBACKS.fullmatch(name) and not objects:
             raise Refused(
                 f"asks for {name!r:.100}; reading it would run code, and only tensors and plain data are read"
             )
@@ -333,15 +348,25 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
                 name, module = stack.pop(), stack.pop()
                 push_global(".".join((module, name)))
             case "BINPERSID":
-                stack.append(storage(_tuple(stack.pop())))
+                identity = _tuple(stack.pop())
+                # Before torch 1.6 a class of a network came with its source.
+                stack.append(identity[1] if objects and identity[0] == "module" else storage(identity))
             case "REDUCE":
                 arguments, function = _tuple(stack.pop()), stack.pop()
-                if not isinstance(function, Global) or function.name not in FUNCTIONS:
+                if isinstance(function, Global) and function.name in FUNCTIONS:
+                    stack.append(FUNCTIONS[function.name](*arguments))
+                elif objects and isinstance(function, Global):
+                    stack.append(Saved(function.name))
+                else:
                     raise Refused(f"calls {_told(function)}; reading it would run code")
-                stack.append(FUNCTIONS[function.name](*arguments))
+            case "NEWOBJ" if objects:
+                _, kind = stack.pop(), stack.pop()
+                stack.append(Saved(kind.name))
             case "BUILD":  # attributes of a state dict, which are versions of its modules, or of a type of numbers
-                stack.pop()
-                if stack[-1] != NUMPY_DTYPE:
+                attributes = stack.pop()
+                if type(stack[-1]) is Saved and type(attributes) is dict:
+                    stack[-1].attributes.update(attributes)
+                elif stack[-1] != NUMPY_DTYPE:
                     top(dict)
             case "STOP":
                 return stack.pop()
@@ -356,6 +381,42 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 PICKLE_BEGIN = b"\x80"
 ZIP_BEGIN = b"PK\x03\x04"
+
+
+MOST_NESTED = 64  # networks in networks
+
+
+def read_torch_module(path: str | Path) -> dict[str, StoredTensor]:
+    """The weights and buffers by name of a network that `torch.save(network)` has written whole, as an object.
+
+    Neither the classes of the file nor torch are needed: nothing of the network is made. A file of weights by name is
+    read as well, as `read_torch_file` does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is a TorchScript program, or holds neither.
+    """
+    found = _read(Path(path), objects=True)
+    if not isinstance(found, Saved):
+        return found
+    try:
+        return dict(_weights(found, "", 0))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: holds a {found.name!r:.80} and no network ({error}); {CONVERT}") from error
+
+
+def _weights(module: Saved, prefix: str, depth: int) -> Iterator[tuple[str, StoredTensor]]:
+    """Names and tensors of the state dict of an `nn.Module`, by the attributes that all of them have."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"networks in networks, {MOST_NESTED} deep")
+    told = module.attributes
+    unsaved = told.get("_non_persistent_buffers_set") or ()
+    for name, tensor in {**told["_parameters"], **told["_buffers"]}.items():
+        if isinstance(tensor, StoredTensor) and name not in unsaved:
+            yield prefix + name, tensor
+    for name, part in told["_modules"].items():
+        if part is not None:
+            yield from _weights(part, f"{prefix}{name}.", depth + 1)
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -374,16 +435,20 @@ def read_torch_file(path: str | Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is a TorchScript program, or asks for more than tensors and plain data.
     """
-    file = Path(path)
+    return _read(Path(path), objects=False)
+
+
+def _read(file: Path, *, objects: bool) -> Any:
+    """See `read_torch_file` and `_run`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected weights that torch.save has written")
     try:
         with file.open("rb") as stream:
             begin = stream.read(len(ZIP_BEGIN))
             if begin == ZIP_BEGIN:
-                return _read_zip(file, stream)
+                return _read_zip(file, stream, objects)
             if begin.startswith(PICKLE_BEGIN):
-                return _read_legacy(file, stream)
+                return _read_legacy(file, stream, objects)
     except Refused as error:
         raise ValueError(f"{file}: {error}; {CONVERT}") from error
     except OSError as error:  # such as EINVAL, of places before the begin of the file
@@ -412,7 +477,7 @@ def read_torch_file(path: str | Path) -> Any:
     )
 
 
-def _read_zip(file: Path, stream: BinaryIO) -> Any:
+def _read_zip(file: Path, stream: BinaryIO, objects: bool) -> Any:
     """An archive NAME with the members NAME/data.pkl, NAME/data/KEY for each storage and NAME/byteorder."""
     archive = zipfile.ZipFile(stream)
     members = {info.filename: info for info in archive.infolist()}
@@ -442,7 +507,7 @@ def _read_zip(file: Path, stream: BinaryIO) -> Any:
 
     if members[programs[0]].file_size > PICKLE_BYTES:
         raise ValueError(f"a pickle of {members[programs[0]].file_size} bytes")
-    return _run(io.BytesIO(region("data.pkl").read().tobytes()), storage)
+    return _run(io.BytesIO(region("data.pkl").read().tobytes()), storage, objects)
 
 
 def _region(file: Path, stream: BinaryIO, info: zipfile.ZipInfo) -> Region:
@@ -476,7 +541,7 @@ def _in_region(storage: Storage) -> Storage:
     return storage
 
 
-def _read_legacy(file: Path, stream: BinaryIO) -> Any:
+def _read_legacy(file: Path, stream: BinaryIO, objects: bool) -> Any:
     """Five pickles: magic number, version, machine, object, keys of its storages; then length and numbers of each."""
     seen: dict[str, Storage] = {}
 
@@ -489,13 +554,13 @@ def _read_legacy(file: Path, stream: BinaryIO) -> Any:
 
     stream.seek(0)
     program = io.BytesIO(stream.read(PICKLE_BYTES))
-    if _run(program, none) != LEGACY_MAGIC:
+    if _run(program, none, False) != LEGACY_MAGIC:
         raise ValueError("a pickle, but none of torch")
-    _run(program, none)
-    machine = _run(program, none)
+    _run(program, none, False)
+    machine = _run(program, none, False)
     begin = program.tell()
-    _run(program, announced)
-    keys = _run(program, none)
+    _run(program, announced, objects)
+    keys = _run(program, none, False)
     if not all(type(key) is str for key in keys) or sorted(keys) != sorted(seen):
         raise ValueError("the list of storages does not belong to the tensors")
     position, end = program.tell(), file.stat().st_size
@@ -515,4 +580,5 @@ def _read_legacy(file: Path, stream: BinaryIO) -> Any:
         lambda identity: dataclasses.replace(
             announced(identity), region=regions[_identity(identity)[1]], big_endian=big_endian
         ),
+        objects,
     )

@@ -38,7 +38,7 @@ Placement = Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding]
 
 LEAF_NAMES = {
     **{"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"},
-    **{name: name for name in ("class_embedding", "logit_scale", "cls_token", "pos_embed")},
+    **{name: name for name in ("class_embedding", "logit_scale", "cls_token", "pos_embed", "inv_freq")},
 }
 # Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}

@@ -152,10 +152,13 @@ class CLIPVisionTransformer(nnx.Module):
         self.encoder = VisionEncoder(config, **kinds, rngs=rngs)
         self.post_layernorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kinds)
 
+    def states(self, images: jax.Array) -> jax.Array:
+        """`[B, S, S, 3]` to the last states of the class token and the patches, not normalised: `[B, T, D]`."""
+        return self.encoder(self.pre_layrnorm(self.embeddings(images)))
+
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, S, S, 3]` to the class token's last state, normalised: `[B, D]`."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
-        return self.post_layernorm(x[:, 0])
+        return self.post_layernorm(self.states(images)[:, 0])
 
 
 class CLIPVisionModel(nnx.Module):

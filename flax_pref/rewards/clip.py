@@ -126,11 +126,11 @@ def load_clip_reward(
     else:
         place = find_clip(kind.repository) if kind.file is None else find_file(kind.repository, kind.file)
     network = load_clip(place, dtype=dtype)
-    words = _tokenizer(place, tokenizer, network.config.text_config)
+    words = clip_tokenizer_of(place, tokenizer, network.config.text_config)
     return ClipScore(network.params, name, network.graphdef, network.config.vision_config.image_size, words.__call__)
 
 
-def _tokenizer(place: Path, given: str | Path | None, config: Any) -> CLIPTokenizer:
+def clip_tokenizer_of(place: Path, given: str | Path | None, config: Any) -> CLIPTokenizer:
     """The tokenizer that is given, lies beside the network, or is on the Hub; for texts as long as it takes."""
     if given is None and any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         given = place

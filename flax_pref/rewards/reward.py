@@ -17,6 +17,7 @@ from flax_pref.rewards.clip import load_clip_reward
 from flax_pref.rewards.image_reward import load_image_reward
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.judge import Judge
+from flax_pref.rewards.mps import load_mps_reward
 from flax_pref.rewards.remote import is_service, load_remote
 from flax_pref.shapes import PerImage, Pixels, Tree
 
@@ -143,6 +144,7 @@ REWARDS: dict[str, Callable[[str, Files], Reward]] = {
     "hpsv2.1": _clip,
     "aesthetic": lambda name, files: load_aesthetic_reward(files.path, files.clip, dtype=files.dtype),
     "imagereward": lambda name, files: load_image_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
+    "mps": lambda name, files: load_mps_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
     "compressibility": lambda name, files: JpegSize(name, -1.0),
     "incompressibility": lambda name, files: JpegSize(name, 1.0),
     "judge": lambda name, files: Judge(),

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
+from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file, read_torch_module
+from flax_pref.checkpoints.weights import TorchTensors
 
 HEAD = Path(__file__).parents[3] / "shared" / "data" / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -196,6 +197,12 @@ def test_a_pickle_that_would_do_more_than_build_tensors_does_nothing(name, zippe
     with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
         read_torch_file(file)
     assert "\n" not in str(error.value)
+    try:
+        TorchTensors(file, read_torch_module(file))
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+    else:
+        raise AssertionError("read as weights")
     assert not canary.exists()
 
 
@@ -340,7 +347,7 @@ def test_a_damaged_file_says_so_in_one_line_or_is_read_right(zipped, tmp_path):
             damaged[start : start + 16] = rng.randbytes(16)
         file.write_bytes(damaged)
         try:
-            ours = read_torch_file(file)
+            ours = read_torch_module(file) if trial % 2 else read_torch_file(file)
             arrays = [np.asarray(ours["x"]), np.asarray(ours["y"]["z"])]
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 600
@@ -425,3 +432,64 @@ def test_a_callback_that_is_called_is_refused(tmp_path):
         archive.writestr("x/data.pkl", pickle_of)
     with pytest.raises(ValueError, match=r"calls .*Callback.*; reading it would run code"):
         read_torch_file(tmp_path / "x.pt")
+
+
+class Layers(torch.nn.Module):
+    """Two layers of which one has no bias, a shared one, and buffers of both kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(2, 3, bias=False)
+        self.rest = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.GELU())
+        self.again = self.first
+        self.nothing = None
+        self.register_buffer("kept", torch.arange(3.0))
+        self.register_buffer("lost", torch.arange(3.0), persistent=False)
+        self.function, self.kind = torch.nn.functional.gelu, torch.float16
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_network_that_is_saved_whole_is_read_as_its_state_dict(zipped, tmp_path):
+    module = Layers().half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the old format, which keeps the source
+        file = save(module, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    ours, theirs = read_torch_module(file), module.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(np.asarray(ours[name]), tensor.numpy())
+    with pytest.raises(ValueError, match=r"asks for .*only tensors and plain data are read"):
+        read_torch_file(file)
+
+
+def test_weights_by_name_are_read_as_a_network_too(tmp_path):
+    read = read_torch_module(save({"w": X}, tmp_path / "weights.pt"))
+    np.testing.assert_array_equal(np.asarray(read["w"]), X.numpy())
+
+
+def nested(depth):
+    module = torch.nn.Linear(1, 1)
+    for _ in range(depth):
+        module = torch.nn.Sequential(module)
+    return module
+
+
+def in_itself():
+    module = torch.nn.Sequential()
+    module._modules["0"] = module
+    return module
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (types.SimpleNamespace(a=1), "holds a 'types.SimpleNamespace' and no network"),
+        (nested(80), "networks in networks, 64 deep"),
+        (in_itself(), "networks in networks, 64 deep"),
+    ],
+)
+def test_an_object_that_is_no_network_is_refused_in_one_line(saved, message, tmp_path):
+    file = save(saved, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        read_torch_module(file)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)

@@ -1,18 +1,21 @@
-"""Measures every kind of file and writes the matrix into docs/formats.md."""
+"""Measures every kind of file, or those whose names contain an argument, and writes the matrix into docs/formats.md."""
 
 import sys
 import tempfile
 from pathlib import Path
 
 from flax_pref.files import replacing
-from tests.formats.matrix import KINDS, LARGEST, PAGE, bound, libraries, make, measure, with_table
+from tests.formats.matrix import KINDS, LARGEST, PAGE, bound, libraries, make, measure, read_table, with_table
 
 
 def main() -> None:
     """Writes the page only if every kind was measured, and differs by little enough."""
-    differences = {}
+    page, wanted = PAGE.read_text(encoding="utf-8"), sys.argv[1:] or [""]
+    differences = {name: cells[-1] for name, cells in read_table(page).items()}
     with tempfile.TemporaryDirectory() as folder, libraries(Path(folder) / "cache"):
         for number, kind in enumerate(KINDS.values()):
+            if not any(part in kind.name for part in wanted):
+                continue
             places = [Path(folder) / f"{number}{name}" for name in (" made", " written")]
             for place in places:
                 place.mkdir()
@@ -22,7 +25,7 @@ def main() -> None:
             if difference > LARGEST:
                 sys.exit(f"error: {kind.name} differs by {difference:.1e}, more than {LARGEST:g}")
     with replacing(PAGE) as unfinished:
-        unfinished.write_text(with_table(PAGE.read_text(encoding="utf-8"), differences), encoding="utf-8")
+        unfinished.write_text(with_table(page, differences), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A key is the name of a weight, a column, a field of all records, an entry of an 
 a tar file.
 """
 
+import copy
 import csv
 import datetime
 import json
@@ -69,6 +70,8 @@ def _torch(file: Path) -> Content:
     import torch
 
     whole = torch.load(file, weights_only=False)
+    if isinstance(whole, torch.nn.Module):
+        return _torch_module(file, whole)
     within = next((key for key in ("state_dict", "string_to_param") if key in whole), None)
     items = whole if within is None else whole[within]
 
@@ -76,6 +79,27 @@ def _torch(file: Path) -> Content:
         torch.save(items if within is None else whole | {within: items}, file)
 
     return Content(dict(items), save, lambda tensor: torch.stack([tensor, tensor]).flatten(0, min(1, tensor.ndim)))
+
+
+def _torch_module(file: Path, whole: Any) -> Content:
+    import torch
+
+    state = dict(whole.state_dict())
+
+    def save(items: dict[str, Any]) -> None:
+        changed = copy.deepcopy(whole)
+        for name in state.keys() | items.keys():
+            path, _, leaf = name.rpartition(".")
+            if name not in state:
+                changed.add_module(path, torch.nn.Module())
+            part = changed.get_submodule(path)
+            part._parameters.pop(leaf, None)
+            part._buffers.pop(leaf, None)
+            if name in items:
+                part._buffers[leaf] = items[name]
+        torch.save(changed, file)
+
+    return Content(state, save, lambda tensor: torch.stack([tensor, tensor]).flatten(0, min(1, tensor.ndim)))
 
 
 def _parquet(file: Path) -> Content:

@@ -11,7 +11,9 @@ import numpy as np
 
 from flax_pref.checkpoints.blip_files import IGNORED, NAMES
 from flax_pref.checkpoints.clip_files import OPENCLIP_NAMES
+from flax_pref.checkpoints.mps_files import NAMES as MPS_NAMES
 from flax_pref.checkpoints.tokenizer import clip_tokenizer
+from flax_pref.rewards.mps import CONDITION
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 from flax_pref.rewards.reward import Reward, load_reward
 from tests.formats.kinds import Kind, Made, Numbers, layer_of
@@ -172,6 +174,47 @@ def image_reward(name: str) -> Callable[[Path], Made]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# MPS
+
+
+@functools.cache
+def torch_mps() -> Any:
+    """A small MPS of torch with CLIP's own tokens."""
+    import torch
+
+    from tests.parity.mps_reference import MPS
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MPS(text={"vocab_size": 49408, "max_position_embeddings": 77}).eval().requires_grad_(False)
+
+
+def mps(name: str) -> Callable[[Path], Made]:
+    """The network saved whole, as its authors have it, or its weights by name, as conversions have them."""
+
+    def make(folder: Path) -> Made:
+        import torch
+        from safetensors.torch import save_file
+
+        clip_tokenizer().save(folder)
+        if name.endswith(".pth"):
+            torch.save(torch_mps(), folder / name)
+        else:
+            weights = {f"mps.{key}": weight.contiguous() for key, weight in torch_mps().state_dict().items()}
+            save_file(weights, folder / name)
+
+        def expected() -> Numbers:
+            ids, condition = (torch.from_numpy(np.int64(clip_tokenizer()(texts))) for texts in (CAPTIONS, [CONDITION]))
+            found = torch_mps().double()(normalised(), ids, condition[0]).numpy()
+            torch_mps().float()
+            return {"scores": found}
+
+        return Made(folder / name, expected)
+
+    return make
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The rows
 
 
@@ -207,6 +250,7 @@ OF_OPENCLIP = {
     },
 }
 OF_BLIP = {"names": renamed(NAMES), "reference": "the authors' layers in float64"}
+OF_MPS = {"names": renamed(MPS_NAMES), "reference": "CLIP of transformers and the authors' layers in float64"}
 REWARDS = (
     reward("CLIP, folder of transformers", clip_folder(scaled=False), loads("clip"), damaged="model.safetensors"),
     reward(
@@ -234,4 +278,6 @@ REWARDS = (
         loads("imagereward"),
         **FILE | OF_BLIP,
     ),
+    reward("MPS, saved whole (`.pth`)", mps("MPS_overall_checkpoint.pth"), loads("mps"), **FILE | OF_MPS),
+    reward("MPS, safetensors", mps("model.safetensors"), loads("mps"), **FILE | OF_MPS),
 )
