@@ -25,6 +25,7 @@ SEAMS = (
     "flax_pref.models.bank",
     "flax_pref.models.clip",
     "flax_pref.rewards.aesthetic",
+    "flax_pref.rewards.appearance",
     "flax_pref.rewards.clip",
     "flax_pref.rewards.decoded",
     "flax_pref.rewards.image_reward",

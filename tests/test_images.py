@@ -27,6 +27,7 @@ from flax_pref.checkpoints.lora import lora_network, save_lora
 from flax_pref.config import UserError
 from flax_pref.diffusion import drawing
 from flax_pref.files import one_writer
+from flax_pref.images.cost import COST, read_cost
 from flax_pref.images.image_files import read_metadata
 from flax_pref.models.lora import select_lora, split_lora
 from sample import images
@@ -59,9 +60,9 @@ def prompts(tmp_path_factory):
 
 
 def contents(folder):
-    """SHA-256 of every file."""
+    """SHA-256 of every file but the one that tells how long the drawing took."""
     found = {}
-    for file in Path(folder).rglob("*"):
+    for file in set(Path(folder).rglob("*")) - {Path(folder) / COST}:
         with contextlib.suppress(FileNotFoundError):  # a program that still runs may have removed it
             if file.is_file():
                 found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -101,8 +102,10 @@ def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompt
     images.main([*flags, "--batch-size", "4", "--shard-size", "10", "--out", str(tmp_path / "out")])
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("00000.tar", "00001.tar", "manifest.parquet", "contact_sheet.png", "settings.json", ".lock")
+        *("00000.tar", "00001.tar", "manifest.parquet", "contact_sheet.png", "settings.json", "cost.json", ".lock")
     }
+    cost = read_cost(out)
+    assert cost.predictions == 6 * 2 and cost.seconds > 0 and cost.devices.endswith("x cpu")
     found = drawn(out)
     assert list(found) == [(i, seed) for i in range(8) for seed in (0, 1)]
     with tarfile.open(out / "00000.tar") as tar:

@@ -21,6 +21,7 @@ from flax_pref.methods.online import OnlineMethod
 from flax_pref.models.bank import Bank
 from flax_pref.models.clip import CLIPTextModel
 from flax_pref.rewards.aesthetic import AestheticScore
+from flax_pref.rewards.appearance import Appearance
 from flax_pref.rewards.clip import ClipScore
 from flax_pref.rewards.image_reward import ImageReward
 from flax_pref.rewards.jpeg import JpegSize
@@ -129,6 +130,7 @@ REWARDS = {
     ImageReward: (SQUARES, (IDS, IDS > 0)),
     MPSScore: (SQUARES, IDS),
     JpegSize: (VIEW, ()),
+    Appearance: (VIEW, ()),
     Judge: (VIEW, None),
     Remote: (VIEW, None),
 }

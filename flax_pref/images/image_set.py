@@ -206,7 +206,7 @@ class ImageSet:
         self.folder = epath.Path(folder)
         self._items, self._layout, self._shard_size = items, layout, shard_size
         self._format: ImageFormat = image_format
-        self._process, self._processes = process_index, process_count
+        self.process, self.processes = process_index, process_count
         self._remote = "://" in os.fspath(self.folder)
         self._names = image_names(items, layout, image_format)
         self._settings = _json_settings(settings)
@@ -244,9 +244,9 @@ class ImageSet:
         """
         with self._told():
             self._begun_with()  # a folder of something else gets no file of the lock
-            if not self._remote and not self._process:
+            if not self._remote and not self.process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if self._process else one_writer(self.folder):
+        with contextlib.nullcontext() if self.process else one_writer(self.folder):
             yield
 
     def begin(self) -> None:
@@ -283,9 +283,9 @@ class ImageSet:
         if not images.shape[1] * images.shape[2]:
             raise ValueError(f"images {list(images.shape)}: without pixels; expected uint8 [N, H, W, 3]")
         for place, index in enumerate(indices):
-            own = 0 <= index < len(self._items) and index // self._shard_size % self._processes == self._process
+            own = 0 <= index < len(self._items) and index // self._shard_size % self.processes == self.process
             if not own or index in self._rows or index in indices[:place]:
-                raise ValueError(f"index {index} is not pending in process {self._process}; expected some of pending")
+                raise ValueError(f"index {index} is not pending in process {self.process}; expected some of pending")
         height, width = images.shape[1:3]
         with self._told():
             encode = self._pool.map(
@@ -305,9 +305,9 @@ class ImageSet:
         Raises:
             UserError: images are missing, with the first of them named, or a file cannot be written.
         """
-        if self._process:
+        if self.process:
             return
-        if self._processes > 1:
+        if self.processes > 1:
             single = ImageSet(
                 *(self.folder, self._items, self._settings),
                 **{"layout": self._layout, "image_format": self._format, "shard_size": self._shard_size},
@@ -334,7 +334,7 @@ class ImageSet:
 
     @property
     def _own(self) -> range:
-        return range(self._process, -(-len(self._items) // self._shard_size), self._processes)
+        return range(self.process, -(-len(self._items) // self._shard_size), self.processes)
 
     def _indices(self, shard: int) -> range:
         return range(shard * self._shard_size, min((shard + 1) * self._shard_size, len(self._items)))
@@ -616,7 +616,7 @@ class ImageSet:
                 with path.open("wb") as out:
                     _write(out, chunks)
                 return
-            unfinished = self.folder / PARTS / f"{self._process:05d}.{uuid.uuid4().hex}"
+            unfinished = self.folder / PARTS / f"{self.process:05d}.{uuid.uuid4().hex}"
             for folder in (unfinished.parent, path.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             try:

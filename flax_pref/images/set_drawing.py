@@ -25,6 +25,7 @@ from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.prompt_syntax import check_prompts
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_steps
+from flax_pref.images.cost import Cost, write_cost
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.models.bank import AXIS
@@ -203,6 +204,8 @@ def _complete(images: ImageSet, work: ImageWork) -> bool:
         return False
     wait_for_others("all images are drawn")
     images.finish()
+    if not images.process:
+        write_cost(out, Cost(tabulate(work.drawing.sampled, len(work.drawing.solver.timesteps), 1).evaluations))
     return True
 
 
@@ -240,7 +243,7 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
     total: dict[str, Any] = (
         {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
     )
-    started, drawn = time.perf_counter(), 0
+    started, drawn, first = time.perf_counter(), 0, (0.0, 0)
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
     def told(count: int) -> None:
@@ -265,9 +268,17 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
                 wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
                 writer.put(chosen[wanted], _Chosen(pixels, wanted))
                 drawn += len(wanted)
+                if number == 0:  # what follows is compiled
+                    jax.block_until_ready(pixels)
+                    first = time.perf_counter(), drawn
             if stopping():
                 break
-    seconds = time.perf_counter() - started
+    ended = time.perf_counter()
+    if images.process == 0 and drawn > first[1]:
+        images_each = (drawn - first[1]) * images.processes
+        devices = f"{jax.local_device_count() * images.processes} x {jax.local_devices()[0].device_kind}"
+        write_cost(flags.out, Cost(table.evaluations, round((ended - first[0]) / images_each, 4), devices))
+    seconds = ended - started
     print(f"drew {drawn} image{'s' * (drawn != 1)} in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
     return not anywhere(len(images.pending) > 0)
 

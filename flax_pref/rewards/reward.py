@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
+from flax_pref.rewards.appearance import MEASURES, Appearance
 from flax_pref.rewards.clip import load_clip_reward
 from flax_pref.rewards.image_reward import load_image_reward
 from flax_pref.rewards.jpeg import JpegSize
@@ -147,6 +148,7 @@ REWARDS: dict[str, Callable[[str, Files], Reward]] = {
     "mps": lambda name, files: load_mps_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
     "compressibility": lambda name, files: JpegSize(name, -1.0),
     "incompressibility": lambda name, files: JpegSize(name, 1.0),
+    **dict.fromkeys(MEASURES, lambda name, files: Appearance(name)),
     "judge": lambda name, files: Judge(),
 }
 
