@@ -120,6 +120,32 @@ class Remote:
             return scores.astype(np.float32)
 
 
+class Answer:
+    """What a function returns that runs in a thread of its own; `numpy.asarray` of it waits.
+
+    A thread that nobody waits for any more does not keep the program from ending.
+    """
+
+    def __init__(self, function: Callable[[], np.ndarray]):
+        """Begins at once."""
+        self._found: np.ndarray | BaseException | None = None
+        self._function, self._thread = function, threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found = self._function()
+        except BaseException as error:
+            self._found = error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The result; raises what the function has raised."""
+        self._thread.join()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        return np.asarray(self._found, dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Service:
     """A `Function` that asks an HTTP service.
