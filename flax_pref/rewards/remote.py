@@ -121,29 +121,35 @@ class Remote:
 
 
 class Answer:
-    """What a function returns that runs in a thread of its own; `numpy.asarray` of it waits.
+    """What a function returns that runs in a thread of its own; `get` waits, and so does `numpy.asarray`.
 
     A thread that nobody waits for any more does not keep the program from ending.
     """
 
-    def __init__(self, function: Callable[[], np.ndarray]):
+    def __init__(self, function: Callable[[], Any]):
         """Begins at once."""
-        self._found: np.ndarray | BaseException | None = None
-        self._function, self._thread = function, threading.Thread(target=self._run, daemon=True)
+        self._found: Any = None
+        self._error: BaseException | None = None
+        # The function is no attribute, so that what it holds is free as soon as it has returned.
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, function: Callable[[], Any]) -> None:
         try:
-            self._found = self._function()
+            self._found = function()
         except BaseException as error:
-            self._found = error
+            self._error = error
+
+    def get(self) -> Any:
+        """Waits for the result; raises what the function has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The result; raises what the function has raised."""
-        self._thread.join()
-        if isinstance(self._found, BaseException):
-            raise self._found
-        return np.asarray(self._found, dtype)
+        """See `get`."""
+        return np.asarray(self.get(), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
