@@ -2,7 +2,7 @@
 
     python integrations/reward_server/serve.py --scorer hpsv3 --port 8000
 
-It needs Pillow and what its scorer needs, and neither JAX nor flax_pref. Endpoints:
+It needs Python 3.10 or newer, Pillow and what its scorer needs, and neither JAX nor flax_pref. Endpoints:
 
     POST /score    {"prompts": [text, ...], "images": [PNG in base64, ...]} -> {"scores": [number or null, ...]}
     GET  /health   200 while it scores, else 503
@@ -50,6 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
     """The socket, the limits and, once it is loaded, the scorer."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that the system keeps until they are taken
     batcher: Batcher | None = None
     stopping = False
 
@@ -78,7 +79,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """One line; a client that has gone is none."""
-        if not isinstance(error := sys.exception(), OSError) and error is not None:
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, OSError):
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,7 @@
 """As a program, this file scores a run in child processes that are killed on the way: one order per line of stdin."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -687,6 +688,9 @@ if __name__ == "__main__":
 # Services
 
 
+MOVED, DRIP = b"moved", b"drip"
+
+
 class Blue:
     """A service that scores images by their mean blue, slowly, and fails where it is told to."""
 
@@ -706,9 +710,16 @@ class Blue:
                 files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
                 scores = [float(np.asarray(file)[..., 2].mean()) for file in files]
                 content = fails(body["prompts"]) or json.dumps({"scores": scores}).encode()
-                handler.send_response(200)
+                status, content = (302, content[len(MOVED) :]) if content.startswith(MOVED) else (200, content)
+                handler.send_response(status)
+                if status == 302:
+                    handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
                 handler.end_headers()
-                handler.wfile.write(content)
+                pieces = [content] if content != DRIP else itertools.repeat(b" ", 100)
+                with contextlib.suppress(OSError):  # whoever asked has gone
+                    for piece in pieces:
+                        handler.wfile.write(piece)
+                        time.sleep(0.5 * (content == DRIP))
 
             def log_message(handler, *_):
                 pass
@@ -762,6 +773,9 @@ def test_a_service_is_not_asked_for_images_that_have_no_file(blue, tmp_path):
         (b'{"scores": [1]}', "answered with 1 scores for 2 images"),
         (b" " * 2**20 + b"{}", "answered with more than 1,048,576 bytes"),
         (b"<html>", "expected {.*scores"),
+        (b"[" * 100_000, "expected {.*scores"),
+        (MOVED, "answered 302 Found, a redirect to http://127.0.0.1:1/elsewhere, which is not followed"),
+        (DRIP, r"timed out, no whole answer in 0\.7 s, asked 1 times"),  # a byte every half second
     ],
 )
 def test_a_hostile_answer_costs_one_line_and_no_image(blue, tmp_path, content, message):
@@ -771,7 +785,7 @@ def test_a_hostile_answer_costs_one_line_and_no_image(blue, tmp_path, content, m
     bad.set()
     there = blue(0.02, lambda prompts: content if bad.is_set() and "x" * 6 in prompts else None)
     with pytest.raises(UserError, match=message) as told:
-        score(tmp_path, service_scorer(there.url, connections=8), "score:blue")
+        score(tmp_path, service_scorer(there.url, connections=8, timeout=0.7, retries=0), "score:blue")
     assert "\n" not in str(told.value) and str(there.url) in str(told.value)
     known = [row["score:blue"] is not None for row in rows(tmp_path)]
     assert 0 < known.count(False) <= 8 and known.count(True) > 8

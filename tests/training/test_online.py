@@ -536,13 +536,22 @@ def test_what_takes_the_place_of_a_score_is_a_mean():
     np.testing.assert_array_equal(neutral(given), np.float32([[1, 2, 1.5], [3.6] * 3, [5, 5, 5]]))
 
 
-def test_a_reward_elsewhere_that_fails_is_told(capfd):
+def test_a_reward_elsewhere_that_fails_is_told(drawn, capfd):
     def broken(images, captions):
         raise KeyError("no\nmodel")
 
+    calls = []
+
+    def breaks(images, captions):
+        calls.append(captions)
+        return broken(images, captions) if len(calls) == 3 else judged(images, captions)
+
+    source = rollouts("d3po", config=IN_PARTS, reward=Remote("broken", breaks))
     with pytest.raises(RemoteError, match="broken: KeyError: 'no"):
-        rollouts("d3po", config=IN_PARTS, reward=Remote("broken", broken)).next(PARAMS)
+        source.next(PARAMS)
     assert "Traceback" not in capfd.readouterr().err
+    batch = source.next(PARAMS)  # nothing of the iteration is lost
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), batch, drawn("d3po")[2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
