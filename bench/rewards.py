@@ -1,10 +1,16 @@
-"""PickScore beside transformers in torch, and the memory of a reward's gradient through the autoencoder."""
+"""PickScore beside transformers in torch, memory of its gradient, and the time that devices wait for a service."""
 
+import contextlib
 import dataclasses
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +18,45 @@ import numpy as np
 
 from bench.common import random_network, time_in_turns
 from flax_pref.checkpoints.weights import abstract_network, to_stored
-from flax_pref.models.network import with_remat
+from flax_pref.config import INTEGRATIONS
+from flax_pref.diffusion.sampler import Predict
+from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, OnlineMethod, TailorPO
+from flax_pref.models.network import Network, with_remat
 from flax_pref.models.presets import CLIP_VIT_H, FAMILIES
 from flax_pref.models.remat import Remat
+from flax_pref.models.vae import VAEConfig
 from flax_pref.rewards.clip import ClipScore
 from flax_pref.rewards.decoded import score_latents
+from flax_pref.rewards.remote import Remote, Service
+from flax_pref.rewards.reward import Reward
+from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
+
+SMALL_VAE = VAEConfig(
+    block_out_channels=(4, 4, 4, 4),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=1,
+    norm_num_groups=2,
+    mid_block_add_attention=False,
+)
+
+Name = Literal["d3po", "ddpo", "nft", "spo", "tailorpo", "tailorpo-step"]
+METHODS: dict[Name, OnlineMethod] = {
+    "d3po": D3PO(),
+    "ddpo": DDPO(images_per_prompt=4),
+    "nft": DiffusionNFT(images_per_prompt=8),
+    "spo": SPO(pool=4),
+    "tailorpo": TailorPO(),
+    "tailorpo-step": TailorPO(train_steps=10),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """Times PickScore, and counts the memory of its gradient."""
+    """Times PickScore, counts the memory of its gradient, and measures how long devices wait for a service."""
 
+    parts: tuple[Literal["gradient", "pickscore", "service"], ...] = ("gradient", "pickscore", "service")
+    """What is measured."""
     batch_size: int = 8
     """Images that are scored at the same time."""
     rounds: int = 3
@@ -34,16 +68,26 @@ class Rewards:
     size: int = 512
     """Side of the images in pixels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    methods: tuple[Name, ...] = tuple(METHODS)
+    """Online methods that draw with a service; tailorpo-step learns inside trajectories."""
+    prompts: int = 64
+    """Prompts of an iteration."""
+    at_once: int = 16
+    """Prompts drawn at a time."""
+    latency: float = 0.5
+    """Seconds that the service takes for an answer."""
+    row_seconds: float = 0.005
+    """Seconds that a simulated device takes for one prediction of one image."""
     json: Path | None = None
     """File for the figures."""
 
 
 def bench_rewards(bench: Rewards) -> dict:
-    """Seconds per batch, ours and theirs, and GB per image."""
+    """Seconds per batch, ours and theirs, GB per image, and shares of time."""
+    measured = {"gradient": gradient_memory, "pickscore": scoring, "service": waiting}
     return {
         **{"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": bench.dtype},
-        "gradient": gradient_memory(bench),
-        "pickscore": scoring(bench),
+        **{part: measured[part](bench) for part in bench.parts},
     }
 
 
@@ -127,3 +171,127 @@ def gradient_memory(bench: Rewards) -> dict:
         **{"family": bench.family, "size": bench.size},
         "temporary_gb_per_image": {remat: gigabytes(remat) for remat in ("none", "block")},
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices that wait for a service
+
+
+class Device:
+    """A simulated device, which takes its time for predictions and does one thing at a time."""
+
+    def __init__(self, row_seconds: float):
+        self.busy, self._row_seconds, self._lock = 0.0, row_seconds, threading.Lock()
+
+    def predict_of(self, params: Any, frozen: Any) -> Predict:
+        """As `Rollouts` takes it: a network that is no more than its time."""
+
+        def predict(networks, latents, timesteps, text):
+            rows = latents.shape[0] * latents.shape[1]
+            took = jax.pure_callback(partial(self._work, rows), jax.ShapeDtypeStruct((), jnp.float32), latents.mean())
+            return 0.1 * latents + 0 * took
+
+        return predict
+
+    def _work(self, rows: int, _: Any) -> np.float32:
+        with self._lock:
+            begun = time.perf_counter()
+            time.sleep(rows * self._row_seconds)
+            self.busy += time.perf_counter() - begun
+        return np.float32(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InJittedCode:
+    """A reward elsewhere that the devices wait for, as all did before they were asked in the background."""
+
+    reward: Remote = dataclasses.field(metadata={"static": True})
+
+    name = "in jitted code"
+    differentiable = False
+
+    def prepare(self, captions):
+        """See `rewards.reward.Reward`."""
+        return self.reward.prepare(captions)
+
+    def view(self, images):
+        """See `rewards.reward.Reward`."""
+        return self.reward.view(images)
+
+    def score(self, view, prepared):
+        """See `rewards.reward.Reward`."""
+        return self.reward.score(view, prepared)
+
+
+def waiting(bench: Rewards) -> dict:
+    """Share of the time of drawing in which a simulated device waits, with the server of integrations/reward_server.
+
+    Images have 64 pixels, so that this machine decodes and encodes them in a short time, which counts as waiting: how
+    much that is, a service that answers at once tells.
+    """
+    figures: dict[str, Any] = {
+        **{"latency": bench.latency, "row_seconds": bench.row_seconds},
+        **{"prompts": bench.prompts, "at_once": bench.at_once, "rounds": bench.rounds},
+    }
+    vae = random_network("vae", SMALL_VAE)
+    with reward_server(bench.latency) as slow, reward_server(1e-9) as prompt:
+        late, now = Remote("mock", Service(slow)), Remote("mock", Service(prompt))
+        rewards = {"before": InJittedCode(late), "after": late, "after_without_latency": now}
+        for name in bench.methods:
+            figures[name] = {when: drawing(bench, name, vae, reward) for when, reward in rewards.items()}
+            print(f"{name}: {figures[name]}", file=sys.stderr)
+    return figures
+
+
+def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
+    """Medians over iterations, after one that compiles: seconds, and the share in which the device waits."""
+    method, device = METHODS[name], Device(bench.row_seconds)
+    within = name == "tailorpo-step"
+    config = RolloutConfig(
+        prompts=bench.prompts, at_once=bench.at_once, batch_size=bench.prompts, update="step" if within else "iteration"
+    )
+    hidden = np.zeros((bench.prompts, 4), np.float32)
+    prompts = Prompts(
+        captions=[f"prompt {n}" for n in range(bench.prompts)],
+        ids=range(bench.prompts),
+        text={"hidden": hidden},
+        empty={"hidden": hidden[0]},
+    )
+    arguments = device.predict_of, (), vae, prompts, reward, FAMILIES["sd15"].scheduler_config, config
+    source = Rollouts(method, *arguments, size=(64, 64), seed=0)
+
+    def iteration() -> tuple[float, float]:
+        begun, busy = time.perf_counter(), device.busy
+        for _ in range(source.minibatches):
+            jax.block_until_ready(source.next({}))
+        seconds = time.perf_counter() - begun
+        return seconds, 1 - (device.busy - busy) / seconds
+
+    iteration()
+    seconds, shares = zip(*(iteration() for _ in range(bench.rounds)), strict=True)
+    return {"seconds": round(statistics.median(seconds), 2), "waits": round(statistics.median(shares), 3)}
+
+
+@contextlib.contextmanager
+def reward_server(latency: float) -> Iterator[str]:
+    """The address of a server that takes so long for each answer."""
+    serve = INTEGRATIONS / "reward_server" / "serve.py"
+    flags = [
+        "--scorer",
+        "mock",
+        "--mock-seconds",
+        str(latency),
+        "--port",
+        "0",
+        "--batch-size",
+        "4096",
+        "--queue",
+        "4096",
+    ]
+    with subprocess.Popen([sys.executable, serve, *flags], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()

@@ -163,3 +163,14 @@ def test_the_real_sampler_is_measured_with_its_writer(tmp_path, capsys):
 def test_a_mistake_is_told_before_anything_is_measured(flags, message):
     with pytest.raises(ValueError, match=message):
         main(list(flags))
+
+
+def test_a_device_waits_for_a_service_once_for_each_group_before_and_less_after(tmp_path, capsys):
+    groups, latency, row, steps, rows = 4, 0.2, 0.002, 20, 2
+    flags = ("--parts", "service", "--methods", "d3po", "--prompts", groups, "--at-once", 1, "--rounds", 1)
+    told = figures(tmp_path, capsys, "rewards", *flags, "--latency", latency, "--row-seconds", row)["service"]
+    before, after = told["d3po"]["before"], told["d3po"]["after"]
+    drawing = groups * 2 * steps * rows * row  # D3PO draws two images for each prompt
+    assert before["waits"] * before["seconds"] > 0.95 * groups * latency
+    assert before["seconds"] > drawing + groups * latency
+    assert after["seconds"] > drawing + latency and after["waits"] * after["seconds"] > 0.95 * latency

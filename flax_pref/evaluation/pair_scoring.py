@@ -43,7 +43,7 @@ from flax_pref.files import difference, one_writer
 from flax_pref.parallel.agreement import Content, agree, flat
 from flax_pref.parallel.hosts import wait_for_others
 from flax_pref.parallel.signals import PREEMPTED
-from flax_pref.rewards.remote import remote_errors
+from flax_pref.rewards.remote import Answer, remote_errors
 
 PARTS = ".scores"
 AHEAD = 16  # pairs that threads decode before they are scored
@@ -335,7 +335,7 @@ class _Column:
         self._scorer, self._folder, self._name = scorer, folder, name
         self._seen: dict[tuple[int, int], tuple] = {}
         self._waiting: dict[tuple, list[tuple[int, np.ndarray, str]]] = collections.defaultdict(list)
-        self._computing: tuple[list[int], jax.Array] | None = None
+        self._computing: collections.deque[tuple[list[int], jax.Array | Answer]] = collections.deque()
         self._scores: dict[int, float] = {}
 
     def check_captions(self, captions: Sequence[str]) -> None:
@@ -360,24 +360,25 @@ class _Column:
         """The scores of images 0 to count - 1, float32 `[count]`, which are forgotten then."""
         for seen in list(self._waiting):
             self._begin(seen)
-        self._keep()
+        while self._computing:
+            self._keep()
         scores, self._scores = self._scores, {}
         return np.array([scores[place] for place in range(count)], np.float32)
 
     def _begin(self, seen: tuple) -> None:
-        """Has the devices compute a batch, while that before it is taken from them."""
+        """Begins a batch, while those before it are computed, and takes the first of them if there are many."""
         places, images, captions = map(list, zip(*self._waiting.pop(seen), strict=True))
         with self._errors():
             same_size = len({image.shape for image in images}) == 1
             values = self._scorer(images, captions, same_size=same_size)
-        self._keep()
-        self._computing = places, values
+        self._computing.append((places, values))
+        if len(self._computing) > self._scorer.ahead:
+            self._keep()
 
     def _keep(self) -> None:
-        if self._computing is not None:
-            (places, values), self._computing = self._computing, None
-            with self._errors():
-                self._scores |= dict(zip(places, np.asarray(values).tolist(), strict=False))
+        places, values = self._computing.popleft()
+        with self._errors():
+            self._scores |= dict(zip(places, np.asarray(values).tolist(), strict=False))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

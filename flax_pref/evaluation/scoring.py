@@ -30,7 +30,7 @@ from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFi
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA, read_table
 from flax_pref.programs import title
-from flax_pref.rewards.remote import remote_errors
+from flax_pref.rewards.remote import Answer, Remote, Service, remote_errors
 from flax_pref.rewards.reward import Reward, scores_of
 
 SAVE_EVERY = 30.0  # seconds
@@ -226,8 +226,13 @@ class Batch(NamedTuple):
 class Scorer:
     """A reward on the devices of a mesh, each of which has its weights and scores its part of a batch.
 
+    A service needs no devices: it is asked from the host, for several batches at the same time.
+
     Attributes:
         batch_size: images of a batch, of all devices.
+        ahead: batches that may be begun before the scores of the first are taken.
+        fixed: whether batches always have the same images, also those that need no score: a network's last bit may
+            depend on the others.
     """
 
     def __init__(self, reward: Reward, mesh: Mesh, *, batch_size: int, embedding: bool = False):
@@ -248,7 +253,11 @@ class Scorer:
             # Such rewards call the host; from as many CPU devices as there are threads, JAX would wait for itself.
             mesh = Mesh(mesh.devices.flatten()[:1], ("data",))
         whole, divided = PartitionSpec(), PartitionSpec(mesh.axis_names)
-        self.batch_size = batch_size * mesh.size
+        self.batch_size, self.ahead, self.fixed = batch_size * mesh.size, 1, True
+        self._service: Remote | None = None
+        if isinstance(reward, Remote) and isinstance(reward.function, Service):
+            self._service, service, self.fixed = reward, reward.function, False
+            self.ahead = 1 + -(-service.connections * service.request_images // self.batch_size)
         self._divided = NamedSharding(mesh, divided)
         self._reward = jax.device_put(reward, NamedSharding(mesh, whole))
 
@@ -304,14 +313,19 @@ class Scorer:
         ]
         return [Batch(indices, len({sizes[i] for i in indices}) == 1) for indices in batches]
 
-    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str], *, same_size: bool) -> jax.Array:
-        """Scores of up to `batch_size` images, float32 `[batch_size]`; or embeddings, float16 `[batch_size, D]`.
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str], *, same_size: bool) -> jax.Array | Answer:
+        """Begins to score up to `batch_size` images; `numpy.asarray` of what it returns waits.
+
+        Returns:
+            float32 `[batch_size]`, or of a service `[images]`; or embeddings, float16 `[batch_size, D]`.
 
         Args:
             images: uint8 `[H, W, 3]` each; the first stands for those that a full batch lacks.
             captions: one for each image.
             same_size: whether all images have the same size.
         """
+        if (service := self._service) is not None:  # it sees images as they are, so all have the same size
+            return Answer(lambda: service.ask(np.stack(images).astype(np.float32) / 255, list(captions)))
         lacking = self.batch_size - len(images)
         images, captions = [*images, *[images[0]] * lacking], [*captions, *[captions[0]] * lacking]
         prepared = self._reward.prepare(captions)
@@ -365,15 +379,16 @@ def score_images(
             def read(index):
                 return pool.submit(read_image, scores.folder, scores.images[index]) if index in pending else None
 
-            computing = None
+            computing: collections.deque[_Computing] = collections.deque()
             try:
                 for batch, images in _ahead(batches, lambda batch: [read(i) for i in batch.indices], 2):
-                    computing, before = _score_batch(scorer, scores, batch, images), computing
-                    _keep(scores, column, before, done)
+                    computing.append(_score_batch(scorer, scores, batch, images))
+                    if len(computing) > scorer.ahead:
+                        _keep(scores, column, computing.popleft(), done)
                     if stop():
                         break
-            finally:  # after an error too: what was begun before it is kept
-                _keep(scores, column, computing, done)
+            finally:  # after an error too: what was begun is kept
+                _keep_all(scores, column, computing, done)
     finally:
         scores.save()
 
@@ -383,12 +398,12 @@ class _Computing(NamedTuple):
 
     indices: list[int]
     places: list[int]
-    values: jax.Array | None
+    values: jax.Array | Answer | None
     read: int
 
 
 def _score_batch(scorer: Scorer, scores: Scores, batch: Batch, reads: Sequence[Future | None]) -> _Computing:
-    """Begins to score a batch, in which another image stands for each that is not to be scored."""
+    """Begins to score a batch; where it is fixed, another image stands for each that is not to be scored."""
     images: dict[int, np.ndarray] = {}
     for place, (index, future) in enumerate(zip(batch.indices, reads, strict=True)):
         found = None if future is None else future.result()
@@ -399,6 +414,10 @@ def _score_batch(scorer: Scorer, scores: Scores, batch: Batch, reads: Sequence[F
     count = sum(future is not None for future in reads)
     if not images:
         return _Computing([], [], None, count)
+    if not scorer.fixed:
+        captions = [scores.captions[batch.indices[place]] for place in images]
+        values = scorer(list(images.values()), captions, same_size=batch.same_size)
+        return _Computing([batch.indices[place] for place in images], list(range(len(images))), values, count)
     first = next(iter(images))
     places = [place if place in images else first for place in range(len(batch.indices))]
     captions = [scores.captions[batch.indices[place]] for place in places]
@@ -406,14 +425,24 @@ def _score_batch(scorer: Scorer, scores: Scores, batch: Batch, reads: Sequence[F
     return _Computing([batch.indices[place] for place in images], list(images), values, count)
 
 
-def _keep(scores: Scores, column: str, computing: _Computing | None, done: Callable[[int], object]) -> None:
+def _keep(scores: Scores, column: str, computing: _Computing, done: Callable[[int], object]) -> None:
     """Waits for a batch."""
-    if computing is None:
-        return
     if computing.values is not None:
         scores.put(column, computing.indices, np.asarray(computing.values)[computing.places])
     done(computing.read)
     scores.save_at_times()
+
+
+def _keep_all(scores: Scores, column: str, computing: Iterable[_Computing], done: Callable[[int], object]) -> None:
+    """Waits for batches, and raises the first error at the end: the scores of the others are kept."""
+    errors = []
+    for batch in computing:
+        try:
+            _keep(scores, column, batch, done)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _ahead(items: Iterable, begin: Callable, most: int) -> Iterator[tuple[Any, Any]]:

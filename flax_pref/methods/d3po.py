@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import step
 from flax_pref.methods.online import (
+    DrawnLatents,
     ExampleCost,
     Preferences,
+    Rewards,
     RolloutInputs,
     clip_ratio,
     draw_trajectories,
@@ -71,11 +73,15 @@ class D3PO(Preferences):
         """See `OnlineMethod`."""
         return {"latents": (2, self.steps + 1, *latent), "rewards": (2,)}
 
-    def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
+    def draw_images(self, drawing: RolloutInputs) -> tuple[dict[str, jax.Array], DrawnLatents]:
+        """See `OnlineMethod`."""
+        latents, _, clean = draw_trajectories(drawing, self, images=2, one_start=True)
+        return {"latents": latents}, clean
+
+    def judge_images(self, drawn: Mapping[str, jax.Array], rewards: Rewards) -> dict[str, jax.Array]:
         """See `OnlineMethod`: winners first."""
-        latents, _, rewards = draw_trajectories(drawing, self, images=2, one_start=True)
         order = jnp.argsort(-rewards, axis=1)
-        latents = jnp.take_along_axis(latents, order[:, :, None, None, None, None], axis=1)
+        latents = jnp.take_along_axis(drawn["latents"], order[:, :, None, None, None, None], axis=1)
         return {"latents": latents, "rewards": jnp.take_along_axis(rewards, order, axis=1)}
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:

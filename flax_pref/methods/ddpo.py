@@ -10,8 +10,16 @@ import jax.numpy as jnp
 
 from flax_pref.diffusion.sampler import Predict
 from flax_pref.diffusion.solvers import log_prob
-from flax_pref.methods.online import ExampleCost, OnlineMethod, RolloutInputs, draw_trajectories, guided
-from flax_pref.shapes import Float, Key, Scalar
+from flax_pref.methods.online import (
+    DrawnLatents,
+    ExampleCost,
+    OnlineMethod,
+    Rewards,
+    RolloutInputs,
+    draw_trajectories,
+    guided,
+)
+from flax_pref.shapes import Key, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +93,14 @@ class DDPO(OnlineMethod):
             "reward": images,
         }
 
-    def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
+    def draw_images(self, drawing: RolloutInputs) -> tuple[dict[str, jax.Array], DrawnLatents]:
         """See `OnlineMethod`."""
-        latents, log_probs, rewards = draw_trajectories(drawing, self, images=self.images_per_prompt, one_start=False)
-        return {"latents": latents, "log_prob": log_probs, "advantage": advantages(rewards), "reward": rewards}
+        latents, log_probs, clean = draw_trajectories(drawing, self, images=self.images_per_prompt, one_start=False)
+        return {"latents": latents, "log_prob": log_probs}, clean
+
+    def judge_images(self, drawn: Mapping[str, jax.Array], rewards: Rewards) -> dict[str, jax.Array]:
+        """See `OnlineMethod`."""
+        return {**drawn, "advantage": advantages(rewards), "reward": rewards}
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
         """See `OnlineMethod`."""
@@ -102,7 +114,7 @@ class DDPO(OnlineMethod):
         }
 
 
-def advantages(rewards: Float[jax.Array, "prompts images"]) -> Float[jax.Array, "prompts images"]:
+def advantages(rewards: Rewards) -> Rewards:
     """`(r - mean) / std` of each image among those of its prompt; zero where all are the same.
 
     The authors' code has running statistics of each prompt; here they are those of the G images that one policy drew.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.sampler import Predict, predict_rows, sample
-from flax_pref.methods.online import ExampleCost, OnlineMethod, RolloutInputs, policy_rule
+from flax_pref.methods.online import DrawnLatents, ExampleCost, OnlineMethod, Rewards, RolloutInputs, policy_rule
 from flax_pref.models.lora import BASE
 from flax_pref.shapes import GivenLatents, Key, Latents, PerImage, Scalar
 
@@ -147,7 +147,7 @@ class DiffusionNFT(OnlineMethod):
         """See `OnlineMethod`."""
         return {"clean": (self.images_per_prompt, *latent), "reward": (self.images_per_prompt,)}
 
-    def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
+    def draw_images(self, drawing: RolloutInputs) -> tuple[dict[str, jax.Array], DrawnLatents]:
         """See `OnlineMethod`."""
         count, images = len(drawing.keys), self.images_per_prompt
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images)))(drawing.keys)
@@ -156,8 +156,11 @@ class DiffusionNFT(OnlineMethod):
         )
         table = tabulate(policy_rule(self), self.steps, count * images)
         clean = sample(drawing.predict, table, drawing.solver, keys.reshape(-1), text, empty, drawing.shape)
-        rewards = drawing.score(clean).reshape(count, images)
-        return {"clean": clean.reshape(count, images, *drawing.shape), "reward": rewards}
+        return {"clean": clean.reshape(count, images, *drawing.shape)}, clean
+
+    def judge_images(self, drawn: Mapping[str, jax.Array], rewards: Rewards) -> dict[str, jax.Array]:
+        """See `OnlineMethod`."""
+        return {**drawn, "reward": rewards}
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
         """See `OnlineMethod`; advantages are divided by the deviation of all rewards of the iteration."""

@@ -34,6 +34,10 @@ from flax_pref.shapes import Array, Float, GivenLatents, ImageKeys, Key, Latents
 
 Candidates = Float[jax.Array, "images candidates height width channels"]
 """K latents, or predictions from them, of each image."""
+DrawnLatents = Float[jax.Array, "drawn height width channels"]
+"""Clean latents of images that were drawn, K of each prompt."""
+Rewards = Float[jax.Array, "prompts images"]
+"""Of K images of each prompt."""
 GivenCandidates = Float[Array, "images candidates height width channels"]
 """`Candidates` on a device or on the host."""
 
@@ -170,7 +174,21 @@ class OnlineMethod:
         raise NotImplementedError
 
     def draw(self, drawing: RolloutInputs) -> dict[str, jax.Array]:
-        """The experience of B prompts, `[B, ...]` each."""
+        """The experience of B prompts, `[B, ...]` each; of methods that judge whole images."""
+        drawn, clean = self.draw_images(drawing)
+        return self.judge_images(drawn, drawing.score(clean).reshape(len(drawing.keys), -1))
+
+    def draw_images(self, drawing: RolloutInputs) -> tuple[dict[str, jax.Array], DrawnLatents]:
+        """Images before they are judged.
+
+        Returns:
+            what `judge_images` needs of them, `[B, ...]` each, and their clean latents `[B * K, H, W, C]`, K of each
+            prompt.
+        """
+        raise NotImplementedError
+
+    def judge_images(self, drawn: Mapping[str, jax.Array], rewards: Rewards) -> dict[str, jax.Array]:
+        """The experience that images and their rewards make."""
         raise NotImplementedError
 
     def batch(self, experience: Mapping[str, jax.Array], index: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
@@ -304,7 +322,7 @@ def draw_trajectories(
 ) -> tuple[
     Float[jax.Array, "prompts images visited height width channels"],
     Float[jax.Array, "prompts images steps"],
-    Float[jax.Array, "prompts images"],
+    DrawnLatents,
 ]:
     """Whole trajectories of several images for each prompt.
 
@@ -315,7 +333,7 @@ def draw_trajectories(
         one_start: whether those of a prompt begin with the same noise.
 
     Returns:
-        latents of S + 1 visits, log-densities of S steps, and rewards.
+        latents of S + 1 visits, log-densities of S steps, and the latents of the last visit, `[B * G, H, W, C]`.
     """
     count = len(drawing.keys)
     # Number 0 of a prompt's key is the common start.
@@ -331,6 +349,6 @@ def draw_trajectories(
         drawing.shape,
         start=drawing.solver.init_noise_sigma * draw_normal(starting.reshape(-1), 0, drawing.shape),
     )
-    rewards = drawing.score(latents[-1]).reshape(count, images)
+    clean = latents[-1]
     latents, log_probs = (jnp.moveaxis(x, 0, 1).reshape(count, images, -1, *x.shape[2:]) for x in (latents, log_probs))
-    return latents, log_probs, rewards
+    return latents, log_probs, clean

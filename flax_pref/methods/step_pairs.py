@@ -17,6 +17,7 @@ from flax_pref.diffusion.sampler import Predict, draw_normal
 from flax_pref.diffusion.solvers import Solver, step
 from flax_pref.methods.online import (
     Candidates,
+    DrawnLatents,
     ExampleCost,
     Preferences,
     RolloutInputs,
@@ -58,6 +59,26 @@ class CandidateChoice(NamedTuple):
     pool: int
     follow: Follow
     ascent: Ascent | None = None
+
+
+CandidateRewards = Float[jax.Array, "images candidates"]
+"""Of what K candidates promise."""
+State = tuple[Latents, Latents]
+"""Latents that a step begins with, and the policy's prediction for them."""
+
+
+class Offer(NamedTuple):
+    """Where a trained step may end, before that is judged.
+
+    Attributes:
+        latents: that the step begins with.
+        candidates: for its end.
+        predicted: the predictions for these.
+    """
+
+    latents: Latents
+    candidates: Candidates
+    predicted: Candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +163,7 @@ class StepPairs(Preferences):
             number, chosen = inputs
             return jax.lax.cond(chosen, candidates.choose, candidates.walk, state, number)
 
-        start = candidates.start()
-        state = start, candidates.predict(start[:, None], 0)[:, 0]
+        state = candidates.begin(candidates.start(), 0)
         _, pairs = jax.lax.scan(advance, state, (jnp.arange(last + 1), jnp.asarray(learned)))
         pairs = {name: jnp.moveaxis(x[np.array(self.trained)], 0, 1) for name, x in pairs.items()}
         return {**pairs, "reward": pairs["reward"][:, -1]}
@@ -167,10 +187,39 @@ class StepPairs(Preferences):
             the latents that the next step begins with, and experience of one step.
         """
         candidates = CandidateSteps(drawing, self)
-        state = latents, candidates.predict(latents[:, None], first)[:, 0]
-        state = jax.lax.fori_loop(first, last, lambda number, state: candidates.walk(state, number)[0], state)
+        state = candidates.walk_to(candidates.begin(latents, first), first, last)
         (latents, _), pair = candidates.choose(state, last)
         return latents, {**{name: x[:, None] for name, x in pair.items()}, "reward": pair["reward"]}
+
+    # The same in parts, where rewards come from elsewhere
+
+    def draw_state(self, drawing: RolloutInputs, latents: Latents, first: Int[jax.Array, ""]) -> State:
+        """What step `first` begins with, where that is latents from elsewhere or of other weights."""
+        return CandidateSteps(drawing, self).begin(latents, first)
+
+    def draw_offer(
+        self, drawing: RolloutInputs, state: State, first: Int[jax.Array, ""], last: Int[jax.Array, ""]
+    ) -> tuple[Offer, DrawnLatents]:
+        """Candidates for the end of a trained step.
+
+        Args:
+            drawing: for B prompts.
+            state: that step `first` begins with.
+            first: as in `draw_step`.
+            last: number of a trained step.
+
+        Returns:
+            the candidates, and the clean latents that they promise, `[B * K, H, W, C]`.
+        """
+        candidates = CandidateSteps(drawing, self)
+        offer = candidates.offer(candidates.walk_to(state, first, last), last)
+        return offer, candidates.promised(offer, last)
+
+    def judge_offer(
+        self, drawing: RolloutInputs, offer: Offer, rewards: CandidateRewards, number: Int[jax.Array, ""]
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """What the next step begins with, and the experience of a trained one, without an axis of steps."""
+        return CandidateSteps(drawing, self).judge(offer, rewards, number)
 
 
 class CandidateSteps:
@@ -183,6 +232,10 @@ class CandidateSteps:
         self.r, self.u = (
             jnp.asarray([*of_pred[1:], end], jnp.float32) for of_pred, end in zip(drawing.clean, (1, 0), strict=True)
         )
+
+    def begin(self, latents: Latents, number: Any) -> State:
+        """What step `number` begins with."""
+        return latents, self.predict(latents[:, None], number)[:, 0]
 
     def start(self) -> Latents:
         """Noise."""
@@ -204,14 +257,18 @@ class CandidateSteps:
 
         return jax.lax.cond(number < self.method.steps, guide, jnp.zeros_like, latents)
 
-    def candidates(self, state: tuple[Latents, Latents], number: Any, count: int) -> tuple[Candidates, Candidates]:
+    def candidates(self, state: State, number: Any, count: int) -> tuple[Candidates, Candidates]:
         """So many latents that a step may end in, and the predictions for them."""
         row = self.row(number)
         noise = draw_normal(self.drawing.keys, number + 1, (count, *self.drawing.shape))
         drawn = step(*state, row)[0][:, None] + row.fresh_noise_coef * noise
         return drawn, self.predict(drawn, number + 1)
 
-    def walk(self, state: tuple[Latents, Latents], number: Any) -> tuple[tuple[Latents, Latents], dict[str, jax.Array]]:
+    def walk_to(self, state: State, first: Any, last: Any) -> State:
+        """What step `last` begins with, through steps that nothing is learned from."""
+        return jax.lax.fori_loop(first, last, lambda number, state: self.walk(state, number)[0], state)
+
+    def walk(self, state: State, number: Any) -> tuple[State, dict[str, jax.Array]]:
         """A step that nothing is learned from: one candidate and no reward. Its pair is zeros."""
         candidates, predicted = self.candidates(state, number, 1)
         shapes = self.method.shapes(self.drawing.shape, 1)
@@ -219,32 +276,42 @@ class CandidateSteps:
         pair = {name: jnp.zeros((count, *shape[1:])) for name, shape in shapes.items()}
         return (candidates[:, 0], predicted[:, 0]), pair
 
-    def choose(
-        self, state: tuple[Latents, Latents], number: Any
-    ) -> tuple[tuple[Latents, Latents], dict[str, jax.Array]]:
+    def choose(self, state: State, number: Any) -> tuple[State, dict[str, jax.Array]]:
         """A step that is learned from: the best and the worst candidate, and where the trajectory continues."""
+        offer = self.offer(state, number)
+        return self.judge(offer, self.rewards(offer, number), number)
+
+    def offer(self, state: State, number: Any) -> Offer:
+        """The candidates of a step that is learned from."""
+        return Offer(state[0], *self.candidates(state, number, self.choice.pool))
+
+    def judge(self, offer: Offer, rewards: CandidateRewards, number: Any) -> tuple[State, dict[str, jax.Array]]:
+        """What the rewards of candidates make of them; see `choose`."""
         pool, follow, ascent = self.choice
-        candidates, predicted = self.candidates(state, number, pool)
-        rewards = self.rewards(candidates, predicted, number)
+        latents, candidates, predicted = offer
         places = {"winner": rewards.argmax(axis=1), "loser": rewards.argmin(axis=1)}
         dice = jax.vmap(lambda key: jax.random.fold_in(key, self.method.steps + number + 1))(self.drawing.keys)
         places["random"] = jax.vmap(lambda key: jax.random.randint(key, (), 0, pool))(dice)
         found = {name: (_take(candidates, place), _take(predicted, place)) for name, place in places.items()}
-        pair = {"latents": state[0], "loser": found["loser"][0], "reward": rewards.mean(axis=1)}
+        pair = {"latents": latents, "loser": found["loser"][0], "reward": rewards.mean(axis=1)}
         best = rewards.max(axis=1)
         if ascent is not None:
             found["winner"], best, pair["raised"] = self.climb(*found["winner"], best, number, ascent)
         pair |= {"winner": found["winner"][0], "rewards": jnp.stack([best, rewards.min(axis=1)], axis=1)}
         return found[follow], pair
 
-    def rewards(self, latents: Candidates, predicted: Candidates, number: Any) -> Float[jax.Array, "images candidates"]:
-        """Of the images that candidates for the end of a step promise."""
-        promised = self.r[number] * latents + self.u[number] * predicted
-        return self.drawing.score(promised.reshape(-1, *self.drawing.shape)).reshape(promised.shape[:2])
+    def promised(self, offer: Offer, number: Any) -> DrawnLatents:
+        """Clean latents of the images that candidates for the end of a step promise, `[B * K, H, W, C]`."""
+        clean = self.r[number] * offer.candidates + self.u[number] * offer.predicted
+        return clean.reshape(-1, *self.drawing.shape)
+
+    def rewards(self, offer: Offer, number: Any) -> CandidateRewards:
+        """Of these images."""
+        return self.drawing.score(self.promised(offer, number)).reshape(offer.candidates.shape[:2])
 
     def climb(
         self, winner: Latents, predicted: Latents, reward: PerImage, number: Any, ascent: Ascent
-    ) -> tuple[tuple[Latents, Latents], PerImage, PerImage]:
+    ) -> tuple[State, PerImage, PerImage]:
         """Moves winners up the gradient of their reward, those whose reward rises by it.
 
         Returns:
@@ -259,7 +326,7 @@ class CandidateSteps:
         (gradient,) = pull_back(self.drawing.ascent(clean))
         moved = winner + jnp.asarray(ascent.rates, jnp.float32)[number] * gradient
         moved_predicted = self.predict(moved[:, None], number + 1)
-        moved_reward = self.rewards(moved[:, None], moved_predicted, number)[:, 0]
+        moved_reward = self.rewards(Offer(winner, moved[:, None], moved_predicted), number)[:, 0]
         raised = moved_reward > reward
 
         def kept(after, before):

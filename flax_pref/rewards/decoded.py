@@ -1,6 +1,7 @@
 """Rewards of latents: through the autoencoder, a few images at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.models.network import Network, with_remat
 from flax_pref.rewards.reward import Reward, scores_of
-from flax_pref.shapes import Latents, PerImage, Tree
+from flax_pref.shapes import Latents, PerImage, Pixels, Tree
 
 
 def score_latents(
@@ -32,6 +33,30 @@ def score_latents(
     return _on_each_device(_score, PIXELS, reward, vae, latents, prepared, sharding)
 
 
+def decode_and_score(
+    rewards: Sequence[Reward], vae: Network, latents: Latents, prepared: Sequence[Tree], *, sharding=None
+) -> tuple[Pixels, tuple[PerImage, ...]]:
+    """Decoded images, for rewards that live elsewhere, and their scores by those that do not.
+
+    Args:
+        rewards: score images on the devices; there may be none.
+        vae: as in `score_latents`.
+        latents: as in `score_latents`.
+        prepared: what each of the rewards has made of the B captions.
+        sharding: as in `score_latents`.
+
+    Returns:
+        images in [0, 1], and float32 scores by each reward.
+    """
+
+    def both(rewards, vae, latents, prepared):
+        images = _decoded(vae, latents)
+        known = zip(rewards, prepared, strict=True)
+        return images, tuple(scores_of(reward, reward.view(images), told) for reward, told in known)
+
+    return _on_each_device(both, PIXELS, tuple(rewards), vae, latents, tuple(prepared), sharding)
+
+
 def score_gradients(
     reward: Reward, vae: Network, latents: Latents, prepared: Tree, *, sharding: NamedSharding | None = None
 ) -> Latents:
@@ -49,13 +74,17 @@ def score_gradients(
 
 
 def _score(reward: Reward, vae: Network, latents: Latents, prepared: Tree) -> PerImage:
+    return scores_of(reward, reward.view(_decoded(vae, latents)), prepared)
+
+
+def _decoded(vae: Network, latents: Latents) -> Pixels:
     images = nnx.merge(vae.graphdef, vae.params).decode(latents / vae.config.scaling_factor)
-    return scores_of(reward, reward.view(jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)), prepared)
+    return jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)
 
 
 def _on_each_device(
-    score: Callable, pixels: int, reward: Reward, vae: Network, latents: Latents, prepared: Tree, sharding
-) -> jax.Array:
+    score: Callable, pixels: int, reward: Any, vae: Network, latents: Latents, prepared: Tree, sharding
+) -> Any:
     """`score(reward, vae, latents, prepared)` of so many pixels at a time on each device."""
     images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
 
@@ -77,10 +106,14 @@ def _on_each_device(
     return local(reward, vae.params, latents, prepared)
 
 
-def in_turns(function: Callable, arrays: Tree, most: int) -> jax.Array:
+def in_turns(function: Callable, arrays: Tree, most: int) -> Any:
     """`function` of a pytree of arrays `[B, ...]`, for as many rows at a time as divide B, up to `most`, or one."""
     count = len(jax.tree.leaves(arrays)[0])
-    at_once = max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
+    at_once = rows_at_once(count, most)
     groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), arrays)
-    results = jax.lax.map(function, groups)
-    return results.reshape(count, *results.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, groups))
+
+
+def rows_at_once(count: int, most: int) -> int:
+    """The largest divisor of a count up to `most`, or one."""
+    return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)

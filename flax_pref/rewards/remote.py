@@ -1,11 +1,13 @@
 """Rewards that live elsewhere: a Python function, or a service behind an HTTP address, e.g. one with HPSv3.
 
-Images go to it from the host, while devices wait; there are no gradients.
+Images go to it from the host; there are no gradients. Inside of a jitted function the devices wait for it. Training and
+`evaluation.scoring` ask it in the background, while devices compute something else.
 """
 
 import base64
 import contextlib
 import dataclasses
+import functools
 import http.client
 import importlib
 import io
@@ -47,6 +49,8 @@ def remote_errors() -> Iterator[None]:
     before, log.disabled = log.disabled, True
     try:
         yield
+    except RemoteError as error:  # asked outside of jitted code
+        raise UserError(str(error)) from error
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # the one or the other, by the path to the callback
         if told := re.search(rf"\b{RemoteError.__name__}: (.*)", str(error)):
             raise UserError(told[1]) from error
@@ -95,9 +99,16 @@ class Remote:
 
     def _call(self, images: jax.Array, utf8: jax.Array, lengths: jax.Array) -> np.ndarray:
         rows = zip(np.asarray(utf8), np.asarray(lengths), strict=True)
-        captions = [row[:length].tobytes().decode() for row, length in rows]
+        return self.ask(np.asarray(images, np.float32), [row[:length].tobytes().decode() for row, length in rows])
+
+    def ask(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
+        """Scores outside of jitted code, float32 `[B]`; arguments as of a `Function`.
+
+        Raises:
+            RemoteError: the function has failed, or has not given one number for each image; one line.
+        """
         try:
-            scores = np.asarray(self.function(np.asarray(images, np.float32), captions))
+            scores = np.asarray(self.function(images, captions))
         except Exception as error:  # whatever it is, JAX passes on its text only
             raise RemoteError(f"{self.name}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
         if scores.shape != (len(captions),) or scores.dtype.kind not in "iuf":
@@ -109,14 +120,47 @@ class Remote:
             return scores.astype(np.float32)
 
 
+class Answer:
+    """What a function returns that runs in a thread of its own; `get` waits, and so does `numpy.asarray`.
+
+    A thread that nobody waits for any more does not keep the program from ending.
+    """
+
+    def __init__(self, function: Callable[[], Any]):
+        """Begins at once."""
+        self._found: Any = None
+        self._error: BaseException | None = None
+        # The function is no attribute, so that what it holds is free as soon as it has returned.
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._found = function()
+        except BaseException as error:
+            self._error = error
+
+    def get(self) -> Any:
+        """Waits for the result; raises what the function has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """See `get`."""
+        return np.asarray(self.get(), dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Service:
     """A `Function` that asks an HTTP service.
 
     The request is a POST of the JSON object `{"prompts": [text, ...], "images": [PNG in base64, ...]}`, and the answer
     `{"scores": [number, ...]}` of at most `LARGEST_ANSWER` bytes; null stands for an image that cannot be scored, and
-    becomes NaN. What is lost on the way, too slow, or answered with 429 or 500 to 599, is asked again, after 1, 2, 4
-    ... seconds. Redirects are refused.
+    becomes NaN. Many images travel in several requests at the same time. A request that is lost on the way, too slow,
+    or answered with 429 or 500 to 599, is asked again, and no other: after 1, 2, 4 ... seconds, or later if the answer
+    has a Retry-After. Redirects are refused.
     """
 
     url: str
@@ -124,6 +168,12 @@ class Service:
     """Seconds until the whole answer must be there."""
     retries: int = 3
     """How often to ask again."""
+    request_images: int = 8
+    """Most images of a request."""
+    connections: int = 4
+    """Most requests at the same time, of all calls."""
+    patience: float = 600.0
+    """Seconds of waiting for a service that says when to ask again, before that counts as one of the retries."""
 
     def __call__(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
         """See `Function`.
@@ -132,8 +182,41 @@ class Service:
             ConnectionError: there is no answer, or one that tells of an error.
             ValueError: the answer is not as described.
         """
+        starts = range(0, len(captions), self.request_images)
+        answers: list[np.ndarray | Exception] = [np.zeros(0)] * len(starts)
+        left, failed = iter(enumerate(starts)), threading.Event()  # `next` of an iterator is one step for threads
+
+        def ask() -> None:
+            for place, start in left:
+                own = slice(start, start + self.request_images)
+                with self._free:
+                    if failed.is_set():
+                        return
+                    try:
+                        answers[place] = self._scores(images[own], captions[own], failed)
+                    except Exception as error:
+                        answers[place] = error
+                        failed.set()
+
+        others = [threading.Thread(target=ask, daemon=True) for _ in range(min(self.connections, len(starts)) - 1)]
+        for thread in others:
+            thread.start()
+        ask()
+        for thread in others:
+            thread.join()
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return np.concatenate([np.zeros(0), *cast(list[np.ndarray], answers)])
+
+    @functools.cached_property
+    def _free(self) -> threading.BoundedSemaphore:
+        return threading.BoundedSemaphore(self.connections)
+
+    def _scores(self, images: np.ndarray, captions: list[str], failed: threading.Event) -> np.ndarray:
+        """Scores of one request; asks no more where another one has failed."""
         body = json.dumps({"prompts": captions, "images": [_png(image) for image in images]}).encode()
-        answer = self._ask(body)
+        answer = self._ask(body, failed)
         if len(answer) > LARGEST_ANSWER:
             raise ValueError(f"{self.url}: answered with more than {LARGEST_ANSWER:,} bytes; expected scores only")
         try:
@@ -150,25 +233,34 @@ class Service:
             raise ValueError(f"{self.url}: answered with {len(scores)} scores for {len(captions)} images")
         return scores
 
-    def _ask(self, body: bytes) -> bytes:
+    def _ask(self, body: bytes, failed: threading.Event) -> bytes:
         """The answer, of which no more than `LARGEST_ANSWER` bytes and one are read."""
-        attempt, reason = 0, ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(2 ** (attempt - 1))
+        asked, failures, waited = 0, 0, 0.0
+        while True:
+            asked, wished = asked + 1, None
             try:
                 return self._ask_once(body)
             except urllib.error.HTTPError as error:
                 error.close()
-                reason = f"answered {error.code} {error.reason}"
+                reason = f"answered {error.code} {error.reason}{getattr(error, 'told', '')}"
                 if 300 <= error.code < 400:
                     reason += f", a redirect to {error.headers.get('Location')}, which is not followed"
                 if error.code != 429 and error.code < 500:
                     break
+                wished = error.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
+            told_when = wished is not None and re.fullmatch(r"[0-9]{1,9}", wished) is not None
+            failures += not (told_when and waited < self.patience)
+            if failures > self.retries or failed.is_set():
+                break
+            wait = 2.0 ** min(asked - 1, 5)
+            if told_when:
+                wait = max(wait, min(float(cast(str, wished)), self.timeout))
+            waited += wait
+            time.sleep(wait)
         raise ConnectionError(
-            f"{self.url}: {reason}, asked {attempt + 1} times; is the service running, and is this its address?"
+            f"{self.url}: {reason}, asked {asked} times; is the service running, and is this its address?"
         )
 
     def _ask_once(self, body: bytes) -> bytes:
@@ -184,6 +276,8 @@ class Service:
                         raise http.client.IncompleteRead(content, response.length)
                     answers.put(content)
             except Exception as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    cast(Any, error).told = _told(error)
                 answers.put(error)
 
         threading.Thread(target=ask, daemon=True).start()
@@ -194,6 +288,19 @@ class Service:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """What a service tells of an error, `{"error": text}`, in brackets and cut; nothing where it tells nothing."""
+    length = error.headers.get("Content-Length", "")
+    if error.headers.get_content_type() != "application/json" or not re.fullmatch(r"[0-9]{1,4}", length):
+        return ""
+    try:
+        text = json.loads(error.read(int(length)))["error"]
+        line = "".join(filter(str.isprintable, " ".join(text.split())))
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f" ({line[:300]})"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -4,14 +4,15 @@ What is drawn for a prompt is a function of the seed, the prompt's id and its pl
 of devices or batches.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from flax_pref.diffusion.solvers import clean_estimate
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.network import Network, replicated
-from flax_pref.rewards.decoded import score_gradients, score_latents
+from flax_pref.rewards.decoded import decode_and_score, score_gradients, score_latents
+from flax_pref.rewards.elsewhere import Asked, HostScores, split_reward
+from flax_pref.rewards.remote import RemoteError
 from flax_pref.rewards.reward import Reward
 
 
@@ -96,12 +99,28 @@ STATE = "state"
 """Name, in the experience of one step, of the latents that the next begins with."""
 
 
+class _Part(NamedTuple):
+    """Prompts that are drawn at a time: what they are drawn with, where they are among all, and their captions."""
+
+    common: tuple
+    own: slice
+    captions: list[str]
+
+
+# A drawing that stops where it needs scores: it yields its prompts and images, and is sent the scores of each reward
+# that lives elsewhere.
+_Drawing = Generator[tuple[_Part, jax.Array], list[jax.Array], dict[str, jax.Array]]
+
+
 class Rollouts:
     """Endless minibatches of the policy's own experience.
 
     Minibatches are what the method's objective takes: arrays `[batch_size, ...]`, whatever the devices. Iterations are
     numbered from 0; what is drawn in one is a function of its number, the seed and the weights, and the order of its
     examples of the first two.
+
+    Where rewards live elsewhere (`rewards.remote`), devices do not wait for them while there are other prompts to draw
+    with the same weights: those at once are drawn while the scores of those before are on their way.
     """
 
     def __init__(
@@ -118,6 +137,7 @@ class Rollouts:
         size: tuple[int, int],
         seed: int,
         sharding: NamedSharding | None = None,
+        tell: Callable[[str], object] = lambda line: None,
     ):
         """Nothing is drawn before the first minibatch is asked for.
 
@@ -133,6 +153,7 @@ class Rollouts:
             size: height and width of the images in pixels.
             seed: 0 .. 2^32 - 1.
             sharding: of the leading axis of experience and minibatches over a mesh; None: one device.
+            tell: called with a line about images that have no score.
 
         Raises:
             ValueError: the method needs gradients that the reward has not, or something cannot be divided so.
@@ -141,13 +162,14 @@ class Rollouts:
         check_update(method, config)
         self._method, self._predict_of, self._frozen = method, predict_of, frozen
         self._prompts, self._config, self._seed, self._sharding = prompts, config, seed, sharding
-        self._mesh = None
+        self._mesh, self._split, self._tell = None, split_reward(reward), tell
+        placed: Any = reward if self._split is None else self._split.local
         if sharding is not None:
             assert isinstance(sharding.mesh, Mesh)  # of devices, for arrays are put there
             self._mesh = sharding.mesh
             vae = replicated(vae, sharding.mesh)
-            reward = jax.device_put(reward, NamedSharding(sharding.mesh, PartitionSpec()))
-        self._vae, self._reward = vae, reward
+            placed = jax.device_put(placed, NamedSharding(sharding.mesh, PartitionSpec()))
+        self._vae, self._placed, self._prepare = vae, placed, (self._split or reward).prepare
         solver = solver_from_config(scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
         self._solver = jax.tree.map(np.asarray, solver)  # of the host: what all processes know alike
         schedule = NoiseSchedule.from_dict(scheduler_config)
@@ -172,6 +194,9 @@ class Rollouts:
             **{"prompts": config.prompts, "batch_size": config.batch_size, "epochs": config.epochs},
         }
         self._draw, self._draw_start, self._draw_step = map(jax.jit, (self._whole, self._start, self._part))
+        self._draw_images, self._judge_images = map(jax.jit, (self._images, self._judged))
+        self._draw_state, self._draw_offer, self._judge_offer = map(jax.jit, (self._state, self._offer, self._chosen))
+        self._stack = jax.jit(_stacked)
         self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
         self._take = jax.jit(partial(take_batch, method), out_shardings=sharding)
         of_prompt = method.shapes(self._shape)
@@ -264,32 +289,112 @@ class Rollouts:
 
     def _draw_all(self, params: Any, iteration: int) -> dict[str, jax.Array]:
         """The experience of an iteration."""
-        return self._join(*(self._draw(*common) for common, _ in self._parts(params, iteration)))
+        parts = self._parts(params, iteration)
+        with self._on_mesh():
+            if self._split is None:
+                return self._join(*(self._draw(*part.common) for part in parts))
+            if isinstance(self._method, StepPairs):
+                drawings = (self._steps_apart(part, self._method.trained) for part in parts)
+            else:
+                drawings = map(self._images_apart, parts)
+            return self._join(*self._interleaved(drawings))
 
     def _draw_next(self, params: Any, iteration: int, number: int) -> dict[str, jax.Array]:
         """The experience of one trained step, with the latents that the next begins with."""
         trained = self._method.trained
-        first, last = np.int32(trained[number - 1] + 1 if number else 0), np.int32(trained[number])
-        parts = []
-        for common, own in self._parts(params, iteration):
-            latents = self._experience[STATE][own] if number else self._draw_start(*common)
-            parts.append(self._draw_step(*common, latents, first, last))
-        return self._join(*parts)
+        first, last = trained[number - 1] + 1 if number else 0, trained[number]
 
-    def _parts(self, params: Any, iteration: int) -> Iterator[tuple[tuple, slice]]:
-        """What the prompts of an iteration are drawn with, so many at a time, and where they are among them."""
+        def latents(part: _Part) -> jax.Array:
+            return self._experience[STATE][part.own] if number else self._draw_start(*part.common)
+
+        parts = self._parts(params, iteration)
+        with self._on_mesh():
+            if self._split is None:
+                bounds = np.int32(first), np.int32(last)
+                return self._join(*(self._draw_step(*part.common, latents(part), *bounds) for part in parts))
+            drawings = (self._steps_apart(part, (last,), first, latents(part)) for part in parts)
+            return self._join(*self._interleaved(drawings))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        """Kernels, which the compiler does not partition, divide themselves over the mesh that is set."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _parts(self, params: Any, iteration: int) -> Iterator[_Part]:
+        """The prompts of an iteration, so many at a time."""
         numbers, at_once = self.prompt_order(iteration), self._config.at_once
         places = np.arange(iteration * len(numbers), (iteration + 1) * len(numbers)).astype(np.uint32)
         for begin in range(0, len(numbers), at_once):
             own = slice(begin, begin + at_once)
-            prepared = self._reward.prepare([self._prompts.captions[int(n)] for n in numbers[own]])
-            of_prompts = self._put((self._keys[numbers[own]], places[own], prepared))
-            # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
-            with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-                weights = params, self._frozen, self._vae.params, self._reward
-                yield (*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts), own
+            captions = [self._prompts.captions[int(n)] for n in numbers[own]]
+            of_prompts = self._put((self._keys[numbers[own]], places[own], self._prepare(captions)))
+            weights = params, self._frozen, self._vae.params, self._placed
+            common = (*weights, self._solver, self._told_of(numbers[own]), self._empty, of_prompts)
+            yield _Part(common, own, captions)
 
-    # What is jitted: the experience of some prompts.
+    # Drawing with rewards that live elsewhere
+
+    def _interleaved(self, drawings: Iterable[_Drawing]) -> list[dict[str, jax.Array]]:
+        """The experience of each drawing; the devices work on others while scores for one are on their way.
+
+        Raises:
+            RemoteError: a reward has failed, or has no score for any image.
+        """
+        assert self._split is not None
+        found: list[dict[str, jax.Array]] = []
+        waiting: collections.deque[tuple[int, _Drawing, Asked]] = collections.deque()
+        drawn: collections.deque[Asked] = collections.deque()
+        told: list[list[HostScores]] = [[] for _ in self._split.remote]
+
+        def ask(place: int, drawing: _Drawing, needed: tuple[_Part, jax.Array]) -> None:
+            part, images = needed
+            assert self._split is not None
+            waiting.append((place, drawing, self._split.ask(images, part.captions)))
+            drawn.append(waiting[-1][-1])
+            if len(drawn) > 1:  # the images of no more than two are on the devices
+                drawn.popleft().images.get()
+
+        for place, drawing in enumerate(drawings):
+            found.append({})
+            ask(place, drawing, next(drawing))
+        while waiting:
+            place, drawing, asked = waiting.popleft()
+            scores = [answer.get() for answer in asked.scores]
+            for of_reward, one in zip(told, scores, strict=True):
+                of_reward.append(one)
+            try:
+                ask(place, drawing, drawing.send([self._put(one.scores) for one in scores]))
+            except StopIteration as done:
+                found[place] = done.value
+        for reward, of_reward in zip(self._split.remote, told, strict=True):
+            unscored, count = (sum(numbers) for numbers in zip(*(one[1:] for one in of_reward), strict=True))
+            if unscored == count:
+                raise RemoteError(f"{reward.name}: has no score for any of {count} images")
+            if unscored:
+                self._tell(f"{reward.name}: no score for {unscored} of {count} images; nothing is learned from these")
+        return found
+
+    def _images_apart(self, part: _Part) -> _Drawing:
+        """Whole images, then their scores."""
+        drawn, images, known = self._draw_images(*part.common)
+        given = yield part, images
+        return self._judge_images(drawn, known, given)
+
+    def _steps_apart(
+        self, part: _Part, trained: Sequence[int], first: int = 0, latents: jax.Array | None = None
+    ) -> _Drawing:
+        """Trained steps, each of which needs scores; from step `first`, which latents begin with (default: noise)."""
+        latents = self._draw_start(*part.common) if latents is None else latents
+        state = self._draw_state(*part.common, latents, np.int32(first))
+        pairs = []
+        for last in trained:
+            offer, images, known = self._draw_offer(*part.common, state, np.int32(first), np.int32(last))
+            given = yield part, images
+            state, pair = self._judge_offer(*part.common, offer, known, given, np.int32(last))
+            pairs.append(pair)
+            first = last + 1
+        return {**self._stack(*pairs), **({STATE: state[0]} if self._within else {})}
+
+    # What is jitted: the experience of some prompts, and parts of it.
 
     def _whole(self, *common: Any) -> dict[str, jax.Array]:
         return self._method.draw(self._inputs(*common))
@@ -304,15 +409,45 @@ class Rollouts:
         latents, experience = self._method.draw_step(self._inputs(*common), latents, first, last)
         return {**experience, STATE: latents}
 
-    def _inputs(self, params, frozen, vae_params, reward, solver, text, empty, of_prompts) -> RolloutInputs:
-        key_data, places, prepared = of_prompts
+    def _images(self, *common: Any) -> tuple[dict[str, jax.Array], jax.Array, tuple[jax.Array, ...]]:
+        drawn, clean = self._method.draw_images(self._inputs(*common))
+        return drawn, *self._of_latents(common, decode_and_score, clean)
+
+    def _judged(self, drawn: dict[str, jax.Array], known: Any, given: Any) -> dict[str, jax.Array]:
+        count = len(jax.tree.leaves(drawn)[0])
+        return self._method.judge_images(drawn, self._total(count, known, given))
+
+    def _state(self, *inputs: Any) -> Any:
+        assert isinstance(self._method, StepPairs)
+        *common, latents, first = inputs
+        return self._method.draw_state(self._inputs(*common), latents, first)
+
+    def _offer(self, *inputs: Any) -> Any:
+        assert isinstance(self._method, StepPairs)
+        *common, state, first, last = inputs
+        offer, clean = self._method.draw_offer(self._inputs(*common), state, first, last)
+        return offer, *self._of_latents(common, decode_and_score, clean)
+
+    def _chosen(self, *inputs: Any) -> Any:
+        assert isinstance(self._method, StepPairs)
+        *common, offer, known, given, number = inputs
+        rewards = self._total(len(offer.latents), known, given)
+        return self._method.judge_offer(self._inputs(*common), offer, rewards, number)
+
+    def _total(self, count: int, known: Any, given: Any) -> jax.Array:
+        """Rewards `[count, K]`."""
+        assert self._split is not None
+        return self._split.total(known, given).reshape(count, -1)
+
+    def _of_latents(self, common: Sequence[Any], function: Callable, latents: jax.Array) -> Any:
+        """A function of `rewards.decoded` of K latents of each prompt."""
+        _, _, vae_params, reward, *_, (_, _, prepared) = common
+        each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
+        return function(reward, self._vae._replace(params=vae_params), latents, each, sharding=self._sharding)
+
+    def _inputs(self, *common: Any) -> RolloutInputs:
+        params, frozen, _, _, solver, text, empty, (key_data, places, _) = common
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_data, impl="threefry2x32"), places)
-        vae = self._vae._replace(params=vae_params)
-
-        def judge(of_latents: Callable, latents: jax.Array) -> jax.Array:
-            each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
-            return of_latents(reward, vae, latents, each, sharding=self._sharding)
-
         return RolloutInputs(
             predict=self._predict_of(params, frozen),
             solver=solver,
@@ -321,8 +456,8 @@ class Rollouts:
             text=text,
             empty=empty_for_each(empty, text),
             shape=self._shape,
-            score=partial(judge, score_latents),
-            ascent=partial(judge, score_gradients),
+            score=partial(self._of_latents, common, score_latents),
+            ascent=partial(self._of_latents, common, score_gradients),
         )
 
     def _told_of(self, numbers: np.ndarray) -> Any:
@@ -335,6 +470,13 @@ class Rollouts:
         if sharding is None:
             return jax.tree.map(jnp.asarray, arrays)
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), arrays)
+
+
+def _stacked(*pairs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Experience of trained steps, one after the other; see `StepPairs.draw`."""
+    names = [name for name in pairs[0] if name != "reward"]
+    steps = {name: jnp.stack([pair[name] for pair in pairs], axis=1) for name in names}
+    return {**steps, "reward": pairs[-1]["reward"]}
 
 
 def take_batch(

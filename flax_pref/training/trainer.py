@@ -578,6 +578,7 @@ class Run:
                 size=online.size,
                 seed=config.seed,
                 sharding=sharding,
+                tell=tell,
             )
 
     @cached_property

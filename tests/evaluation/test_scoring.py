@@ -1,7 +1,10 @@
 """As a program, this file scores a run in child processes that are killed on the way: one order per line of stdin."""
 
+import base64
+import contextlib
 import dataclasses
 import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -12,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -33,6 +38,7 @@ from flax_pref.images.image_files import encode_image
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.rewards.jpeg import JpegSize
+from flax_pref.rewards.remote import Remote, Service
 
 OF = {"name": "brightness", "sha256": "ab", "dtype": "float32"}
 
@@ -676,3 +682,123 @@ def test_killed_again_and_again_a_run_has_the_scores_of_an_undisturbed_one_bit_b
 
 if __name__ == "__main__":
     serve()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Services
+
+
+MOVED, DRIP = b"moved", b"drip"
+
+
+class Blue:
+    """A service that scores images by their mean blue, slowly, and fails where it is told to."""
+
+    def __init__(self, seconds=0.0, fails=lambda prompts: None):
+        self.now, self.most, self.prompts, lock = 0, 0, [], threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(handler):
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                with lock:
+                    self.now += 1
+                    self.most = max(self.most, self.now)
+                    self.prompts += body["prompts"]
+                time.sleep(seconds)
+                with lock:
+                    self.now -= 1
+                files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+                scores = [float(np.asarray(file)[..., 2].mean()) for file in files]
+                content = fails(body["prompts"]) or json.dumps({"scores": scores}).encode()
+                status, content = (302, content[len(MOVED) :]) if content.startswith(MOVED) else (200, content)
+                handler.send_response(status)
+                if status == 302:
+                    handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
+                handler.end_headers()
+                pieces = [content] if content != DRIP else itertools.repeat(b" ", 100)
+                with contextlib.suppress(OSError):  # whoever asked has gone
+                    for piece in pieces:
+                        handler.wfile.write(piece)
+                        time.sleep(0.5 * (content == DRIP))
+
+            def log_message(handler, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def blue():
+    made = []
+
+    def make(*arguments):
+        made.append(Blue(*arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.server.shutdown()
+        each.server.server_close()
+
+
+def service_scorer(url, **settings):
+    return scorer_of(Remote("blue", Service(url, **{"request_images": 2, **settings})))
+
+
+def test_a_service_is_asked_for_several_batches_at_a_time_and_scores_keep_their_order(blue, tmp_path):
+    _, pixels = draw_run(tmp_path, count=11)
+    there = blue(0.1)
+    assert score(tmp_path, service_scorer(there.url), "score:blue") == 22
+    np.testing.assert_allclose([row["score:blue"] for row in rows(tmp_path)], pixels[..., 2].mean((1, 2)), rtol=1e-6)
+    assert there.most == 4  # connections; a batch has 2 requests
+
+
+def test_a_service_is_not_asked_for_images_that_have_no_file(blue, tmp_path):
+    items, pixels = draw_run(tmp_path, count=3)
+    files = sorted(tmp_path.glob("**/*.png"))
+    files[2].unlink()
+    there = blue()
+    score(tmp_path, service_scorer(there.url), "score:blue")
+    found = [row["score:blue"] for row in rows(tmp_path)]
+    assert found.count(None) == 1 and len(there.prompts) == len(items) - 1
+    wanted = pixels[..., 2].mean((1, 2))
+    np.testing.assert_allclose([x for x in found if x is not None], wanted[[x is not None for x in found]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"scores": [1]}', "answered with 1 scores for 2 images"),
+        (b" " * 2**20 + b"{}", "answered with more than 1,048,576 bytes"),
+        (b"<html>", "expected {.*scores"),
+        (b"[" * 100_000, "expected {.*scores"),
+        (MOVED, "answered 302 Found, a redirect to http://127.0.0.1:1/elsewhere, which is not followed"),
+        (DRIP, r"timed out, no whole answer in 0\.7 s, asked 1 times"),  # a byte every half second
+    ],
+)
+def test_a_hostile_answer_costs_one_line_and_no_image(blue, tmp_path, content, message):
+    """What is scored is kept, also of batches after the one that failed, and the same command scores the rest."""
+    _, pixels = draw_run(tmp_path, count=11)
+    bad = threading.Event()
+    bad.set()
+    there = blue(0.02, lambda prompts: content if bad.is_set() and "x" * 6 in prompts else None)
+    with pytest.raises(UserError, match=message) as told:
+        score(tmp_path, service_scorer(there.url, connections=8, timeout=0.7, retries=0), "score:blue")
+    assert "\n" not in str(told.value) and str(there.url) in str(told.value)
+    known = [row["score:blue"] is not None for row in rows(tmp_path)]
+    assert 0 < known.count(False) <= 8 and known.count(True) > 8
+    asked, there.prompts = len(there.prompts), []
+    bad.clear()
+    assert score(tmp_path, service_scorer(there.url), "score:blue") == known.count(False)
+    np.testing.assert_allclose([row["score:blue"] for row in rows(tmp_path)], pixels[..., 2].mean((1, 2)), rtol=1e-6)
+    assert len(there.prompts) == known.count(False) and asked <= 22
+
+
+def test_scores_that_are_no_numbers_are_kept_as_they_are(blue, tmp_path):
+    draw_run(tmp_path, count=3)
+    there = blue(0, lambda prompts: b'{"scores": [NaN, null]}' if "xx" in prompts else None)
+    score(tmp_path, service_scorer(there.url), "score:blue")
+    found = [row["score:blue"] for row in rows(tmp_path)]
+    assert np.isnan(np.array(found, float)).sum() == 2 and None not in found

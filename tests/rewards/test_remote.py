@@ -43,7 +43,8 @@ class Place:
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
                 self.requests.append(body)
                 answer = left.pop(0) if len(left) > 1 else left[0]
-                status, content = answer if isinstance(answer, tuple) else (200, answer(body))
+                answer = answer if isinstance(answer, tuple) else answer(body)
+                status, content = answer if isinstance(answer, tuple) else (200, answer)
                 handler.send_response(status)
                 handler.end_headers()
                 handler.wfile.write(content.encode())
@@ -249,3 +250,115 @@ def test_a_function_that_fails_is_told_in_one_line(images, function, message):
 def test_a_function_that_is_not_there_is_named(path):
     with pytest.raises(ValueError, match=f"^{path}: cannot be imported .* expected python:MODULE:FUNCTION"):
         load_reward("mine", path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several requests at a time
+
+
+def numbered(count):
+    """Images whose mean tells which they are."""
+    return np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None] / 255, (count, 4, 3, 3)), [
+        str(i) for i in range(count)
+    ]
+
+
+class Busy:
+    """Counts the requests that a service has at a time; a function answers each."""
+
+    def __init__(self, seconds=0.0, answer=lambda body, asked: None):
+        self.now, self.most, self.lock, self.seconds, self.answer = 0, 0, threading.Lock(), seconds, answer
+        self.asked = {}
+
+    def __call__(self, body):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            first = body["prompts"][0]
+            self.asked[first] = self.asked.get(first, 0) + 1
+        wait(self.seconds)
+        with self.lock:
+            self.now -= 1
+        return self.answer(body, self.asked[first]) or scores_of(body)
+
+
+def test_many_images_travel_in_bounded_requests_at_a_time_and_keep_their_order(place):
+    images, prompts = numbered(37)
+    busy = Busy(0.1)
+    there = place(busy)
+    scores = Service(there.url, request_images=4, connections=3)(images, prompts)
+    np.testing.assert_array_equal(scores, np.arange(37))
+    assert busy.most == 3 and sorted(len(body["images"]) for body in there.requests) == [1] + [4] * 9
+
+
+def test_the_bound_of_connections_is_that_of_all_calls(place):
+    images, prompts = numbered(8)
+    busy = Busy(0.1)
+    service = Service(place(busy).url, request_images=2, connections=2)
+    found = [None, None]
+
+    def call(place):
+        found[place] = service(images, prompts)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(found, [np.arange(8)] * 2)
+    assert busy.most == 2
+
+
+def test_only_the_request_that_failed_is_asked_again(place, naps):
+    images, prompts = numbered(12)
+    busy = Busy(answer=lambda body, asked: (503, "busy") if body["prompts"][0] == "4" and asked < 3 else None)
+    there = place(busy)
+    scores = Service(there.url, request_images=4)(images, prompts)
+    np.testing.assert_array_equal(scores, np.arange(12))
+    assert busy.asked == {"0": 1, "4": 3, "8": 1} and naps == [1, 2]
+
+
+def test_one_request_that_fails_for_good_stops_the_others(place, naps):
+    images, prompts = numbered(40)
+    busy = Busy(answer=lambda body, asked: '{"scores": [1]}' if body["prompts"][0] == "4" else None)
+    with pytest.raises(ValueError, match="answered with 1 scores for 4 images"):
+        Service(place(busy).url, request_images=4, connections=1)(images, prompts)
+    assert list(busy.asked) == ["0", "4"]
+
+
+def retry_later(value, count):
+    """A service that says so many times when to ask again, then answers."""
+    head = f"HTTP/1.1 429 Too Many Requests\r\nRetry-After: {value}\r\nContent-Length: 0\r\n\r\n".encode()
+    answers = [head] * count + [HEAD + b'\r\n{"scores": [1, 2, 3]}']
+    return lambda out: out.write(answers.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("7", [7, 7, 7]), ("3", [3, 3, 4]), ("999999", [60, 60, 60]), ("soon", [1, 2, 4])]
+)
+def test_a_service_that_says_when_to_ask_again_is_asked_then(images, naps, value, expected):
+    with raw_service(retry_later(value, 3)) as (url, asked):
+        np.testing.assert_array_equal(Service(url)(images, CAPTIONS), [1, 2, 3])
+        assert naps == expected and len(asked) == 4
+
+
+def test_a_busy_service_is_waited_for_longer_than_one_that_is_broken(images, naps):
+    with raw_service(retry_later("5", 15)) as (url, asked):
+        np.testing.assert_array_equal(Service(url)(images, CAPTIONS), [1, 2, 3])
+        assert len(asked) == 16
+    with raw_service(retry_later("5", 999)) as (url, _), pytest.raises(ConnectionError, match="answered 429 Too Many"):
+        naps.clear()
+        Service(url, patience=20)(images, CAPTIONS)
+    assert sum(naps) < 120
+
+
+def test_what_a_service_tells_of_an_error_is_passed_on(images, naps):
+    text = b'{"error": "hpsv3: CUDA\\nout of \\u001b[31mmemory"}'
+    head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text)
+    with raw_service(lambda out: out.write(head + text)) as (url, _), pytest.raises(ConnectionError) as told:
+        Service(url)(images, CAPTIONS)
+    assert "answered 400 Bad Request (hpsv3: CUDA out of [31mmemory), asked 1 times" in str(told.value)
+
+
+def test_nothing_is_asked_of_no_image(place):
+    assert Service("http://127.0.0.1:1/score")(np.zeros((0, 4, 4, 3), np.float32), []).shape == (0,)

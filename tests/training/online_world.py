@@ -16,6 +16,7 @@ from flax import nnx
 from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, OnlineMethod, TailorPO
 from flax_pref.models.network import Network
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
+from flax_pref.rewards.remote import Remote
 from flax_pref.training.rollouts import Prompts, RolloutConfig, Rollouts
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -101,6 +102,13 @@ class Brightness:
         return 1 - jnp.square(view - wanted).sum(axis=1)
 
 
+def judged(images, captions):
+    """`Brightness` of images on the host, as a function or a service has it."""
+    prepared = Brightness().prepare(captions)
+    wanted = (Brightness().colour * prepared[:, None] / 10) % 1
+    return 1 - np.square(images.mean(axis=(1, 2)) - wanted).sum(axis=1)
+
+
 def rollouts(
     method: str | OnlineMethod,
     *,
@@ -110,6 +118,7 @@ def rollouts(
     sharding=None,
     prompts=PROMPTS,
     predict_of=predict_of,
+    tell=print,
 ) -> Rollouts:
     return Rollouts(
         METHODS.get(method, method),
@@ -123,6 +132,7 @@ def rollouts(
         size=SIZE,
         seed=seed,
         sharding=sharding,
+        tell=tell,
     )
 
 
@@ -132,13 +142,15 @@ if __name__ == "__main__":
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
     divided, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec()))
     found = {}
-    for method in sys.argv[1:]:
-        one, many = rollouts(method), rollouts(method, sharding=divided)
+    for name in sys.argv[1:]:
+        place, _, method = name.rpartition(":")
+        reward = Remote("brightness", judged) if place == "elsewhere" else None
+        one, many = rollouts(method, reward=reward), rollouts(method, sharding=divided, reward=reward)
         params = jax.tree.map(lambda x: 0.1 * x, weights(1))
         batches = [one.next(params), many.next(jax.device_put(params, whole))]
         pairs = [(one.arrays()[name], many.arrays()[name]) for name in one.arrays()]
         pairs += zip(*map(jax.tree.leaves, batches), strict=True)
-        found[method] = {
+        found[name] = {
             "difference": max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs),
             "on_each_device": sorted({x.addressable_shards[0].data.shape[0] for _, x in pairs if x.ndim}),
         }

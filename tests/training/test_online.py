@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -14,7 +15,19 @@ import numpy as np
 import online_world
 import pytest
 from flax import nnx
-from online_world import CHANNELS, CONFIG, METHODS, PROMPTS, SCHEDULER, SIZE, Brightness, network, rollouts, weights
+from online_world import (
+    CHANNELS,
+    CONFIG,
+    METHODS,
+    PROMPTS,
+    SCHEDULER,
+    SIZE,
+    Brightness,
+    judged,
+    network,
+    rollouts,
+    weights,
+)
 
 from flax_pref.diffusion.guidance import cfg, tabulate
 from flax_pref.diffusion.sampler import image_keys, sample
@@ -22,7 +35,10 @@ from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.solvers import log_prob
 from flax_pref.methods import D3PO, DDPO, SPO, DiffusionNFT, TailorPO
+from flax_pref.rewards.elsewhere import neutral
 from flax_pref.rewards.jpeg import JpegSize
+from flax_pref.rewards.remote import Remote, RemoteError, Service
+from flax_pref.rewards.reward import WeightedSum
 from flax_pref.training.rollouts import Prompts, RolloutConfig
 
 SHAPE = (SIZE[0] // 2, SIZE[1] // 2, CHANNELS)
@@ -406,10 +422,13 @@ def test_experience_does_not_depend_on_how_it_is_divided(method, drawn):
         np.testing.assert_allclose(source.arrays()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+ELSEWHERE = ["elsewhere:tailorpo", "elsewhere:ddpo"]
+
+
 @pytest.mark.program
 def test_experience_does_not_depend_on_the_number_of_devices():
     done = subprocess.run(
-        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo", "nft"],
+        [sys.executable, online_world.__file__, "tailorpo-g", "spo", "d3po", "ddpo", "nft", *ELSEWHERE],
         env={
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "8",
@@ -424,6 +443,115 @@ def test_experience_does_not_depend_on_the_number_of_devices():
     print(found)
     assert max(method["difference"] for method in found.values()) < 1e-4
     assert all(method["on_each_device"] == [1] for method in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards that live elsewhere
+
+IN_PARTS = dataclasses.replace(CONFIG, at_once=2)
+
+
+@pytest.mark.parametrize("method", ["tailorpo-some", "spo", "d3po", "ddpo", "nft"])
+def test_a_reward_elsewhere_makes_the_same_experience(method, drawn):
+    source = rollouts(method, config=IN_PARTS, reward=Remote("brightness", judged))
+    assert {name: x.shape for name, x in source.arrays().items()} == {
+        name: x.shape for name, x in drawn(method)[1].items()
+    }
+    batch = source.next(PARAMS)
+    for name, value in drawn(method)[1].items():
+        np.testing.assert_allclose(source.arrays()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(drawn(method)[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    again = from_the_start(source).next(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, again, batch)  # bit for bit, whichever answer comes first
+
+
+def test_a_reward_elsewhere_learns_inside_trajectories_too():
+    config = dataclasses.replace(IN_PARTS, update="step")
+    here, elsewhere = (rollouts("tailorpo-some", config=config, reward=r) for r in (None, Remote("b", judged)))
+    for _ in range(3):  # the second begins with the latents that the first has left, the third another iteration
+        batches = here.next(PARAMS), elsewhere.next(PARAMS)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *batches)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), here.arrays(), elsewhere.arrays()
+        )
+
+
+def test_rewards_here_and_elsewhere_are_weighed_together(drawn):
+    parts = Remote("one", judged), Brightness(), Remote("two", lambda images, captions: np.ones(len(images)))
+    source = rollouts("ddpo", config=IN_PARTS, reward=WeightedSum(parts, (0.5, 2.0, 3.0)))
+    source.next(PARAMS)
+    expected = 2.5 * drawn("ddpo")[1]["reward"] + 3
+    np.testing.assert_allclose(source.arrays()["reward"], expected, rtol=1e-4)
+
+
+class Slow(Service):
+    """A service whose first answer waits until it was asked so often."""
+
+    def __call__(self, images, captions):
+        self.asked.append(len(images))
+        if len(self.asked) == self.until:
+            self.enough.set()
+        assert self.enough.wait(60), f"asked {len(self.asked)} times before the first answer"
+        return judged(images, captions)
+
+
+def slow(until):
+    service = Slow("http://nowhere/")
+    vars(service).update(asked=[], until=until, enough=threading.Event())
+    return service
+
+
+@pytest.mark.parametrize("method", ["tailorpo-some", "d3po"])
+def test_devices_draw_all_other_prompts_before_they_wait_for_the_first_scores(method):
+    service = slow(4)
+    source = rollouts(method, config=IN_PARTS, reward=Remote("slow", service))
+    source.next(PARAMS)
+    steps = len(METHODS[method].trained) if method == "tailorpo-some" else 1
+    assert service.asked == [4] * 4 * steps
+
+
+def test_an_image_without_a_score_is_one_that_nothing_is_learned_from(drawn):
+    def holes(images, captions):
+        scores = judged(images, captions)
+        scores[0] = np.nan
+        return scores
+
+    told = []
+    source = rollouts("ddpo", config=IN_PARTS, reward=Remote("holes", holes), tell=told.append)
+    source.next(PARAMS)
+    assert told == ["holes: no score for 4 of 24 images; nothing is learned from these"]
+    experience, whole = source.arrays(), drawn("ddpo")[1]
+    np.testing.assert_allclose(experience["advantage"][::2, 0], 0, atol=1e-3)
+    np.testing.assert_allclose(experience["reward"][::2, 0], whole["reward"][::2, 1:].mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(experience["reward"][1::2], whole["reward"][1::2], rtol=1e-4)
+    source = rollouts("ddpo", config=IN_PARTS, reward=Remote("no", lambda x, captions: np.full(len(x), np.inf)))
+    with pytest.raises(RemoteError, match="no: has no score for any of 24 images"):
+        source.next(PARAMS)
+
+
+def test_what_takes_the_place_of_a_score_is_a_mean():
+    nan, inf = np.nan, np.inf
+    given = np.float32([[1, 2, nan], [nan, inf, -inf], [5, 5, 5]])
+    np.testing.assert_array_equal(neutral(given), np.float32([[1, 2, 1.5], [3.6] * 3, [5, 5, 5]]))
+
+
+def test_a_reward_elsewhere_that_fails_is_told(drawn, capfd):
+    def broken(images, captions):
+        raise KeyError("no\nmodel")
+
+    calls = []
+
+    def breaks(images, captions):
+        calls.append(captions)
+        return broken(images, captions) if len(calls) == 3 else judged(images, captions)
+
+    source = rollouts("d3po", config=IN_PARTS, reward=Remote("broken", breaks))
+    with pytest.raises(RemoteError, match="broken: KeyError: 'no"):
+        source.next(PARAMS)
+    assert "Traceback" not in capfd.readouterr().err
+    batch = source.next(PARAMS)  # nothing of the iteration is lost
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), batch, drawn("d3po")[2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
