@@ -28,7 +28,7 @@ from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTING
 from flax_pref.programs import title
 
 # The table of scores beside the images, and its columns.
-SCORES, SCORE, EMBEDDING, PROBLEM = "scores.parquet", "score:", "embedding", "problem"
+SCORES, SCORE, ANSWERS, EMBEDDING, PROBLEM = "scores.parquet", "score:", "answers:", "embedding", "problem"
 PROBLEMS = ("missing", "changed", "unreadable")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -1,0 +1,173 @@
+"""GenEval's scores, against what its own `summary_scores.py` printed for the same file, and a transcription of it."""
+
+import collections
+import json
+import statistics
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from flax_pref.config import UserError
+from flax_pref.evaluation.benchmarks.benchmark import intervals, shown_in
+from flax_pref.evaluation.benchmarks.geneval import GENEVAL
+from flax_pref.evaluation.run_scoring import score_runs
+from flax_pref.evaluation.runs import open_run
+from flax_pref.evaluation.score_flags import ScoreFlags
+from flax_pref.evaluation.statistics import bootstrap_interval
+from flax_pref.files import read_json
+from sample import report, score
+from tests.evaluation.benchmarks.drawn_runs import HERE, draw, told_scores
+
+METADATA, RESULTS = HERE / "geneval_metadata.jsonl", HERE / "geneval_results.jsonl"
+
+# Printed by djghosh13/geneval at af4902f, `python evaluation/summary_scores.py geneval_results.jsonl`.
+PUBLISHED = {
+    **{"single_object": 1.0, "two_object": 0.3333, "counting": 0.3333, "colors": 0.8333, "position": 0.3333},
+    **{"color_attr": 0.3333, "correct images": 0.5455, "correct prompts": 0.8182, "overall": 0.52778},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    draw(tmp_path / "base", METADATA, "geneval", seeds=3)
+    return tmp_path / "base"
+
+
+def rows():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def write(file, some):
+    file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return file
+
+
+def transcribed(some):
+    """Means in float64 of Python's own, in the order of the authors' summary."""
+    tasks, prompts = collections.defaultdict(list), collections.defaultdict(list)
+    for row in some:
+        tasks[row["tag"]].append(float(row["correct"]))
+        prompts[row["metadata"]].append(row["correct"])
+    scores = {tag: statistics.fmean(values) for tag, values in tasks.items()}
+    overall = statistics.fmean(scores.values())
+    return scores | {
+        "correct images": statistics.fmean(float(row["correct"]) for row in some),
+        "correct prompts": statistics.fmean(float(any(values)) for values in prompts.values()),
+        "overall": overall,
+    }
+
+
+def test_the_summary_is_the_one_of_the_authors_program(run, capsys):
+    score.main([str(run), "--benchmarks", f"geneval={RESULTS}"])
+    printed = told_scores(capsys.readouterr().out, "geneval")
+    assert printed == pytest.approx(PUBLISHED, abs=5.1e-5)
+    shown = shown_in(open_run(run).rows)
+    measures = GENEVAL.measures(shown, GENEVAL.read(RESULTS, shown))
+    assert {one.name: one.value for one in measures} == pytest.approx(transcribed(rows()), rel=1e-12)
+    assert printed.keys() == PUBLISHED.keys()
+
+
+def test_every_image_has_its_own_answer_in_the_table(run):
+    score.main([str(run), "--benchmarks", f"geneval={RESULTS}"])
+    table = pq.read_table(run / "scores.parquet").to_pylist()
+    correct = {row["filename"].removeprefix("images/"): row["correct"] for row in rows()}
+    assert {row["file"]: row["score:geneval"] for row in table} == correct
+    assert [row["answers:geneval"] for row in table] == [[row["score:geneval"]] for row in table]
+    before = (run / "scores.parquet").read_bytes()
+    score.main([str(run), "--benchmarks", "geneval"])  # from what is stored
+    assert (run / "scores.parquet").read_bytes() == before
+    found = score_runs(ScoreFlags(runs=(str(run),), benchmarks=("geneval",)))
+    assert found[str(run)]["geneval"].sum() == sum(correct.values())
+
+
+def test_the_file_is_found_in_the_folder_and_other_scores_stay(run, capsys):
+    score.main([str(run), "--rewards", "compressibility"])
+    write(run / "results.jsonl", rows()[::-1])
+    score.main([str(run), "--benchmarks", "geneval"])
+    write(run / "results.jsonl", [row | {"correct": True} for row in rows()])
+    capsys.readouterr()
+    score.main([str(run), "--benchmarks", "geneval"])
+    out = capsys.readouterr().out
+    assert "geneval is computed again: was answers_sha256=" in out
+    assert set(told_scores(out, "geneval").values()) == {1.0}
+    assert {"score:compressibility", "score:geneval"} <= set(pq.read_table(run / "scores.parquet").column_names)
+
+
+def test_intervals_are_of_prompts_and_each_task_is_resampled_by_itself(run):
+    shown = shown_in(open_run(run).rows)
+    measures = {one.name: one for one in GENEVAL.measures(shown, GENEVAL.read(RESULTS, shown))}
+    correct = collections.defaultdict(list)
+    for row in rows():
+        correct[row["metadata"]].append(row["correct"])
+    # As many images of each prompt: the interval is that of the prompts' means, in any order.
+    means = np.array([np.mean(correct[json.dumps(dict(image.record))]) for image in shown[::3]])
+    (found,) = intervals([measures["correct images"]])
+    assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(means))
+    # Tasks with a single prompt are constant: six tasks, of which the three others move the mean.
+    rng, tags = np.random.default_rng(1), np.array([image.record["tag"] for image in shown[::3]])
+    tasks = [means[tags == tag] for tag in dict.fromkeys(tags)]
+    drawn = [np.mean([rng.choice(task, len(task)).mean() for task in tasks]) for _ in range(10_000)]
+    (overall,) = intervals([measures["overall"]])
+    np.testing.assert_allclose([overall["low"], overall["high"]], np.quantile(drawn, [0.025, 0.975]), atol=0.02)
+    (alone,) = intervals([measures["two_object"]])
+    assert alone == {"value": pytest.approx(1 / 3), "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda some: some[:-2], r"no answer about 2 of 33 images, e\.g\. prompt \d+, image \d"),
+        (lambda some: [*some, some[0] | {"filename": "x/00099/samples/0000.png"}], "1 answers are about images that"),
+        (lambda some: [*some, some[0]], "line 34: a second line about images/0000"),
+        (
+            lambda some: [some[0] | {"prompt": "a photo of a zebra"}, *some[1:]],
+            "line 1: prompt .* 'a photo of a zebra'",
+        ),
+        (lambda some: [some[0] | {"filename": "a.png"}, *some[1:]], "line 1: is about 'a.png'; expected .*0000.png"),
+        (lambda some: [some[0] | {"correct": float("nan")}, *some[1:]], r"line 1: not JSON \(NaN is no score\)"),
+        (lambda some: [some[0] | {"correct": 0.5}, *some[1:]], "line 1: lacks one of filename, prompt, tag, correct"),
+        (lambda some: [[1]], "line 1: lacks one of"),
+    ],
+)
+def test_a_file_of_other_images_or_a_damaged_one_costs_a_line(run, tmp_path, damage, told):
+    file = write(tmp_path / "wrong.jsonl", damage(rows()))
+    with pytest.raises(UserError, match=told):
+        score.main([str(run), "--benchmarks", f"geneval={file}"])
+    assert not (run / "scores.parquet").exists()
+
+
+def test_wrong_flags_and_other_prompts_cost_a_line(run, tmp_path):
+    file = tmp_path / "cut.jsonl"
+    file.write_text(RESULTS.read_text()[:-40])
+    prompts = tmp_path / "other.txt"
+    prompts.write_text("a cat\n")
+    draw(tmp_path / "other", prompts)
+    for flags, told in {
+        (str(run), f"geneval={file}"): "line 33: not JSON",
+        (str(run), "geneval"): "no results.jsonl in it; name the file of geneval's program",
+        (str(run), "genevil=x"): "expected NAME, NAME=FILE or NAME=http://..., with one of geneval",
+        (str(run), f"geneval={tmp_path}/none.jsonl"): "no file or folder",
+        (str(run), "geneval=http://localhost:1"): "its prompts come without yes-or-no questions",
+        (str(tmp_path / "other"), f"geneval={RESULTS}"): "prompt 0 'a cat' has no 'tag' and 'include'; expected images",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            score.main([flags[0], "--benchmarks", flags[1]])
+    with pytest.raises(UserError, match="is about one folder, and there are 2"):
+        score.main([str(run), str(tmp_path / "other"), "--benchmarks", f"geneval={RESULTS}"])
+    with pytest.raises(UserError, match="geneval is there twice"):
+        score.main([str(run), "--benchmarks", f"geneval={RESULTS}", "geneval"])
+
+
+def test_methods_are_compared_by_correct_images(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    draw(other, METADATA, "geneval", seeds=3)
+    better = [row | {"correct": row["correct"] or row["tag"] == "counting"} for row in rows()]
+    write(other / "results.jsonl", better)
+    write(run / "results.jsonl", rows())
+    score.main([str(run), str(other), "--benchmarks", "geneval"])
+    report.main([str(run), str(other), "--out", str(tmp_path / "report")])
+    found = read_json(tmp_path / "report/report.json", expected="a report")
+    cells = {row["method"]: row for row in found["overall"]}
+    assert cells["base"]["mean"]["value"] == pytest.approx(transcribed(rows())["correct images"])
+    assert cells["other"]["sign_test"]["wins"] == 3 and cells["other"]["sign_test"]["ties"] == 8
