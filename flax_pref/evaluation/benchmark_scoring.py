@@ -145,7 +145,7 @@ def _put(scores: Scores, benchmark: Benchmark, shown: Sequence[Shown], index: in
 
 
 def _file_of(asked: Asked, folder: epath.Path, *, stored: bool) -> epath.Path | None:
-    """The file that is named, or the one in the folder of the images; None: there is none, but the answers are stored."""
+    """The file that is named, or the one in the folder of the images; None: there is none, but answers are stored."""
     if asked.path is not None:
         return epath.Path(asked.path)
     places = asked.benchmark.places
@@ -249,7 +249,8 @@ def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
     if left_out:
         first = next(iter(left_out))
         lines.append(
-            f"  {len(left_out)} prompts left out, as by the authors' program: e.g. prompt {first}, {left_out[first]}"
+            f"  {len(left_out)} prompt{'s' * (len(left_out) > 1)} left out, as by the authors' program: e.g. prompt "
+            f"{first}, {left_out[first]}"
         )
     unfinished = sum(bool(every[i]) and not all(map(math.isfinite, every[i] or [])) for i in known)
     if unfinished:
@@ -264,6 +265,11 @@ def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
     table = [[benchmark.name, "score", "95 % interval", "prompts"]]
     for measure, interval in rows:
         low, high = interval["low"], interval["high"]
-        bounds = "" if low is None else f"[{low:.{places}f}, {high:.{places}f}]"
-        table.append([measure.name, f"{interval['value']:.{places}f}", bounds, f"{measure.prompts:,}"])
+        bounds = "" if low is None or high is None else f"[{_fixed(low, places)}, {_fixed(high, places)}]"
+        table.append([measure.name, _fixed(measure.value, places), bounds, f"{measure.prompts:,}"])
     return [*lines, *(f"  {line}" for line in text_table(table).splitlines())]
+
+
+def _fixed(number: float, places: int) -> str:
+    """A number with so many digits behind the point, 0 without a sign."""
+    return f"{round(number, places) + 0.0:.{places}f}"

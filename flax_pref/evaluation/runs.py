@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from flax_pref.config import UserError
-from flax_pref.data.prompts import TEXTS, Prompt
+from flax_pref.data.prompts import TEXTS, Prompt, natural
 from flax_pref.data.sources import is_remote
 from flax_pref.data.webdataset import headers
 from flax_pref.images.image_files import read_metadata
@@ -213,7 +213,7 @@ class _Found(NamedTuple):
 
 def _find(folder: epath.Path) -> list[_Found]:
     """The images of a folder, or of its tar files if there are no others, in the order of their names."""
-    files = sorted(_files(folder), key=_natural)
+    files = sorted(_files(folder), key=natural)
     there, paths = set(files), [PurePosixPath(file) for file in files]
     geneval = {path.parent for path in paths if path.name == "metadata.jsonl"}
     found = []
@@ -385,11 +385,6 @@ def _numbered_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
         numbers.append((ids.setdefault(text, len(ids)), seeds[text]))
         seeds[text] += 1
     return numbers
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """To sort names so that 2.png comes before 10.png."""
-    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:

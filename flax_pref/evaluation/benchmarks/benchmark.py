@@ -199,6 +199,17 @@ def parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({reason}); run the benchmark's program again") from error
 
 
+def probability(value: Any, where: str) -> float:
+    """A number between 0 and 1.
+
+    Raises:
+        UserError: it is none.
+    """
+    if type(value) not in (int, float) or not 0 <= value <= 1.0001:  # sums of rounded probabilities may pass 1
+        raise UserError(f"{where}: {value!r:.40} is no probability; expected 0 to 1, run the benchmark's program again")
+    return float(value)
+
+
 def matched(
     file: epath.Path, shown: Sequence[Shown], found: Mapping[Any, Answers], keys: Sequence[Any]
 ) -> list[Answers]:
