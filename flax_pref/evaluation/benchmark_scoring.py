@@ -240,11 +240,15 @@ def _ask(function: Function, name: str, path: str, pixels: np.ndarray, questions
 
 def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
     """What there is to tell about a benchmark of a folder, line by line."""
-    benchmark, every = asked.benchmark, scores.answers(ANSWERS + asked.benchmark.name)
+    benchmark = asked.benchmark
+    every = scores.answers(ANSWERS + benchmark.name)
     shown = shown_in(run.rows)
     known = [i for i, some in enumerate(every) if some is not None]
     images, answers = complete([shown[i] for i in known], [every[i] or [] for i in known])
     lines = [f"  {benchmark.name}: answers about {len(known)} of {len(shown)} images"]
+    column = ANSWERS + benchmark.name
+    if left := len(scores.pending(column, scores.of(column) or {})):
+        lines[0] += f", stopped with {left} left; the same command resumes there"
     left_out = {image.prompt_id: reason for image in shown if (reason := benchmark.left_out(image.record))}
     if left_out:
         first = next(iter(left_out))
@@ -254,7 +258,9 @@ def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
         )
     unfinished = sum(bool(every[i]) and not all(map(math.isfinite, every[i] or [])) for i in known)
     if unfinished:
-        lines.append(f"  {unfinished} images left out: the service had no answer to some questions")
+        lines.append(
+            f"  {unfinished} image{'s' * (unfinished > 1)} left out: the service had no answer to some questions"
+        )
     if not images:
         return lines
     rows = []
