@@ -8,7 +8,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from flax_pref.config import UserError
 from flax_pref.evaluation.benchmarks import BENCHMARKS, Benchmark
-from flax_pref.evaluation.benchmarks.benchmark import Answers, Shown, complete, intervals, shown_in
+from flax_pref.evaluation.benchmarks.benchmark import Answers, Shown, complete, intervals, is_complete, shown_in
 from flax_pref.evaluation.runs import ANSWERS, SCORE, ImageRun, read_image
 from flax_pref.evaluation.scoring import Scores
 from flax_pref.evaluation.tables import decimals, text_table
@@ -244,7 +243,7 @@ def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
     every = scores.answers(ANSWERS + benchmark.name)
     shown = shown_in(run.rows)
     known = [i for i, some in enumerate(every) if some is not None]
-    images, answers = complete([shown[i] for i in known], [every[i] or [] for i in known])
+    images, answers = complete(shown, every)
     lines = [f"  {benchmark.name}: answers about {len(known)} of {len(shown)} images"]
     column = ANSWERS + benchmark.name
     if left := len(scores.pending(column, scores.of(column) or {})):
@@ -256,7 +255,7 @@ def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
             f"  {len(left_out)} prompt{'s' * (len(left_out) > 1)} left out, as by the authors' program: e.g. prompt "
             f"{first}, {left_out[first]}"
         )
-    unfinished = sum(bool(every[i]) and not all(map(math.isfinite, every[i] or [])) for i in known)
+    unfinished = sum(bool(some) and not is_complete(some) for some in every)
     if unfinished:
         lines.append(
             f"  {unfinished} image{'s' * (unfinished > 1)} left out: the service had no answer to some questions"

@@ -203,7 +203,8 @@ class ImageSet:
                 "process between 0 and their number"
             )
         self.folder = epath.Path(folder)
-        self._items, self._layout, self._shard_size = items, layout, shard_size
+        self._items, self._shard_size = items, shard_size
+        self._layout: Layout = layout
         self._format: ImageFormat = image_format
         self._process, self._processes = process_index, process_count
         self._remote = "://" in os.fspath(self.folder)

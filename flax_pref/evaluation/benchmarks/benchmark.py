@@ -106,8 +106,7 @@ class Benchmark:
 
     def image_score(self, shown: Shown, answers: Answers) -> float:
         """The score of an image; NaN without answers, or where one is not finite."""
-        complete = answers and all(map(math.isfinite, answers))
-        return self.score(shown.record, answers) if complete else math.nan
+        return self.score(shown.record, answers) if is_complete(answers) else math.nan
 
 
 def shown_in(rows: pa.Table) -> list[Shown]:
@@ -123,10 +122,15 @@ def shown_in(rows: pa.Table) -> list[Shown]:
     ]
 
 
-def complete(shown: Sequence[Shown], answers: Sequence[Answers]) -> tuple[list[Shown], list[Answers]]:
+def is_complete(answers: Answers | None) -> bool:
+    """Whether there are answers, all of them finite."""
+    return bool(answers) and all(map(math.isfinite, answers))
+
+
+def complete(shown: Sequence[Shown], answers: Sequence[Answers | None]) -> tuple[list[Shown], list[Answers]]:
     """The images with answers that are all finite, and these answers."""
-    kept = [i for i, some in enumerate(answers) if some and all(map(math.isfinite, some))]
-    return [shown[i] for i in kept], [answers[i] for i in kept]
+    kept = [(image, some) for image, some in zip(shown, answers, strict=True) if some and is_complete(some)]
+    return [image for image, _ in kept], [some for _, some in kept]
 
 
 def part(prompts: Iterable[int], values: Iterable[float]) -> Part:

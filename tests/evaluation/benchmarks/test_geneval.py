@@ -1,6 +1,7 @@
 """GenEval's scores, against what its own `summary_scores.py` printed for the same file, and a transcription of it."""
 
 import collections
+import csv
 import json
 import statistics
 
@@ -171,3 +172,31 @@ def test_methods_are_compared_by_correct_images(run, tmp_path, capsys):
     cells = {row["method"]: row for row in found["overall"]}
     assert cells["base"]["mean"]["value"] == pytest.approx(transcribed(rows())["correct images"])
     assert cells["other"]["sign_test"]["wins"] == 3 and cells["other"]["sign_test"]["ties"] == 8
+
+
+def test_the_report_has_the_published_scores_and_their_differences(run, tmp_path, capsys):
+    draw(tmp_path / "other", METADATA, "geneval", seeds=3)
+    better = [row | {"correct": row["correct"] or row["tag"] == "counting"} for row in rows()]
+    write(tmp_path / "other/results.jsonl", better)
+    write(run / "results.jsonl", rows())
+    score.main([str(run), str(tmp_path / "other"), "--benchmarks", "geneval"])
+    report.main([str(tmp_path / "other"), str(run), "--baseline", "base", "--out", str(tmp_path / "report")])
+    found = read_json(tmp_path / "report/report.json", expected="a report")["benchmarks"]
+    cells = {(row["method"], row["measure"]): row for row in found}
+    for method, some in {"base": rows(), "other": better}.items():
+        scores = {name: cells[method, name]["score"]["value"] for name in PUBLISHED}
+        assert scores == pytest.approx(transcribed(some), rel=1e-12)
+    gain = cells["other", "overall"]["difference"]
+    assert gain["value"] == pytest.approx((1 - 1 / 3) / 6) and cells["base", "overall"]["difference"] is None
+    correct = {row["metadata"]: [] for row in rows() if row["tag"] == "counting"}
+    for row in rows():
+        if row["tag"] == "counting":
+            correct[row["metadata"]].append(1 - row["correct"])
+    gains = [np.mean(correct[json.dumps(image)]) for image in map(json.loads, METADATA.read_text().splitlines()[3:6])]
+    low, high = bootstrap_interval(np.array(gains))
+    one = cells["other", "counting"]["difference"]
+    assert (one["low"], one["high"]) == pytest.approx((low, high))
+    with (tmp_path / "report/benchmarks.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(PUBLISHED)
+    assert 'id="benchmarks-table"' in (tmp_path / "report/report.html").read_text()
+    assert "overall          other   0.6389" in capsys.readouterr().out
