@@ -63,12 +63,6 @@ def named_benchmarks(texts: Sequence[str], folders: Sequence[str]) -> list[Asked
             )
         if name in asked:
             raise UserError(f"--benchmarks {text}: {name} is there twice; expected each benchmark once")
-        if is_service(path) and BENCHMARKS[name].questions is None:
-            able = [other for other, one in BENCHMARKS.items() if one.questions is not None]
-            raise UserError(
-                f"--benchmarks {text}: its prompts come without yes-or-no questions; expected a file, as "
-                f"{name}={BENCHMARKS[name].places[0]}" + (f", or one of {', '.join(able)}" if able else "")
-            )
         if path and not is_service(path):
             if len(folders) > 1:
                 raise UserError(
@@ -179,8 +173,6 @@ def _ask_service(
 ) -> None:
     """Asks about the images that are not answered yet, one after the other."""
     benchmark, path = asked.benchmark, asked.path or ""
-    questions = benchmark.questions
-    assert questions is not None
     try:
         function = load_remote(benchmark.name, path).function
     except ValueError as error:
@@ -203,7 +195,7 @@ def _ask_service(
             elif benchmark.left_out(shown[index].record):
                 _put(scores, benchmark, shown, index, [])
             else:
-                texts = questions(shown[index].record)
+                texts = benchmark.questions(shown[index].record)
                 found: Answers = []
                 for start in range(0, len(texts), batch_size):
                     found += _ask(function, benchmark.name, path, pixels, texts[start : start + batch_size])
@@ -215,7 +207,7 @@ def _ask_service(
 
 
 def _ask(function: Function, name: str, path: str, pixels: np.ndarray, questions: list[str]) -> Answers:
-    """Probabilities of yes; NaN where the service has no answer."""
+    """Numbers from 0 to 1; NaN where the service has no answer."""
     images = np.broadcast_to(pixels.astype(np.float32) / 255, (len(questions), *pixels.shape))
     try:
         answers = np.asarray(function(images, questions), np.float64)
@@ -227,8 +219,8 @@ def _ask(function: Function, name: str, path: str, pixels: np.ndarray, questions
         )
     if (wrong := np.flatnonzero((answers < 0) | (answers > 1))).size:
         raise UserError(
-            f"{name}: {path} answered {answers[wrong[0]]:g} to {questions[wrong[0]]!r:.80}; expected a probability of "
-            "yes, 0 to 1"
+            f"{name}: {path} answered {answers[wrong[0]]:g} to {questions[wrong[0]]!r:.80}; expected 0 to 1, the "
+            "probability of yes or the score"
         )
     return answers.tolist()
 

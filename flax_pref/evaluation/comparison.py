@@ -364,10 +364,10 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
 
     Returns:
         `overall`, `categories`, `benchmarks`, `diversity`, `sweeps` and `votes` are lists of rows. An interval is
-        {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the baseline (`win_rate`, `gain`,
-        `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its scores are finite under
-        all methods, so that all have the same pairs; `images` says how many have, `not_finite` how many scores of the
-        method are not finite. `left_out` are all images of a run that are in no pair.
+        {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the baseline
+        (`win_rate`, `gain`, `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its
+        scores are finite under all methods, so that all have the same pairs; `images` says how many have, `not_finite`
+        how many scores of the method are not finite. `left_out` are all images of a run that are in no pair.
 
     Raises:
         ValueError: the scores of a reward are finite in no pair, or votes cannot be counted.

@@ -90,7 +90,7 @@ class Benchmark:
         score: one number for an image, from its prompt's record and the answers about it; see `image_score`.
         measures: what the benchmark prints, from images and the answers about them, none of which are empty.
         check: raises a UserError with a reason where a record is not one of the benchmark's prompts.
-        questions: to be asked about an image of this record, with yes for an answer; None: no service can be asked.
+        questions: texts that a service is asked about an image of this record, each for a number from 0 to 1.
         left_out: why the authors' program leaves out an image of this record; "": it does not.
     """
 
@@ -101,7 +101,7 @@ class Benchmark:
     score: Callable[[Mapping[str, Any], Answers], float]
     measures: Callable[[Sequence[Shown], Sequence[Answers]], list[Measure]]
     check: Callable[[Mapping[str, Any]], None]
-    questions: Callable[[Mapping[str, Any]], list[str]] | None = None
+    questions: Callable[[Mapping[str, Any]], list[str]]
     left_out: Callable[[Mapping[str, Any]], str] = lambda record: ""
 
     def image_score(self, shown: Shown, answers: Answers) -> float:

@@ -5,6 +5,7 @@ category is the mean over its images; there is none of all categories. Complex p
 image the mean of those that fit its prompt ("3-in-1"), which is computed here.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,11 @@ def _scores(file: epath.Path, images: Sequence[Shown]) -> list[float]:
     return [value for (value,) in matched(file, images, found, keys)]
 
 
+def questions(record: Mapping[str, Any]) -> list[str]:
+    """What a service with the benchmark's networks is told of an image: prompt and category. It answers the score."""
+    return [json.dumps(dict(record))]
+
+
 def measures(shown: Sequence[Shown], answers: Sequence[Answers]) -> list[Measure]:
     """The mean of each category."""
     found = []
@@ -136,4 +142,5 @@ T2I_COMPBENCH = Benchmark(
     score=lambda record, answers: answers[0],
     measures=measures,
     check=check,
+    questions=questions,
 )

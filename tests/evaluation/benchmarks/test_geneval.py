@@ -11,7 +11,7 @@ import pytest
 
 from flax_pref.config import UserError
 from flax_pref.evaluation.benchmarks.benchmark import intervals, shown_in
-from flax_pref.evaluation.benchmarks.geneval import GENEVAL
+from flax_pref.evaluation.benchmarks.geneval import GENEVAL, Detection, judge
 from flax_pref.evaluation.run_scoring import score_runs
 from flax_pref.evaluation.runs import open_run
 from flax_pref.evaluation.score_flags import ScoreFlags
@@ -21,6 +21,12 @@ from sample import report, score
 from tests.evaluation.benchmarks.drawn_runs import HERE, draw, told_scores
 
 METADATA, RESULTS = HERE / "geneval_metadata.jsonl", HERE / "geneval_results.jsonl"
+DETECTIONS = HERE / "geneval_detections.jsonl"
+# Of each prompt whether its six images are correct, by the rules in `evaluation/evaluate_images.py` of the same commit,
+# whose detector and classifier of colours were functions that gave what is in the file.
+JUDGED = [
+    *("111011", "111000", "001111", "110011", "001000", "000000", "100011", "111100", "010100", "000000", "110101"),
+]
 
 # Printed by djghosh13/geneval at af4902f, `python evaluation/summary_scores.py geneval_results.jsonl`.
 PUBLISHED = {
@@ -149,7 +155,6 @@ def test_wrong_flags_and_other_prompts_cost_a_line(run, tmp_path):
         (str(run), "geneval"): "no results.jsonl in it; name the file of geneval's program",
         (str(run), "genevil=x"): "expected NAME, NAME=FILE or NAME=http://..., with one of geneval",
         (str(run), f"geneval={tmp_path}/none.jsonl"): "no file or folder",
-        (str(run), "geneval=http://localhost:1"): "its prompts come without yes-or-no questions",
         (str(tmp_path / "other"), f"geneval={RESULTS}"): "prompt 0 'a cat' has no 'tag' and 'include'; expected images",
     }.items():
         with pytest.raises(UserError, match=told):
@@ -200,3 +205,66 @@ def test_the_report_has_the_published_scores_and_their_differences(run, tmp_path
         assert len(list(csv.DictReader(file))) == 2 * len(PUBLISHED)
     assert 'id="benchmarks-table"' in (tmp_path / "report/report.html").read_text()
     assert "overall          other   0.6389" in capsys.readouterr().out
+
+
+# Boxes of a detector
+
+
+def boxes():
+    return [json.loads(line) for line in DETECTIONS.read_text().splitlines()]
+
+
+def test_boxes_of_a_detector_are_judged_as_by_the_authors_program(tmp_path, capsys):
+    draw(tmp_path / "run", METADATA, "geneval", seeds=6)
+    score.main([str(tmp_path / "run"), "--benchmarks", f"geneval={DETECTIONS}"])
+    table = pq.read_table(tmp_path / "run/scores.parquet").to_pylist()
+    found = [f"{row['score:geneval']:.0f}" for row in table]
+    assert ["".join(found[i : i + 6]) for i in range(0, len(found), 6)] == JUDGED
+    assert told_scores(capsys.readouterr().out, "geneval")["overall"] == pytest.approx(0.50463, abs=5e-5)
+
+
+def test_rules_at_their_borders():
+    cup, one = {"class": "cup", "count": 1}, Detection("cup", (0, 0, 10, 10), 0.9)
+    record = {"tag": "two_object", "include": [cup, cup | {"class": "bowl", "position": ["left of", 0]}]}
+    # The centres are 10 apart, of which 0.1 of both widths (2) are left away: 8 / 10 is more than half.
+    assert judge(record, [one, Detection("bowl", (-10, 0, 0, 10), 0.4)])
+    assert not judge(record, [one, Detection("bowl", (10, 0, 20, 10), 0.4)])
+    assert not judge(record, [one, Detection("bowl", (-2, 0, 8, 10), 0.4)])  # too near: no relation at all
+    assert not judge(record, [one, Detection("bowl", (-10, -20, 0, -10), 0.4)])  # more above than left
+    assert not judge(record, [one, Detection("bowl", (-10, 0, 0, 10), 0.3)])  # must be above 0.3
+    two = {"tag": "counting", "include": [cup | {"count": 2}], "exclude": [cup | {"count": 3}]}
+    assert judge(two, [one._replace(score=0.91)] * 2)
+    assert not judge(two, [one] * 2)  # 0.9 is not above 0.9
+    assert not judge(two, [one._replace(score=0.91)] * 3)
+    assert judge(two | {"tag": "two_object"}, [one] * 2 + [one._replace(score=0.2)])
+    red = {"tag": "colors", "include": [cup | {"color": "red"}]}
+    assert judge(red, [one._replace(color="red"), one._replace(color="blue", score=0.8)])
+    assert not judge(red, [one._replace(color="red", score=0.8), one._replace(color="blue")])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"detections": 5}, "line 1: lacks one of filename, detections"),
+        ({"detections": [{"class": "bench"}]}, "line 1, detection 0: .*expected {.class.: .cup."),
+        ({"detections": [{"class": "bench", "box": [0, 1, 2], "score": 1}]}, "line 1, detection 0"),
+        ({"detections": [{"class": "bench", "box": [0, 1, 2, "x"], "score": 1}]}, "line 1, detection 0"),
+        ({"detections": [7]}, "line 1, detection 0: 7; expected"),
+    ],
+)
+def test_damaged_boxes_cost_a_line(tmp_path, change, told):
+    draw(tmp_path / "run", METADATA, "geneval", seeds=6)
+    file = write(tmp_path / "boxes.jsonl", [boxes()[0] | change, *boxes()[1:]])
+    with pytest.raises(UserError, match=told):
+        score.main([str(tmp_path / "run"), "--benchmarks", f"geneval={file}"])
+
+
+def test_boxes_without_the_colours_that_a_prompt_asks_for_cost_a_line(tmp_path):
+    draw(tmp_path / "run", METADATA, "geneval", seeds=6)
+    pale = [
+        row | {"detections": [{name: one[name] for name in ("class", "box", "score")} for one in row["detections"]]}
+        for row in boxes()
+    ]
+    file = write(tmp_path / "boxes.jsonl", pale)
+    with pytest.raises(UserError, match=r"line 37, detection \d: car has no color, and the prompt asks for one"):
+        score.main([str(tmp_path / "run"), "--benchmarks", f"geneval={file}"])

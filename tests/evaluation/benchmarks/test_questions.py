@@ -174,3 +174,20 @@ def test_a_service_is_asked_about_images_that_are_drawn_again(tmp_path):
 def test_questions_of_dpg_are_asked_as_they_are():
     record = read_prompts(TABLE)[3].record
     assert DPG.questions(record) == [question["question"] for question in record["questions"]]
+
+
+def test_a_service_with_a_detector_is_told_the_metadata_and_answers_once(tmp_path, monkeypatch, capsys):
+    metadata = HERE / "geneval_metadata.jsonl"
+    draw(tmp_path / "run", metadata, "geneval", seeds=2)
+    monkeypatch.setattr(
+        model, "answers", lambda found: [1.0 if "cup" in text else 0.0 for text in asked[-len(found) :]]
+    )
+    score.main([str(tmp_path / "run"), "--benchmarks", f"geneval={MODEL}"])
+    lines = metadata.read_text().splitlines()
+    assert asked == [line for line in lines for _ in range(2)]
+    assert told_scores(capsys.readouterr().out, "geneval")["color_attr"] == 1.0
+    draw(tmp_path / "t2i", HERE / "t2i_compbench/dataset", "t2i_compbench")
+    asked.clear()
+    score.main([str(tmp_path / "t2i"), "--benchmarks", f"t2i_compbench={MODEL}"])
+    assert json.loads(asked[0]) == {"prompt": "a green bench and a blue bowl", "category": "color"}
+    assert told_scores(capsys.readouterr().out, "t2i_compbench")["numeracy"] == pytest.approx(0.5)
