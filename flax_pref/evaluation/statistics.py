@@ -92,7 +92,7 @@ def bootstrap_intervals(
 
 
 def ratio_intervals(
-    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+    strata: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     resamples: int = 10_000,
     confidence: float = 0.95,
@@ -100,12 +100,12 @@ def ratio_intervals(
 ) -> np.ndarray:
     """Percentile bootstrap intervals of means over prompts that have different numbers of values.
 
-    The quantity is the mean over the parts of the sum of all values by their number. The prompts of each part are
-    resampled by themselves, so that none of the parts is ever empty; one that is a single prompt is constant.
+    The quantity is the mean over the strata of the sum of all values by their number. The prompts of each stratum are
+    resampled by themselves, so that none is ever empty; a stratum of a single prompt is constant.
 
     Args:
-        parts: (sums, counts) of each: `[N, K]`, of the values of each of N prompts, and `[N]`, how many there are;
-            positive. N differs between parts, K does not.
+        strata: (sums, counts) of each: `[N, K]`, of the values of each of N prompts, and `[N]`, how many there are;
+            positive. N differs between strata, K does not.
         resamples: number of samples of N prompts, drawn with replacement.
         confidence: share of the resampled means within the interval.
         seed: of the resampling.
@@ -114,11 +114,11 @@ def ratio_intervals(
         Lower and upper ends, float64 `[2, K]`.
     """
     rng, centre, means = np.random.default_rng(seed), 0.0, 0.0
-    for sums, counts in parts:
+    for sums, counts in strata:
         mean = sums.sum(axis=0) / counts.sum()
         centred = np.column_stack([sums - mean * counts[:, None], counts])
         drawn = np.concatenate([often @ centred for often in _resamples(rng, len(counts), resamples)])
-        centre, means = centre + mean / len(parts), means + drawn[:, :-1] / drawn[:, -1:] / len(parts)
+        centre, means = centre + mean / len(strata), means + drawn[:, :-1] / drawn[:, -1:] / len(strata)
     return centre + np.quantile(means, _ends(confidence), axis=0)
 
 

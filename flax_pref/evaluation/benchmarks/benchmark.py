@@ -42,7 +42,7 @@ class Shown(NamedTuple):
     place: int
 
 
-class Part(NamedTuple):
+class Stratum(NamedTuple):
     """Values about prompts, of which a measure is the mean.
 
     Attributes:
@@ -55,27 +55,27 @@ class Part(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A number that a benchmark prints: the mean over its parts of the means of their values.
+    """A number that a benchmark prints: the mean over its strata of the means of their values.
 
-    Most have one part. GenEval's overall score has one for each task, as each of them counts the same there.
+    Most have one stratum. GenEval's overall score has one for each task, as each of them counts the same there.
 
     Attributes:
         name: category, or "overall".
-        parts: at least one.
+        strata: at least one.
     """
 
     name: str
-    parts: list[Part]
+    strata: list[Stratum]
 
     @property
     def value(self) -> float:
         """As the authors' program prints it, between 0 and 1."""
-        return float(np.mean([part.values.mean() for part in self.parts]))
+        return float(np.mean([stratum.values.mean() for stratum in self.strata]))
 
     @property
     def prompts(self) -> int:
         """Number of different prompts that it is about."""
-        return len(np.unique(np.concatenate([part.prompts for part in self.parts])))
+        return len(np.unique(np.concatenate([stratum.prompts for stratum in self.strata])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +133,14 @@ def complete(shown: Sequence[Shown], answers: Sequence[Answers | None]) -> tuple
     return [image for image, _ in kept], [some for _, some in kept]
 
 
-def part(prompts: Iterable[int], values: Iterable[float]) -> Part:
-    """A part, from lists."""
-    return Part(np.array(list(prompts), np.int64), np.array(list(values), np.float64))
+def stratum(prompts: Iterable[int], values: Iterable[float]) -> Stratum:
+    """A stratum, from lists."""
+    return Stratum(np.array(list(prompts), np.int64), np.array(list(values), np.float64))
 
 
-def of_images(shown: Sequence[Shown], values: Iterable[float]) -> Part:
-    """A part with one value for each image."""
-    return part((image.prompt_id for image in shown), values)
+def of_images(shown: Sequence[Shown], values: Iterable[float]) -> Stratum:
+    """A stratum with one value for each image."""
+    return stratum((image.prompt_id for image in shown), values)
 
 
 def intervals(measures: Sequence[Measure]) -> list[dict[str, float | None]]:
@@ -152,19 +152,19 @@ def intervals(measures: Sequence[Measure]) -> list[dict[str, float | None]]:
         measures: of the K methods, of one name.
 
     Returns:
-        K and K - 1 intervals {"value", "low", "high"}; the last two None where no part has more than one prompt.
+        K and K - 1 intervals {"value", "low", "high"}; the last two None where no stratum has more than one prompt.
     """
-    parts = []
-    for same in zip(*(measure.parts for measure in measures), strict=True):
+    strata = []
+    for same in zip(*(measure.strata for measure in measures), strict=True):
         _, clusters = np.unique(same[0].prompts, return_inverse=True)
         counts = np.bincount(clusters).astype(np.float64)
         sums = np.stack([np.bincount(clusters, one.values) for one in same], axis=1)
-        parts.append((np.concatenate([sums, sums[:, 1:] - sums[:, :1]], axis=1), counts))
+        strata.append((np.concatenate([sums, sums[:, 1:] - sums[:, :1]], axis=1), counts))
     values = [measure.value for measure in measures]
     values += [value - values[0] for value in values[1:]]
-    if max(len(counts) for _, counts in parts) < 2:
+    if max(len(counts) for _, counts in strata) < 2:
         return [{"value": value, "low": None, "high": None} for value in values]
-    low, high = ratio_intervals(parts).tolist()
+    low, high = ratio_intervals(strata).tolist()
     return [{"value": v, "low": a, "high": b} for v, a, b in zip(values, low, high, strict=True)]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.benchmarks.benchmark import Answers, Benchmark, Measure, Shown, matched, part, text_of
+from flax_pref.evaluation.benchmarks.benchmark import Answers, Benchmark, Measure, Shown, matched, stratum, text_of
 
 YES = 0.5  # the least probability that is a yes; the benchmark's own model says a word
 
@@ -121,10 +121,10 @@ def measures(shown: Sequence[Shown], answers: Sequence[Answers]) -> list[Measure
             answered = (prompt_id, float(value >= YES))
             detailed.setdefault(category, []).append(answered)
             broad.setdefault(category.split("-")[0].strip(), []).append(answered)
+    categories = [*sorted(broad.items()), *(one for one in sorted(detailed.items()) if one[0] not in broad)]
     return [
-        *(Measure(name, [part(*zip(*broad[name], strict=True))]) for name in sorted(broad)),
-        *(Measure(name, [part(*zip(*detailed[name], strict=True))]) for name in sorted(detailed) if name not in broad),
-        Measure("overall", [part(prompts, map(np.mean, prompts.values()))]),
+        *(Measure(name, [stratum(*zip(*answered, strict=True))]) for name, answered in categories),
+        Measure("overall", [stratum(prompts, map(np.mean, prompts.values()))]),
     ]
 
 

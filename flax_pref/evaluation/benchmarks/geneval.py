@@ -22,7 +22,7 @@ from flax_pref.evaluation.benchmarks.benchmark import (
     matched,
     of_images,
     parsed,
-    part,
+    stratum,
     text_of,
 )
 
@@ -94,7 +94,7 @@ def _relations(one: Detection, to: Detection) -> set[str]:
         rest.append(math.copysign(max(abs(offset) - POSITION_THRESHOLD * sum(size), 0.0), offset))
     if max(map(abs, rest)) < 1e-3:
         return set()
-    x, y = (part / math.hypot(*offsets) for part in rest)
+    x, y = (value / math.hypot(*offsets) for value in rest)
     names = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {name for name, holds in names.items() if holds}
 
@@ -192,12 +192,12 @@ def measures(shown: Sequence[Shown], answers: Sequence[Answers]) -> list[Measure
     for i, image in enumerate(shown):
         tasks.setdefault(image.record["tag"], []).append(i)
         prompts[image.prompt_id] = max(correct[i], prompts.get(image.prompt_id, 0.0))
-    parts = {tag: of_images([shown[i] for i in places], [correct[i] for i in places]) for tag, places in tasks.items()}
+    strata = {tag: of_images([shown[i] for i in places], [correct[i] for i in places]) for tag, places in tasks.items()}
     return [
-        *(Measure(tag, [one]) for tag, one in parts.items()),
+        *(Measure(tag, [one]) for tag, one in strata.items()),
         Measure("correct images", [of_images(shown, correct)]),
-        Measure("correct prompts", [part(prompts, prompts.values())]),
-        Measure("overall", list(parts.values())),
+        Measure("correct prompts", [stratum(prompts, prompts.values())]),
+        Measure("overall", list(strata.values())),
     ]
 
 

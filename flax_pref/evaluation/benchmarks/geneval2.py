@@ -19,8 +19,8 @@ from flax_pref.evaluation.benchmarks.benchmark import (
     Shown,
     of_images,
     parsed,
-    part,
     probability,
+    stratum,
     text_of,
 )
 
@@ -102,7 +102,7 @@ def measures(shown: Sequence[Shown], answers: Sequence[Answers]) -> list[Measure
             if kind == skill
         ]
         if atoms:
-            found.append(Measure(f"{skill} (AM)", [part(*zip(*atoms, strict=True))]))
+            found.append(Measure(f"{skill} (AM)", [stratum(*zip(*atoms, strict=True))]))
     whole = [geometric_mean(some) for some in answers]
     for atoms in sorted({image.record["atom_count"] for image in shown}):
         places = [i for i, image in enumerate(shown) if image.record["atom_count"] == atoms]

@@ -182,3 +182,13 @@ def test_a_file_of_other_images_or_a_damaged_one_costs_a_line(run, tmp_path, dam
     with pytest.raises(UserError, match=told):
         score.main([str(run), "--benchmarks", f"dpg={file}"])
     assert not (run / "scores.parquet").exists()
+
+
+def test_images_of_another_program_are_found_by_the_items_in_their_names(run, tmp_path, capsys):
+    (run / "samples").rename(tmp_path / "others")
+    score.main([str(tmp_path / "others"), "--prompts", str(TABLE), "--benchmarks", f"dpg={DETAIL}"])
+    out = capsys.readouterr().out
+    assert "no manifest; 20 images, prompts by DPG-Bench's item ids" in out
+    assert {name: 100 * value for name, value in told_scores(out, "dpg").items()} == pytest.approx(
+        PUBLISHED, abs=0.0051
+    )

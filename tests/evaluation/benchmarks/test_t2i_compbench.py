@@ -140,3 +140,12 @@ def test_a_missing_file_and_a_file_for_several_categories_cost_a_line(run):
         score.main([str(run), "--benchmarks", "t2i_compbench"])
     with pytest.raises(UserError, match="is a file, and this run shows 8 categories"):
         score.main([str(run), "--benchmarks", f"t2i_compbench={FILES}/color/annotation_blip/vqa_result.json"])
+
+
+def test_images_of_another_program_in_this_layout_are_scored_too(run, capsys):
+    for file in ("manifest.parquet", "settings.json", "contact_sheet.png"):
+        (run / file).unlink()
+    score.main([str(run), "--prompts", str(DATASET), "--benchmarks", "t2i_compbench"])
+    out = capsys.readouterr().out
+    assert "no manifest; 180 images, prompts by T2I-CompBench's layout" in out
+    assert told_scores(out, "t2i_compbench") == pytest.approx(PUBLISHED, abs=5.1e-5)
