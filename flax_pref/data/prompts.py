@@ -1,11 +1,13 @@
 """Prompts to draw, from the files that evaluation sets are published in."""
 
 import csv
+import functools
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -17,6 +19,10 @@ from flax_pref.files import files_of_kind, unique_keys
 
 TEXTS = ("prompt", "Prompt", "caption", "text", "TEXT")
 GROUPS = ("Category", "category", "style", "tag")
+# Of T2I-CompBench++: there is a file of prompts to draw for each, named such as color_val.txt.
+T2I_COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
+# Of dpg_bench.csv of DPG-Bench, which has a row for each question about a prompt.
+DPG = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 # A row with these columns compares images, and a prompt has many: Pick-a-Pic, and HPDv2's test.json and train.json.
 PAIRS = ({"caption", "image_0_uid", "image_1_uid"}, {"prompt", "image_path", "rank"}, {"prompt", "human_preference"})
 
@@ -38,13 +44,24 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[Prompt]:
-    """Reads a set of prompts: PartiPrompts, HPDv2, Pick-a-Pic, GenEval, or a file of your own.
+    """Reads a set of prompts: PartiPrompts, HPDv2, Pick-a-Pic, a benchmark, or a file of your own.
 
     - .txt has a prompt in each line, .csv and .tsv have a header, .jsonl has a text or an object in each line; blank
       lines are skipped. Quotes of a .tsv belong to the prompts (PartiPrompts), unless all of them enclose whole fields.
     - .json is a list of texts or objects, or an object whose values are texts, objects or such lists.
     - Of .parquet the columns of text, numbers and truth values are read, images are not.
-    - A folder is all its *.json, or all its *.parquet, in the order of their names.
+    - A folder is all its *.json, or all its *.parquet, in the order of their names; or all its *.txt, each of which is
+      one prompt (DPG-Bench), unless it has files of T2I-CompBench++.
+
+    Of benchmarks, more is read than texts:
+
+    - GenEval's `evaluation_metadata.jsonl` and GenEval 2's `geneval2_data.jsonl`: records are their lines.
+    - DPG-Bench's `dpg_bench.csv`, or the folder `prompts` beside it: records have the "item_id" and, where the CSV file
+      is there, "questions", a list of objects with "id", "dependency", "tuple" and "question". The first question of
+      the file is left out, as the benchmark's own program does.
+    - T2I-CompBench++'s `color_val.txt` and so on (see `T2I_COMPBENCH`), or the folder that has them: the group is the
+      category. In records of complex prompts "relations" is "spatial", "action" or "spatial and action", where
+      `complex_val_spatial.txt` and `complex_val_action.txt` are in the folder.
 
     The text of a row is in the first column there is of `TEXTS`, its group in the first of `GROUPS` that holds a text.
     Without one, the group is the key of a list in a JSON object, and for a list of texts the name of the file without
@@ -66,8 +83,8 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
     """
     path = epath.Path(shipped(file))
     prompts, seen = [], set()
-    for part in _files(path):
-        for where, row, group in _READERS[part.suffix.lower()](part):
+    for part, read in _parts(path):
+        for where, row, group in read(part):
             record = {"prompt": row} if isinstance(row, str) else row
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: {_quote(row)} is no prompt; expected a text, or an object with one")
@@ -82,11 +99,31 @@ def read_prompts(file: str | os.PathLike, *, column: str | None = None) -> list[
     return prompts
 
 
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """To sort names so that 2.png comes before 10.png."""
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _parts(path: epath.Path) -> Iterator[tuple[epath.Path, Callable[[epath.Path], "_Rows"]]]:
+    """The files, each with what reads it."""
+    files = _files(path)
+    if path.is_dir() and files[0].suffix.lower() == ".txt" and not _t2i_category(files[0]):
+        table = path.parent / "dpg_bench.csv"
+        questions = {row["item_id"]: row["questions"] for _, row, _ in _read_csv(table)} if table.exists() else {}
+        yield from ((file, functools.partial(_read_dpg_prompt, questions=questions)) for file in files)
+    else:
+        yield from ((file, _READERS[file.suffix.lower()]) for file in files)
+
+
 def _files(path: epath.Path) -> list[epath.Path]:
     if path.is_dir():
         kinds = [files for suffix in (".json", ".parquet") if (files := files_of_kind(path.glob("*"), suffix))]
         if len(kinds) == 1:
             return kinds[0]
+        texts = [] if kinds else sorted(path.glob("*.txt"), key=lambda file: natural(file.name))
+        if texts:
+            categories = [path / f"{category}_val.txt" for category in T2I_COMPBENCH]
+            return [file for file in categories if file in texts] or texts
         found = "both in this folder; name one file" if kinds else "neither in this folder"
         raise FileNotFoundError(f"{path}: expected *.json or *.parquet, but there are {found}")
     if not path.exists():
@@ -120,12 +157,82 @@ _Rows = Iterator[tuple[str, Any, str]]
 
 
 def _read_txt(path: epath.Path) -> _Rows:
+    category = _t2i_category(path)
+    relations = _complex_relations(path) if category == "complex" else None
     for number, line in _lines(path):
-        yield f"{path}, line {number}", line, ""
+        row: Any = {"prompt": line, "category": category} if category else line
+        if relations is not None:
+            row["relations"] = relations.get(_relations_key(line), "spatial and action")
+        yield f"{path}, line {number}", row, category
+
+
+def _t2i_category(path: epath.Path) -> str:
+    """The category of T2I-CompBench++ that a file has the prompts of; "": none."""
+    category = path.name.removesuffix("_val.txt")
+    return category if category in T2I_COMPBENCH and category != path.name else ""
+
+
+def _complex_relations(path: epath.Path) -> dict[str, str] | None:
+    """Relations by the keys of complex prompts, of all that have not both; None: the files that tell are not there."""
+    files = {relation: path.parent / f"complex_val_{relation}.txt" for relation in ("action", "spatial")}
+    if not all(file.exists() for file in files.values()):
+        return None
+    # Of prompts in both files, the benchmark's program looks into that of spatial ones first.
+    return {_relations_key(line): relation for relation, file in files.items() for _, line in _lines(file)}
+
+
+def _relations_key(line: str) -> str:
+    return line.split(".")[0].lower()
+
+
+def _read_dpg_prompt(path: epath.Path, questions: Mapping[str, list[dict[str, Any]]]) -> _Rows:
+    """The prompt that a whole file is."""
+    lines = list(_lines(path))
+    if len(lines) != 1:
+        raise ValueError(
+            f"{path}: has {len(lines)} lines with text; expected one prompt in each *.txt of a folder, or one file; "
+            "name the file itself for a prompt in each line"
+        )
+    row: dict[str, Any] = {"item_id": path.stem, "prompt": lines[0][1]}
+    if path.stem in questions:
+        row["questions"] = questions[path.stem]
+    yield f"{path}", row, ""
 
 
 def _read_csv(path: epath.Path) -> _Rows:
-    return _rows(path, _decoded(path), delimiter=",")
+    rows = _rows(path, _decoded(path), delimiter=",")
+    for first in rows:
+        every = itertools.chain([first], rows)
+        yield from _dpg_rows(every) if first[1].keys() >= set(DPG) else every
+
+
+def _dpg_rows(rows: Iterable[tuple[str, dict[str, str], str]]) -> list[tuple[str, Any, str]]:
+    """A row for each prompt, with its questions.
+
+    As the benchmark's program, it does not take the first question of all, and of a prompt whose questions are at
+    several places it takes the last ones.
+    """
+    prompts: dict[str, tuple[str, Any, str]] = {}
+    before = None
+    for number, (where, row, group) in enumerate(rows):
+        item = row["item_id"]
+        try:
+            question = {
+                "id": int(row["proposition_id"]),
+                "dependency": [int(part) for part in row["dependency"].split(",")],
+                "tuple": row["tuple"],
+                "question": row["question_natural_language"],
+            }
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: proposition_id or dependency is no whole number ({error}); correct the row"
+            ) from error
+        if item not in prompts or (item != before and number > 1):
+            prompts[item] = (where, {"item_id": item, "text": row["text"], "questions": []}, group)
+        if number:
+            prompts[item][1]["questions"].append(question)
+        before = item
+    return list(prompts.values())
 
 
 def _read_tsv(path: epath.Path) -> _Rows:

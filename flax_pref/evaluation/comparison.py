@@ -22,7 +22,10 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
+from flax_pref.data.prompts import natural
+from flax_pref.evaluation.benchmarks import BENCHMARKS
+from flax_pref.evaluation.benchmarks.benchmark import Answers, Shown, intervals, is_complete, shown_in
+from flax_pref.evaluation.runs import ANSWERS, EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
 from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
     cluster_means,
@@ -35,7 +38,7 @@ from flax_pref.files import read_json
 from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows, read_table
 from flax_pref.programs import command, title
 
-CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag")
+CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag", "atom_count")
 STATISTICS = {
     "unit": "prompt; the seeds of a prompt are averaged first",
     "interval": "95 % percentile bootstrap over prompts, 10,000 resamples; none for a single prompt",
@@ -81,6 +84,8 @@ class Items:
         scores: reward -> method -> float64 `[N]`; may be NaN or infinite.
         files: method -> images.
         embeddings: method -> `[N, D]`, of the images; NaN where there is none. Empty if not all runs have them.
+        shown: what benchmarks know of the images.
+        answers: benchmark -> method -> answers about the images; of benchmarks that all runs have.
     """
 
     prompt_id: np.ndarray
@@ -90,6 +95,8 @@ class Items:
     scores: dict[str, dict[str, np.ndarray]]
     files: dict[str, list[ImageRef]]
     embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    shown: list[Shown] = dataclasses.field(default_factory=list)
+    answers: dict[str, dict[str, list[Answers]]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def prompts(self) -> np.ndarray:
@@ -109,7 +116,8 @@ class ScoredRun:
     Attributes:
         name: of the method, in the report.
         folder: of the images.
-        table: one row per image; the columns of the manifest, `score:<reward>`, `problem`, maybe `embedding`.
+        table: one row per image; the columns of the manifest, `score:<reward>`, `problem`, maybe `answers:<benchmark>`
+            and `embedding`.
         rewards: reward -> {"path": ..., "sha256": ...} of its weights.
         embedding: name and SHA-256 ("" if unknown) of the network that the embeddings are from, or None.
     """
@@ -180,7 +188,8 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
         weights = described.get("embedding_of") or {}
         embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None
-        run = ScoredRun(name, str(folder), _checked(table, described["rewards"]), described["rewards"], embedding)
+        checked = _checked(table, described["rewards"], described.get("answers", {}))
+        run = ScoredRun(name, str(folder), checked, described["rewards"], embedding)
         _ = run.settings, run.records  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -192,10 +201,11 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
     return run
 
 
-def _checked(table: pa.Table, rewards: Iterable[str]) -> pa.Table:
+def _checked(table: pa.Table, rewards: Iterable[str], benchmarks: Iterable[str]) -> pa.Table:
     """The columns that are of use here, with the types that are expected."""
     table.validate(full=True)
     types = {field.name: field.type for field in _COLUMNS} | {f"{SCORE}{reward}": pa.float64() for reward in rewards}
+    types |= {f"{ANSWERS}{benchmark}": pa.list_(pa.float64()) for benchmark in benchmarks}
     if lacking := [column for column in types if column not in table.column_names]:
         raise ValueError(f"no column {lacking[0]!r}")
     columns = {column: table[column].cast(kind) for column, kind in types.items()}
@@ -278,6 +288,7 @@ def pair_runs(runs: Sequence[ScoredRun], rewards: Sequence[str]) -> Items:
         scores={name: {run.name: _scores(run, name, places[run.name]) for run in runs} for name in rewards},
         files={run.name: _images(run, places[run.name]) for run in runs},
         embeddings=_embeddings(runs, places),
+        **_answers(runs, places),
     )
 
 
@@ -312,6 +323,20 @@ def _categories(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) 
     return {}
 
 
+def _answers(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """`shown` and `answers` of the benchmarks that all runs have answers of."""
+    names = [name for name in BENCHMARKS if all(ANSWERS + name in run.table.column_names for run in runs)]
+    if not names or not {"record", "group"} <= set(runs[0].table.column_names):
+        return {}
+    return {
+        "shown": shown_in(runs[0].table.take(places[runs[0].name])),
+        "answers": {
+            name: {run.name: run.table[ANSWERS + name].take(places[run.name]).to_pylist() for run in runs}
+            for name in names
+        },
+    }
+
+
 def _embeddings(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
     if len({run.embedding for run in runs}) > 1 or runs[0].embedding is None:
         return {}
@@ -338,11 +363,11 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
         votes: of `read_votes`.
 
     Returns:
-        `overall`, `categories`, `diversity`, `sweeps` and `votes` are lists of rows. An interval is {"value", "low",
-        "high"}, the last two None where there is only one prompt. Comparisons with the baseline (`win_rate`, `gain`,
-        `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its scores are finite under
-        all methods, so that all have the same pairs; `images` says how many have, `not_finite` how many scores of the
-        method are not finite. `left_out` are all images of a run that are in no pair.
+        `overall`, `categories`, `benchmarks`, `diversity`, `sweeps` and `votes` are lists of rows. An interval is
+        {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the baseline
+        (`win_rate`, `gain`, `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its
+        scores are finite under all methods, so that all have the same pairs; `images` says how many have, `not_finite`
+        how many scores of the method are not finite. `left_out` are all images of a run that are in no pair.
 
     Raises:
         ValueError: the scores of a reward are finite in no pair, or votes cannot be counted.
@@ -358,7 +383,7 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
         labels = np.array(values)
         rows = [
             {"column": column, "value": value, **row}
-            for value in sorted(set(values) - {""})
+            for value in sorted(set(values) - {""}, key=natural)
             for row in _summaries(items, baseline, labels == value)
         ]
         categories += _corrected(rows)
@@ -372,6 +397,7 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
         "methods": [_described(run, len(items.prompt)) for run in runs],
         "overall": _corrected(overall),
         "categories": categories,
+        "benchmarks": _benchmarks(items, baseline),
         "diversity": _diversity(items, baseline, runs[0].embedding),
         "sweeps": _sweeps(runs, overall),
         "votes": _count_votes(votes, items, baseline),
@@ -464,6 +490,33 @@ def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     tests = [row["sign_test"] for row in rows if row["sign_test"]]
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_corrected"] = p
+    return rows
+
+
+def _benchmarks(items: Items, baseline: str) -> list[dict[str, Any]]:
+    """The published scores of the benchmarks that all runs have, over the images that all have answers about."""
+    methods = [baseline, *(method for method in items.files if method != baseline)]
+    rows = []
+    for name, answers in items.answers.items():
+        kept = [i for i in range(len(items.shown)) if all(is_complete(answers[method][i]) for method in methods)]
+        shown = [items.shown[i] for i in kept]
+        if not shown:
+            continue
+        measures = [BENCHMARKS[name].measures(shown, [answers[method][i] for i in kept]) for method in methods]
+        for same in zip(*measures, strict=True):
+            found = dict(enumerate(intervals(same)))
+            for method in items.files:
+                place = methods.index(method)
+                rows.append(
+                    {
+                        "benchmark": name,
+                        "measure": same[0].name,
+                        "method": method,
+                        "prompts": same[0].prompts,
+                        "score": found[place],
+                        "difference": found[len(methods) + place - 1] if place else None,
+                    }
+                )
     return rows
 
 

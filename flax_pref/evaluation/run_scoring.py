@@ -23,6 +23,7 @@ from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.evaluation.benchmark_scoring import Asked, answer, named_benchmarks, told
 from flax_pref.evaluation.pair_scoring import is_prepared_set, score_set
 from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run, several
 from flax_pref.evaluation.score_flags import ScoreFlags
@@ -125,24 +126,35 @@ def _score_folders(work: "ScoringWork", process: int, processes: int) -> dict[st
         print(f"process {process} of {processes}: fewer folders than processes, none is left for this one")
         return {}
     with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
-        tables = []
+        tables, runs = [], []
         for folder in folders:
             run = open_run(folder, work.prompts)
             if run.told:
                 print(f"{folder}: no manifest; {len(run.rows)} images, {run.told}")
             held.enter_context(locked(run.folder))
+            runs.append(run)
             tables.append(Scores(run))
             tables[-1].look_again()
-        if not any(len(scores.pending(one.column, one.of)) for scores in tables for one in work.columns):
+        for asked in work.benchmarks:  # first: most are files, and quick
+            for run, scores in zip(runs, tables, strict=True):
+                if not stop():
+                    answer(asked, run, scores, batch_size=work.flags.batch_size, stop=stop)
+        if work.columns and not any(
+            len(scores.pending(one.column, one.of)) for scores in tables for one in work.columns
+        ):
             print("all images that can be scored are; nothing to do")
         for one in work.columns:
             if not stop():
                 _score_column(tables, one, work, stop)
-        for scores in tables:
+        for run, scores in zip(runs, tables, strict=True):
             scores.save()  # perhaps a problem is gone
             print("\n".join(_summary(scores, work.columns)))
+            for asked in work.benchmarks:
+                print("\n".join(told(asked, run, scores)))
+    named = {one.name: one.column for one in work.columns if one.column != EMBEDDING}
+    named |= {asked.benchmark.name: SCORE + asked.benchmark.name for asked in work.benchmarks}
     return {
-        folder: {one.name: scores.scores(one.column) for one in work.columns if one.column != EMBEDDING}
+        folder: {name: scores.scores(column) for name, column in named.items()}
         for folder, scores in zip(folders, tables, strict=True)
     }
 
@@ -178,6 +190,7 @@ class ScoringWork(NamedTuple):
         folders: of images, each once.
         prompts: of foreign images; None: they are with the images.
         prepared: the folders are prepared sets.
+        benchmarks: to be answered.
     """
 
     flags: ScoreFlags
@@ -185,6 +198,7 @@ class ScoringWork(NamedTuple):
     folders: Sequence[str]
     prompts: Sequence[Prompt] | None
     prepared: bool = False
+    benchmarks: Sequence[Asked] = ()
 
 
 def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
@@ -213,7 +227,10 @@ def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
         for column, name, path in rewards
     ]
     folders = list(dict.fromkeys(str(epath.Path(run)) for run in flags.runs))
-    return ScoringWork(flags, columns, folders, prompts, prepared)
+    benchmarks = named_benchmarks(flags.benchmarks, folders)
+    if twice := {one.benchmark.name for one in benchmarks} & {name for _, name, _ in rewards}:
+        raise UserError(f"--rewards and --benchmarks: {twice.pop()} is in both; give the reward another name")
+    return ScoringWork(flags, columns, folders, prompts, prepared, benchmarks)
 
 
 def _are_prepared(flags: ScoreFlags) -> bool:
@@ -222,7 +239,7 @@ def _are_prepared(flags: ScoreFlags) -> bool:
     others = [folder for folder in flags.runs if folder not in sets]
     if sets and others:
         raise UserError(f"{sets[0]} is a prepared set, and {others[0]} is not; score them in two calls")
-    given = {"--diversity": flags.diversity, "--prompts": flags.prompts}
+    given = {"--diversity": flags.diversity, "--prompts": flags.prompts, "--benchmarks": (*flags.benchmarks, None)[0]}
     if sets and (unfit := [flag for flag, value in given.items() if value is not None]):
         raise UserError(f"{unfit[0]} {given[unfit[0]]}: is for folders of images, and {sets[0]} is a prepared set")
     if others and flags.source is not None:
@@ -234,7 +251,7 @@ def _are_prepared(flags: ScoreFlags) -> bool:
 
 def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
     """Column, name and path of each reward that the flags name."""
-    if not flags.rewards and flags.diversity is None:
+    if not (flags.rewards or flags.benchmarks) and flags.diversity is None:
         raise UserError(f"nothing to score with; expected --rewards with one or more of {', '.join(REWARDS)}")
     found: dict[str, tuple[str, str, str | None]] = {}
     texts = [(text, "--rewards") for text in flags.rewards]

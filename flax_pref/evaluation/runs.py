@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from flax_pref.config import UserError
-from flax_pref.data.prompts import TEXTS, Prompt
+from flax_pref.data.prompts import TEXTS, Prompt, natural
 from flax_pref.data.sources import is_remote
 from flax_pref.data.webdataset import headers
 from flax_pref.images.image_files import read_metadata
@@ -28,7 +28,7 @@ from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTING
 from flax_pref.programs import title
 
 # The table of scores beside the images, and its columns.
-SCORES, SCORE, EMBEDDING, PROBLEM = "scores.parquet", "score:", "embedding", "problem"
+SCORES, SCORE, ANSWERS, EMBEDDING, PROBLEM = "scores.parquet", "score:", "answers:", "embedding", "problem"
 PROBLEMS = ("missing", "changed", "unreadable")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -66,6 +66,8 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
     Their prompts are those of a file, where one is given, in the first of these ways that fits all images:
 
     - GenEval's layout: `<number of the prompt>/samples/<seed>.png`.
+    - T2I-CompBench's layout: `<category>/samples/<prompt>_<number>.png`, where numbers grow with the seed.
+    - DPG-Bench's item ids: `<item id>.png`, or `<item id>-<seed>.png`; not grids of several images.
     - By the number that file names begin with, from 0: `00012.png`, or `12-3.png` for prompt 12 and seed 3.
     - HPSv2's layout: the same, with a folder for each group of prompts, and counted within it.
     - As many images as prompts: one after the other, in the order of names, where 2.png comes before 10.png.
@@ -213,7 +215,7 @@ class _Found(NamedTuple):
 
 def _find(folder: epath.Path) -> list[_Found]:
     """The images of a folder, or of its tar files if there are no others, in the order of their names."""
-    files = sorted(_files(folder), key=_natural)
+    files = sorted(_files(folder), key=natural)
     there, paths = set(files), [PurePosixPath(file) for file in files]
     geneval = {path.parent for path in paths if path.name == "metadata.jsonl"}
     found = []
@@ -308,6 +310,8 @@ def _given_prompts(folder: epath.Path, names: Sequence[str], prompts: Sequence[P
     styled = all(style and style in grouped for style in styles)
     ways = {
         "GenEval's layout": _geneval_numbers(names),
+        "T2I-CompBench's layout": _t2i_numbers(names, prompts),
+        "DPG-Bench's item ids": _dpg_numbers(names, prompts),
         "the number in the file name": _numbers(names),
         "the number in their group": _group_numbers(names, grouped) if styled else None,
         "the order of names": [(i, 0) for i in range(len(names))] if len(names) == len(prompts) else None,
@@ -368,6 +372,38 @@ def _geneval_numbers(names: Sequence[str]) -> list[tuple[int, int]] | None:
     return None if None in matches else [(int(match[1]), int(match[2])) for match in matches if match]
 
 
+def _t2i_numbers(names: Sequence[str], prompts: Sequence[Prompt]) -> list[tuple[int, int]] | None:
+    """Prompt and seed of names such as color/samples/a red cup_000003.png; seeds are counted within the prompt."""
+    ids = {("", prompt.text): prompt.id for prompt in prompts}
+    ids |= {(prompt.group, prompt.text): prompt.id for prompt in prompts}
+    found = []
+    for name in names:
+        match = re.search(r"(?:^|/)([^/_]+)_(\d+)\.\w+$", name)
+        text, group = match[1] if match else "", PurePosixPath(name).parent.parent.name
+        prompt_id = ids.get((group, text), ids.get(("", text)))
+        if match is None or prompt_id is None:
+            return None
+        found.append((prompt_id, int(match[2])))
+    places = {number: place for place, number in enumerate(sorted(set(found)))}
+    first = {prompt_id: place for (prompt_id, _), place in reversed(places.items())}
+    return [(number[0], places[number] - first[number[0]]) for number in found]
+
+
+def _dpg_numbers(names: Sequence[str], prompts: Sequence[Prompt]) -> list[tuple[int, int]] | None:
+    """Prompt and seed of names such as partiprompts97.png or partiprompts97-3.png."""
+    ids = {prompt.record.get("item_id"): prompt.id for prompt in prompts}
+    if None in ids:
+        return None
+    found = []
+    for name in names:
+        stem = PurePosixPath(name).stem
+        item, _, seed = (stem, "", "0") if stem in ids else stem.rpartition("-")
+        if item not in ids or not re.fullmatch(r"\d+", seed):
+            return None
+        found.append((ids[item], int(seed)))
+    return found
+
+
 def _group_numbers(names: Sequence[str], grouped: Mapping[str, Sequence[int]]) -> list[tuple[int, int]] | None:
     """Prompt and seed of names such as anime/00012.png, in which a number counts within the group of prompts."""
     groups, numbers = [grouped[PurePosixPath(name).parent.name] for name in names], _numbers(names)
@@ -385,11 +421,6 @@ def _numbered_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
         numbers.append((ids.setdefault(text, len(ids)), seeds[text]))
         seeds[text] += 1
     return numbers
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """To sort names so that 2.png comes before 10.png."""
-    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def several(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:

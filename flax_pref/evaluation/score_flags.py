@@ -18,6 +18,11 @@ class ScoreFlags:
     rewards: tuple[str, ...] = ()
     """Rewards as NAME (weights as published), NAME=PATH (file, folder or Hub id of the weights), NAME=http://... or
     NAME=python:MODULE:FUNCTION. They use the devices one after the other."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks whose prompts the images show: geneval, geneval2, dpg or t2i_compbench. As NAME=FILE, with what the
+    benchmark's own program has written about these images; as NAME, where that file is in the folder; or as
+    NAME=http://..., a service that answers the questions of the prompts (geneval2, dpg). Prints the published
+    scores."""
     diversity: str | None = None
     """CLIP reward, as NAME or NAME=PATH, whose image embeddings are stored; reports compute diversity from them
     (default: none)."""

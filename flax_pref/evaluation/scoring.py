@@ -1,8 +1,9 @@
 """Scores of finished image folders (`evaluation.runs`): the table of them, and rewards on a mesh of devices.
 
 The table is the file `scores.parquet` beside the images: the columns of the manifest, a column `score:NAME` for each
-reward, `problem`, and perhaps `embedding`. It is rewritten whole every now and then while images are being scored, null
-standing for what is not scored yet, so it is also what a program that was killed resumes from.
+reward, `answers:NAME` for each benchmark, `problem`, and perhaps `embedding`. It is rewritten whole every now and then
+while images are being scored, null standing for what is not scored yet, so it is also what a program that was killed
+resumes from.
 """
 
 import collections
@@ -26,7 +27,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.config import UserError
-from flax_pref.evaluation.runs import EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, ImageRun, read_image
+from flax_pref.evaluation.runs import ANSWERS, EMBEDDING, PROBLEM, SCORE, SCORES, ImageFile, ImageRun, read_image
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA, read_table
 from flax_pref.programs import title
@@ -42,7 +43,7 @@ SAVE_SHARE = 0.05  # most of the time that goes into saving
 
 @dataclasses.dataclass
 class _Column:
-    """Scores `[N]` or embeddings `[N, D]`, which of them are known, and what they are of."""
+    """Scores `[N]`, embeddings `[N, D]` or lists of answers `[N]`; which of them are known, and what they are of."""
 
     of: Mapping[str, Any]
     known: np.ndarray
@@ -92,12 +93,13 @@ class Scores:
         """Makes a column, unless it is there; scores of something else under its name are gone then.
 
         Args:
-            column: "score:NAME" or "embedding".
+            column: "score:NAME", "answers:NAME" or "embedding".
             of: what its values depend on besides image and prompt, e.g. the hash of the reward's weights: values that
                 JSON can hold; that of "embedding" has a "name".
         """
         if self.of(column) != of:
             shape, dtype = ((0,), np.float16) if column == EMBEDDING else ((), np.float32)
+            dtype = object if column.startswith(ANSWERS) else dtype
             count = len(self.images)
             self._columns[column] = _Column(dict(of), np.zeros(count, bool), np.zeros((count, *shape), dtype))
 
@@ -116,6 +118,18 @@ class Scores:
             there.values = np.zeros((len(self.images), *values.shape[1:]), there.values.dtype)
         there.values[indices] = values
         there.known[indices] = True
+
+    def put_answers(self, column: str, index: int, answers: Sequence[float]) -> None:
+        """Takes the answers about an image; see `evaluation.benchmarks`."""
+        self._columns[column].values[index] = list(answers)
+        self._columns[column].known[index] = True
+
+    def answers(self, column: str) -> list[list[float] | None]:
+        """The answers about each image; None: they are not known."""
+        there = self._columns.get(column)
+        if there is None:
+            return [None] * len(self.images)
+        return [values if known else None for values, known in zip(there.values, there.known, strict=True)]
 
     def scores(self, column: str) -> np.ndarray:
         """The scores that are known, NaN and infinite ones too, float32 `[M]`."""
@@ -152,7 +166,10 @@ class Scores:
         table = self._rows.select(MANIFEST_SCHEMA.names)
         described: dict[str, Any] = {"rewards": {}, "embedding": None}
         for name, column in self._columns.items():
-            if name != EMBEDDING:
+            if name.startswith(ANSWERS):
+                described.setdefault("answers", {})[name.removeprefix(ANSWERS)] = column.of
+                table = table.append_column(name, pa.array(self.answers(name), pa.list_(pa.float64())))
+            elif name != EMBEDDING:
                 described["rewards"][name.removeprefix(SCORE)] = column.of
                 table = table.append_column(name, pa.array(column.values, mask=~column.known))
         table = table.append_column(PROBLEM, pa.array(self.problems, pa.string()))
@@ -177,6 +194,13 @@ class Scores:
             problems = [problem or "" for problem in table[PROBLEM].to_pylist()]
             self.problems[same] = np.array(problems, object)[where[same]]
             columns = {SCORE + name: of for name, of in described["rewards"].items()}
+            for name, of in described.get("answers", {}).items():
+                values = table[ANSWERS + name].to_pylist()
+                known = np.array([at >= 0 and values[at] is not None for at in where])
+                taken = np.empty(len(where), object)
+                for i in np.flatnonzero(known):
+                    taken[i] = [float(value) for value in values[where[i]]]
+                self._columns[ANSWERS + name] = _Column(of, known, taken)
             if described["embedding"] is not None:
                 columns[EMBEDDING] = described["embedding_of"]
             for name, of in columns.items():

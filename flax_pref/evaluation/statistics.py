@@ -5,7 +5,7 @@ What is resampled and tested is the prompt: images of one prompt, from several s
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -87,16 +87,55 @@ def bootstrap_intervals(
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
     count, centre = len(values), values.mean(axis=0)
     centred = values - centre  # so that what is the same for all prompts has an interval of width 0, without rounding
-    # In parts, so that tens of thousands of prompts fit into memory; of few parts, as threads meet after each product.
+    sums = np.concatenate([counts @ centred for counts in _resamples(rng, count, resamples)])
+    return centre + np.quantile(sums / count, _ends(confidence), axis=0)
+
+
+def ratio_intervals(
+    strata: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> np.ndarray:
+    """Percentile bootstrap intervals of means over prompts that have different numbers of values.
+
+    The quantity is the mean over the strata of the sum of all values by their number. The prompts of each stratum are
+    resampled by themselves, so that none is ever empty; a stratum of a single prompt is constant.
+
+    Args:
+        strata: (sums, counts) of each: `[N, K]`, of the values of each of N prompts, and `[N]`, how many there are;
+            positive. N differs between strata, K does not.
+        resamples: number of samples of N prompts, drawn with replacement.
+        confidence: share of the resampled means within the interval.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper ends, float64 `[2, K]`.
+    """
+    rng, centre, means = np.random.default_rng(seed), 0.0, 0.0
+    for sums, counts in strata:
+        mean = sums.sum(axis=0) / counts.sum()
+        centred = np.column_stack([sums - mean * counts[:, None], counts])
+        drawn = np.concatenate([often @ centred for often in _resamples(rng, len(counts), resamples)])
+        centre, means = centre + mean / len(strata), means + drawn[:, :-1] / drawn[:, -1:] / len(strata)
+    return centre + np.quantile(means, _ends(confidence), axis=0)
+
+
+def _resamples(rng: np.random.Generator, count: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each of `count` is drawn in each resample, float64 `[R, count]`, in parts of R that fit into memory.
+
+    Of few parts, as threads meet after each matrix product.
+    """
     part = max(1, 2**21 // count)
-    sums = []
     for start in range(0, resamples, part):
         drawn = rng.integers(count, size=(min(part, resamples - start), count))
         places = drawn + count * np.arange(len(drawn))[:, None]
-        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        sums.append(counts.astype(np.float64) @ centred)
-    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
-    return centre + np.quantile(np.concatenate(sums) / count, ends, axis=0)
+        yield np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+
+
+def _ends(confidence: float) -> list[float]:
+    return [(1 - confidence) / 2, (1 + confidence) / 2]
 
 
 @functools.lru_cache(maxsize=16)  # of one page: all its intervals are of few numbers of runs and prompts

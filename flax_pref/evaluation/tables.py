@@ -27,8 +27,10 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def printed_tables(report: Mapping[str, Any]) -> str:
-    """What the terminal shows: one table for each reward, and those of diversity and votes if there are."""
+    """What the terminal shows: one table for each reward, and those of benchmarks, diversity and votes if there are."""
     tables = [text_table(reward_rows(report, reward)) for reward in report["rewards"]]
+    for benchmark in dict.fromkeys(row["benchmark"] for row in report.get("benchmarks", [])):
+        tables.append(text_table(benchmark_rows(report, benchmark), left=2))
     if report["diversity"]:
         places = decimals(row["distance"] for row in report["diversity"])
         rows = [["diversity", "distance", "", "difference", ""]]
@@ -60,6 +62,19 @@ def reward_rows(report: Mapping[str, Any], reward: str) -> list[list[str]]:
     return rows
 
 
+def benchmark_rows(report: Mapping[str, Any], benchmark: str) -> list[list[str]]:
+    """The table of a benchmark's published scores, its header first; every measure has a row for each method."""
+    own = [row for row in report["benchmarks"] if row["benchmark"] == benchmark]
+    places = max(4, decimals(row["score"] for row in own))
+    rows, before = [[benchmark, "method", "score", "", "difference", "", "prompts"]], None
+    for row in own:
+        name = row["measure"] if row["measure"] != before else ""
+        cells = [*_printed(row["score"], places), *_printed(row["difference"], places, "+")]
+        rows.append([name, row["method"], *cells, f"{row['prompts']:,}"])
+        before = row["measure"]
+    return rows
+
+
 def _printed(interval: Interval, places: int, sign: str = "") -> list[str]:
     """A value and its interval."""
     if interval is None:
@@ -88,7 +103,10 @@ def decimals(intervals: Iterable[Interval]) -> int:
 
 
 def write_tables(report: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes table.csv, categories.csv and table.tex; each appears under its name when it is complete."""
+    """Writes table.csv, categories.csv and table.tex; each appears under its name when it is complete.
+
+    Of runs with answers to benchmarks also benchmarks.csv, a row for each measure and method.
+    """
     folder = Path(folder)
     w = {method["name"]: method["w"] for method in report["methods"]}
     overall = [{"method": row["method"], "reward": row["reward"], "w": w[row["method"]]} for row in report["overall"]]
@@ -100,6 +118,17 @@ def write_tables(report: Mapping[str, Any], folder: str | Path) -> None:
         folder / "categories.csv",
         header=["column", "value", "method", "reward"],
     )
+    if report.get("benchmarks"):
+        heads = ("benchmark", "measure", "method", "prompts")
+        write_csv(
+            [
+                {name: row[name] for name in heads}
+                | _flat("score", row["score"])
+                | _flat("difference", row["difference"])
+                for row in report["benchmarks"]
+            ],
+            folder / "benchmarks.csv",
+        )
     with replacing(folder / "table.tex") as unfinished:
         unfinished.write_text(latex_table(report), encoding="utf-8")
 
@@ -108,9 +137,13 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a row of the report, flat."""
     flat = {name: row[name] for name in ("prompts", "images", "not_finite")}
     for name in ("mean", "win_rate", "gain"):
-        interval = row[name] or {"value": None, "low": None, "high": None}
-        flat |= {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        flat |= _flat(name, row[name])
     return flat | (row["sign_test"] or dict.fromkeys(("wins", "losses", "ties", "p", "p_corrected")))
+
+
+def _flat(name: str, interval: Interval) -> dict[str, float | None]:
+    interval = interval or {"value": None, "low": None, "high": None}
+    return {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], file: str | Path, *, header: Sequence[str] = ()) -> None:

@@ -3,4 +3,4 @@
 from typing import Literal
 
 ImageFormat = Literal["png", "webp"]
-Layout = Literal["webdataset", "flat", "geneval", "hpsv2"]
+Layout = Literal["webdataset", "flat", "geneval", "geneval2", "dpg", "t2i_compbench", "hpsv2"]

@@ -16,7 +16,7 @@ class ImageFlags(DrawingFlags):
     """One or several prompts."""
     prompts: str | None = None
     """File of prompts (txt, csv, tsv, json, jsonl, parquet) or a folder of such files, instead of prompt. Reads
-    PartiPrompts, HPDv2, Pick-a-Pic and GenEval as published."""
+    PartiPrompts, HPDv2, Pick-a-Pic, GenEval, GenEval 2, DPG-Bench and T2I-CompBench++ as published."""
     column: str | None = None
     """Prompt column (default: prompt, caption or text)."""
     negative_prompt: str | None = None
@@ -33,8 +33,8 @@ class ImageFlags(DrawingFlags):
     out: str = "runs/images"
     """Folder for the images, local or in a bucket (gs://...)."""
     layout: Layout | None = None
-    """Layout of the files: webdataset (tar shards), flat, or what the scorers of GenEval or HPSv2 read (default:
-    webdataset for a file of prompts, else flat)."""
+    """Layout of the files: webdataset (tar shards), flat, or what the programs of GenEval, GenEval 2, DPG-Bench,
+    T2I-CompBench++ or HPSv2 read (default: webdataset for a file of prompts, else flat)."""
     format: ImageFormat = "png"
     """Image file format."""
     shard_size: int = 1000

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from flax_pref.config import UserError
-from flax_pref.data.prompts import Prompt
 from flax_pref.files import LOCK, difference, one_writer, remedy
 from flax_pref.images.choices import ImageFormat, Layout
 from flax_pref.images.image_files import (
@@ -39,6 +38,7 @@ from flax_pref.images.image_files import (
     encode_image,
     tar_members,
 )
+from flax_pref.images.layouts import Item, described, grid_of, grids, image_names
 
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
 ON_SHEET = 64  # images
@@ -125,13 +125,6 @@ def _is_inside(file: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file and short
 
 
-class Item(NamedTuple):
-    """One image to be drawn."""
-
-    prompt: Prompt
-    seed: int
-
-
 class _Row(NamedTuple):
     """An image that is safe: the item that it is of, and where in the folder its bytes are."""
 
@@ -153,6 +146,12 @@ class ImageSet:
         flat: `<prompt id>-<seed>.png` or `.webp`.
         geneval: `<prompt id>/metadata.jsonl` (the prompt's record) and `<prompt id>/samples/0000.png` ..., in the order
             of the seeds, as GenEval's `evaluate_images.py` reads them; PNG only.
+        geneval2: `images/00000.png` ... by prompt id, and `image_paths.json`, which gives the file of each prompt as
+            GenEval 2's `evaluation.py` reads it, relative to the folder; one seed only.
+        dpg: `samples/<item id>-0.png` ... in the order of the seeds, at most four, and `grids/<item id>.png`, all of
+            them in two columns, as DPG-Bench's `compute_dpg_bench.py` reads the folder `grids`; square images only.
+        t2i_compbench: `<category>/samples/<prompt>_000000.png` ..., numbered within the category (the prompt's group)
+            by prompt and seed, as the programs of T2I-CompBench++ read `<category>`; PNG only.
         hpsv2: `images/<style>/00000.jpg` ..., counted within the style (the prompt's group), as `hpsv2.evaluate` reads
             the folder `images`; one seed only. That reader takes everything in its folder for a style, hence the folder
             of their own, and it insists on the name, not on JPEG: the files are PNG or WebP, which PIL recognises.
@@ -204,7 +203,8 @@ class ImageSet:
                 "process between 0 and their number"
             )
         self.folder = epath.Path(folder)
-        self._items, self._layout, self._shard_size = items, layout, shard_size
+        self._items, self._shard_size = items, shard_size
+        self._layout: Layout = layout
         self._format: ImageFormat = image_format
         self.process, self.processes = process_index, process_count
         self._remote = "://" in os.fspath(self.folder)
@@ -287,6 +287,11 @@ class ImageSet:
             if not own or index in self._rows or index in indices[:place]:
                 raise ValueError(f"index {index} is not pending in process {self.process}; expected some of pending")
         height, width = images.shape[1:3]
+        if self._layout == "dpg" and height != width:
+            raise UserError(
+                f"layout 'dpg' has square images, not {width}x{height}: its program cuts grids into squares; choose "
+                "--width equal to --height, or another layout"
+            )
         with self._told():
             encode = self._pool.map(
                 lambda index, pixels: encode_image(pixels, self._metadata(index), self._format), indices, images
@@ -549,21 +554,37 @@ class ImageSet:
                 (self.folder / PARTS / name).unlink(missing_ok=True)
 
     def _write_rest(self, rows: Sequence[_Row]) -> None:
-        if self._layout == "geneval":
-            described = {
-                f"{name.split('/')[0]}/metadata.jsonl": json.dumps(dict(item.prompt.record)).encode() + b"\n"
-                for name, item in zip(self._names, self._items, strict=True)
-            }
-            for file, size in self._sizes(described).items():
-                if self._verify or size != len(described[file]):
-                    self._put_changed(file, described[file])
+        texts = described(self._items, self._layout, self._names)
+        for file, size in self._sizes(texts).items():
+            if self._verify or size != len(texts[file]):
+                self._put_changed(file, texts[file])
         manifest = self._manifest(rows)
         sizes = self._sizes([MANIFEST, SHEET])
+        self._write_grids(
+            rows, every=self._verify or sizes[MANIFEST] != len(manifest) or self._read(MANIFEST) != manifest
+        )
         if self._verify or sizes[SHEET] is None or sizes[MANIFEST] != len(manifest) or self._read(MANIFEST) != manifest:
             images = list(self._pool.map(self._read_image, rows[:ON_SHEET]))
             captions = [f"{item.prompt.id}-{item.seed}: {item.prompt.text}" for item in self._items[:ON_SHEET]]
             self._put_changed(SHEET, contact_sheet(images, captions))
             self._put_changed(MANIFEST, manifest)
+
+    def _write_grids(self, rows: Sequence[_Row], *, every: bool) -> None:
+        """Writes the grids that are missing, or every one whose bytes have changed."""
+        wanted = grids(self._items, self._layout)
+        names = [name for name, size in self._sizes(wanted).items() if every or size is None]
+
+        def content(name: str) -> bytes:
+            return grid_of([self._read_image(rows[place]) for place in wanted[name]])
+
+        for start in range(0, len(names), 16):  # so that few are in memory
+            some = names[start : start + 16]
+            try:
+                contents = list(self._pool.map(content, some))
+            except ValueError as error:
+                raise UserError(f"{self.folder}: {error}") from error
+            for name, one in zip(some, contents, strict=True):
+                self._put_changed(name, one)
 
     def _manifest(self, rows: Sequence[_Row]) -> bytes:
         prompts = [item.prompt for item in self._items]
@@ -728,50 +749,6 @@ class Writer:
             self.close()
         else:
             self._thread.shutdown()  # the error that is on its way is the one to tell
-
-
-def image_names(items: Sequence[Item], layout: Layout, image_format: ImageFormat) -> list[str]:
-    """The file of each image, relative to the folder of an `ImageSet`; in tar files the key.
-
-    Raises:
-        ValueError: the items do not fit the layout, or two of them are the same.
-    """
-    if not items:
-        raise ValueError("no images to draw; expected at least one prompt and one seed")
-    seen = set()
-    for prompt, seed in items:
-        if (prompt.id, seed) in seen:
-            raise ValueError(f"prompt {prompt.id} with seed {seed} is there twice; expected every image once")
-        seen.add((prompt.id, seed))
-        try:
-            (prompt.text + prompt.group).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {prompt.id}: its text is not valid Unicode ({error}); correct it") from error
-    if layout == "webdataset":
-        return [f"{prompt.id:06d}-{seed}" for prompt, seed in items]
-    if layout == "flat":
-        return [f"{prompt.id:05d}-{seed}.{image_format}" for prompt, seed in items]
-    if layout == "geneval":
-        if image_format != "png":
-            raise ValueError(f"image_format={image_format!r}: GenEval reads only files named .png; expected 'png'")
-        places = _places((item.prompt.id, item.seed) for item in items)
-        return [f"{prompt.id:05d}/samples/{places[prompt.id, seed]:04d}.png" for prompt, seed in items]
-    if len({item.seed for item in items}) > 1:
-        raise ValueError("layout 'hpsv2' has one image per prompt; expected one seed, or another layout")
-    for prompt, _ in items:
-        if not re.fullmatch(r"\w[\w .-]*", prompt.group):
-            raise ValueError(
-                f"prompt {prompt.id}: its style {prompt.group!r} cannot be the name of a folder, which layout 'hpsv2' "
-                "needs; expected e.g. 'anime', or another layout"
-            )
-    places = _places((item.prompt.group, item.prompt.id) for item in items)
-    return [f"images/{prompt.group}/{places[prompt.group, prompt.id]:05d}.jpg" for prompt, _ in items]
-
-
-def _places(pairs: Iterable[tuple[Any, Any]]) -> dict[tuple[Any, Any], int]:
-    """The place of each pair among those with the same first part, by the second."""
-    grouped = itertools.groupby(sorted(pairs), lambda pair: pair[0])
-    return {pair: place for _, pairs in grouped for place, pair in enumerate(pairs)}
 
 
 def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

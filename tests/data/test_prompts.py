@@ -286,7 +286,7 @@ def test_a_column_that_is_not_there_is_not_replaced_by_another(write):
 def test_missing_files_and_folders_without_a_set_are_named(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file; expected a file or folder of prompts"):
         read_prompts(tmp_path / "none.csv")
-    folder = write("mixed/a.txt", "a cat").parent
+    folder = write("mixed/a.md", "a cat").parent
     with pytest.raises(FileNotFoundError, match=r"mixed: expected \*\.json or \*\.parquet, but there are neither"):
         read_prompts(folder)
     write("mixed/a.json", ["a cat"])

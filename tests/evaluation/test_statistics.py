@@ -12,6 +12,7 @@ from flax_pref.evaluation.statistics import (
     gains,
     holm,
     pairwise_distances,
+    ratio_intervals,
     sign_test,
     wins,
 )
@@ -113,3 +114,27 @@ def test_distances_are_the_mean_over_all_pairs_of_a_prompt():
     found = pairwise_distances(3 * embeddings[order], clusters[order])
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert pairwise_distances(np.ones((3, 4)), np.zeros(3, int)) == pytest.approx([0], abs=1e-12)
+
+
+def test_ratios_of_as_many_values_of_each_prompt_have_the_intervals_of_means():
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    np.testing.assert_allclose(
+        ratio_intervals([(3 * values, np.full(30, 3.0))]), bootstrap_intervals(values), rtol=1e-9
+    )
+    same = ratio_intervals([(np.full((5, 1), 2.0), np.full(5, 4.0))])
+    np.testing.assert_allclose(same, 0.5, atol=1e-12)
+
+
+def test_a_ratio_is_resampled_by_prompts_within_each_stratum():
+    rng = np.random.default_rng(1)
+    strata = []
+    for n in (6, 40):
+        counts = rng.integers(1, 5, n).astype(float)
+        strata.append((counts[:, None] * rng.random((n, 1)), counts))
+    low, high = ratio_intervals(strata)[:, 0]
+    means = []
+    for _ in range(10_000):
+        drawn = [rng.integers(len(counts), size=len(counts)) for _, counts in strata]
+        ratios = [sums[i].sum() / counts[i].sum() for (sums, counts), i in zip(strata, drawn, strict=True)]
+        means.append(np.mean(ratios))
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.01)

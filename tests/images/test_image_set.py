@@ -33,23 +33,33 @@ from flax_pref.images.image_files import contact_sheet, encode_image, read_metad
 from flax_pref.images.image_set import ImageSet, Item, Writer
 
 SETTINGS = {"model": "sd/1.5", "w": 4.0, "steps": 50, "model_sha256": "ab" * 32, "negative_prompt": None}
-LAYOUTS = ("webdataset", "flat", "geneval", "hpsv2")
+LAYOUTS = ("webdataset", "flat", "geneval", "geneval2", "dpg", "t2i_compbench", "hpsv2")
 TEXTS = ("a cat", "猫 & naïve\ncafé 🐈", "x" * 300, "four", "five", "six")
 STYLES = ("anime", "photo")
 
 
 def prompts(count):
     return [
-        Prompt(i, TEXTS[i % len(TEXTS)], STYLES[i % 2], {"tag": STYLES[i % 2], "prompt": TEXTS[i % len(TEXTS)], "n": i})
+        Prompt(
+            i,
+            TEXTS[i % len(TEXTS)],
+            STYLES[i % 2],
+            {"tag": STYLES[i % 2], "prompt": TEXTS[i % len(TEXTS)], "n": i, "item_id": f"item{i}"},
+        )
         for i in range(count)
     ]
 
 
 def items_for(layout, count=3):
     """Seven images or so: `count` prompts with two seeds, seed by seed; where there can be one seed only, as many."""
-    if layout == "hpsv2":
-        return [Item(prompt, 3) for prompt in prompts(2 * count)]
-    return [Item(prompt, seed) for seed in (1, 0) for prompt in prompts(count)]
+    if layout in ("hpsv2", "geneval2"):
+        return [Item(named(prompt, layout), 3) for prompt in prompts(2 * count)]
+    return [Item(named(prompt, layout), seed) for seed in (1, 0) for prompt in prompts(count)]
+
+
+def named(prompt, layout):
+    """With a text that can be the name of a file, where the layout needs it."""
+    return prompt._replace(text=f"猫 & café {prompt.id}.") if layout in ("geneval2", "t2i_compbench") else prompt
 
 
 def draw(items, indices, size=16):
@@ -295,7 +305,7 @@ def test_a_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path, name)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"layout": "tar"}, "layout='tar': expected one of webdataset, flat, geneval, hpsv2"),
+        ({"layout": "tar"}, "layout='tar': expected one of webdataset, flat, geneval, geneval2, dpg, t2i_compbench, h"),
         ({"image_format": "jpg"}, "image_format='jpg': expected one of png, webp"),
         ({"shard_size": 0}, "shard_size=0"),
         ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
@@ -311,6 +321,35 @@ def test_a_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path, name)
         ({"layout": "hpsv2"}, "layout 'hpsv2' has one image per prompt"),
         ({"layout": "hpsv2", "items": [Item(Prompt(0, "a", "../b", {}), 0)]}, "prompt 0: its style '../b' cannot be"),
         ({"layout": "hpsv2", "items": [Item(Prompt(0, "a", "", {}), 0)]}, "prompt 0: its style '' cannot be"),
+        ({"layout": "geneval2"}, "layout 'geneval2' has one image per prompt"),
+        ({"layout": "geneval2", "items": [Item(Prompt(i, "a", "", {}), 0) for i in (0, 1)]}, "prompts 0 and 1 are the"),
+        (
+            {"layout": "dpg", "items": [Item(Prompt(2, "a", "", {}), 0)]},
+            "prompt 2: has no item_id that can be the name",
+        ),
+        (
+            {"layout": "dpg", "items": [Item(Prompt(0, "a", "", {"item_id": "../a"}), 0)]},
+            "prompt 0: has no item_id that",
+        ),
+        (
+            {"layout": "dpg", "items": [Item(p, 0) for p in (prompts(1)[0], prompts(1)[0]._replace(id=9))]},
+            "prompts 0 and 9",
+        ),
+        ({"layout": "dpg", "items": [Item(prompts(1)[0], i) for i in range(5)]}, "has at most 4 images per prompt"),
+        (
+            {"layout": "t2i_compbench", "items": [Item(Prompt(0, "a_b", "", {}), 0)]},
+            "prompt 0: 'a_b' cannot be the name",
+        ),
+        (
+            {"layout": "t2i_compbench", "items": [Item(Prompt(0, "a/b", "", {}), 0)]},
+            "prompt 0: 'a/b' cannot be the name",
+        ),
+        ({"layout": "t2i_compbench", "items": [Item(Prompt(0, "x" * 245, "", {}), 0)]}, "and at most 244 bytes"),
+        (
+            {"layout": "t2i_compbench", "items": [Item(Prompt(0, "a", "..", {}), 0)]},
+            "prompt 0: its category '..' cannot",
+        ),
+        ({"layout": "t2i_compbench", "image_format": "webp"}, "T2I-CompBench reads only files named .png"),
     ],
 )
 def test_what_cannot_be_drawn_or_named_is_refused_before_anything_is_drawn(tmp_path, change, told):
@@ -394,6 +433,28 @@ def test_geneval_s_scorer_finds_records_and_samples_in_the_order_of_the_seeds(tm
         with (folder / "metadata.jsonl").open() as file:
             assert json.load(file) == prompt.record
         assert [read_metadata(folder / "samples" / f"000{seed}.png")["seed"] for seed in (0, 1)] == [0, 1]
+
+
+def test_the_program_of_dpg_bench_finds_a_grid_of_each_prompt_and_nothing_else(tmp_path):
+    before = draw_all(tmp_path, "dpg")
+    samples = [f"samples/item{i}-{place}.png" for i in range(3) for place in range(2)]
+    assert sorted(before) == sorted([*samples, *(f"grids/item{i}.png" for i in range(3)), *ALWAYS])
+    with Image.open(tmp_path / "grids/item2.png") as image:
+        grid = np.asarray(image)
+    np.testing.assert_array_equal(grid[:16, :16], draw([Item(prompts(3)[2], 0)], [0])[0], strict=True)
+    np.testing.assert_array_equal(grid[:16, 16:], draw([Item(prompts(3)[2], 1)], [0])[0], strict=True)
+    assert grid.shape == (32, 32, 3) and not grid[16:].any()
+    (tmp_path / "grids/item1.png").unlink()
+    (tmp_path / "grids/item0.png").write_bytes(b"damaged")
+    fill(image_set(tmp_path, "dpg", verify=True)).finish()
+    assert tree(tmp_path) == before
+
+
+def test_images_that_cannot_be_cut_out_of_a_grid_are_refused_at_the_first(tmp_path):
+    images = image_set(tmp_path, "dpg")
+    images.begin()
+    with pytest.raises(UserError, match="layout 'dpg' has square images, not 8x4: its program cuts grids into squares"):
+        images.write([0], np.zeros((1, 4, 8, 3), np.uint8))
 
 
 def test_a_record_that_a_user_has_deleted_is_written_again(tmp_path):

@@ -158,6 +158,19 @@ function showCategories() {
   draw();
 }
 
+function showBenchmarks() {
+  const rows = report.benchmarks;
+  const score = scale(rows.map((row) => row.score));
+  const difference = scale(rows.map((row) => row.difference), { neutral: 0, signed: true });
+  const text = (title, name) => ({ title, key: (row) => row[name], cells: (row) => [el("td", {}, el("bdi", {}, row[name]))] });
+  table("benchmarks-table", [
+    methodColumn, text("Benchmark", "benchmark"), text("Category", "measure"),
+    { title: "Score", span: 3, key: (row) => row.score?.value ?? null, cells: (row) => intervalCells(row.score, score, row.method) },
+    { title: "Difference", span: 3, key: (row) => row.difference?.value ?? null, cells: (row) => intervalCells(row.difference, difference, row.method) },
+    { title: "Prompts", class: "right", key: (row) => row.prompts, cells: (row) => [el("td", { class: "right" }, number(row.prompts))] },
+  ], rows, (row, next) => (next && next.measure !== row.measure ? "group" : null));
+}
+
 function showDiversity() {
   const rows = report.diversity;
   const distance = scale(rows.map((row) => row.distance));
@@ -637,6 +650,7 @@ byId("clear").addEventListener("click", () => {
 
 showResults();
 if (report.categories.length) showCategories();
+if (report.benchmarks?.length) showBenchmarks();
 if (report.sweeps.length) showCurves();
 if (report.diversity.length) showDiversity();
 if (report.votes.length) showVotes();
