@@ -236,6 +236,14 @@ FUNCTIONS |= {
 CALLBACKS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
 KNOWN = {*FUNCTIONS, *STORAGE_DTYPES, *TENSOR_DTYPES}
 
+SCRIPT = "__torch__."  # begins the names of a TorchScript program's own classes
+SCRIPT_PARTS = 2**18  # of a program; one whose modules hold one another many times over could have any number
+
+
+class _Module(dict):
+    """An object of a TorchScript program: its attributes by name, and none of its methods."""
+
+
 VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
@@ -261,8 +269,11 @@ def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         yield opcode.name, argument
 
 
-def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
-    """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end."""
+def _run(stream: BinaryIO, storage: Callable[[tuple], Storage], *, script: bool = False) -> Any:
+    """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end.
+
+    In a `script`, objects of its own classes are read too, as their attributes.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -279,7 +290,8 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
         return stack[-1]
 
     def push_global(name: str) -> None:
-        if name not in KNOWN and not CALLBACKS.fullmatch(name):
+        own = script and name.startswith(SCRIPT)
+        if name not in KNOWN and not own and not CALLBACKS.fullmatch(name):
             raise Refused(
                 f"asks for {name!r:.100}; reading it would run code, and only tensors and plain data are read"
             )
@@ -339,6 +351,16 @@ def _run(stream: BinaryIO, storage: Callable[[tuple], Storage]) -> Any:
                 if not isinstance(function, Global) or function.name not in FUNCTIONS:
                     raise Refused(f"calls {_told(function)}; reading it would run code")
                 stack.append(FUNCTIONS[function.name](*arguments))
+            case "NEWOBJ" if script:
+                arguments, kind = _tuple(stack.pop()), stack.pop()
+                if arguments or not isinstance(kind, Global) or not kind.name.startswith(SCRIPT):
+                    raise Refused(f"makes a {_told(kind)}; reading it would run code")
+                stack.append(_Module())
+            case "BUILD" if type(stack[-2]) is _Module:
+                attributes = stack.pop()
+                if type(attributes) is not dict:
+                    raise Refused("holds an object that restores itself; reading it would run code")
+                stack[-1].update(attributes)
             case "BUILD":  # attributes of a state dict, which are versions of its modules, or of a type of numbers
                 stack.pop()
                 if stack[-1] != NUMPY_DTYPE:
@@ -358,13 +380,23 @@ PICKLE_BEGIN = b"\x80"
 ZIP_BEGIN = b"PK\x03\x04"
 
 
-def read_torch_file(path: str | Path) -> Any:
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript program, by the names of its members."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
+def read_torch_file(path: str | Path, *, script: bool = False) -> Any:
     """What `torch.save` has written, with `StoredTensor` for each tensor; for `.pt`, `.pth`, `.bin` and `.ckpt` files.
 
     Dictionaries come back as dict and parameters as tensors; attributes of dictionaries and gradients' flags are lost.
 
     Args:
         path: of the file, in the zip format or that of torch before 1.6.
+        script: read the weights of a TorchScript program, by the names that its state dict has. Its code is not read.
 
     Returns:
         Nested dicts, lists and tuples of `StoredTensor`s and plain data. Tensors are read from the file, and verified
@@ -381,7 +413,7 @@ def read_torch_file(path: str | Path) -> Any:
         with file.open("rb") as stream:
             begin = stream.read(len(ZIP_BEGIN))
             if begin == ZIP_BEGIN:
-                return _read_zip(file, stream)
+                return _read_zip(file, stream, script)
             if begin.startswith(PICKLE_BEGIN):
                 return _read_legacy(file, stream)
     except Refused as error:
@@ -412,7 +444,7 @@ def read_torch_file(path: str | Path) -> Any:
     )
 
 
-def _read_zip(file: Path, stream: BinaryIO) -> Any:
+def _read_zip(file: Path, stream: BinaryIO, script: bool) -> Any:
     """An archive NAME with the members NAME/data.pkl, NAME/data/KEY for each storage and NAME/byteorder."""
     archive = zipfile.ZipFile(stream)
     members = {info.filename: info for info in archive.infolist()}
@@ -420,7 +452,7 @@ def _read_zip(file: Path, stream: BinaryIO) -> Any:
     if len(programs) != 1:
         raise ValueError(f"{len(programs)} members data.pkl, expected one")
     root = programs[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in members:
+    if not script and f"{root}constants.pkl" in members:
         raise Refused(
             "is a TorchScript program and not a file of weights, as OpenAI's own CLIP downloads are; use the folder of "
             "the Hub with the same weights instead, e.g. openai/clip-vit-large-patch14"
@@ -442,7 +474,25 @@ def _read_zip(file: Path, stream: BinaryIO) -> Any:
 
     if members[programs[0]].file_size > PICKLE_BYTES:
         raise ValueError(f"a pickle of {members[programs[0]].file_size} bytes")
-    return _run(io.BytesIO(region("data.pkl").read().tobytes()), storage)
+    found = _run(io.BytesIO(region("data.pkl").read().tobytes()), storage, script=script)
+    return _weights_of(found) if script else found
+
+
+def _weights_of(module: Any) -> dict[str, StoredTensor]:
+    """The tensors of a TorchScript program's modules, with the names of these before theirs."""
+    found: dict[str, StoredTensor] = {}
+    left, seen = [("", module)], 0
+    while left:
+        name, value = left.pop()
+        seen += 1
+        if isinstance(value, StoredTensor):
+            found[name] = value
+        elif isinstance(value, _Module):
+            parts = [(f"{name}.{part}" if name else part, held) for part, held in value.items() if type(part) is str]
+            left += reversed(parts)
+        if seen + len(left) > SCRIPT_PARTS or len(name) > 1000:
+            raise ValueError(f"more than {SCRIPT_PARTS} parts, or modules that hold themselves")
+    return found
 
 
 def _region(file: Path, stream: BinaryIO, info: zipfile.ZipInfo) -> Region:

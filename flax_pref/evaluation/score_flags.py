@@ -18,9 +18,10 @@ class ScoreFlags:
     rewards: tuple[str, ...] = ()
     """Rewards as NAME (weights as published), NAME=PATH (file, folder or Hub id of the weights), NAME=http://... or
     NAME=python:MODULE:FUNCTION. They use the devices one after the other."""
-    diversity: str | None = None
-    """CLIP reward, as NAME or NAME=PATH, whose image embeddings are stored; reports compute diversity from them
-    (default: none)."""
+    features: tuple[str, ...] = ()
+    """Networks whose features of each image are stored, as NAME or NAME=PATH: clip or another CLIP reward, cmmd,
+    dinov2, inception, inception-clean; or lpips=PATH, for distances between the images of a prompt. Reports compute
+    diversity and distances to a reference from them."""
     prompts: str | None = None
     """File or folder with the prompts of images that are not from sample.images (default: beside or in the images)."""
     column: str | None = None

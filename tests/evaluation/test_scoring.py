@@ -127,7 +127,8 @@ def test_runs_of_all_layouts_are_scored_in_the_order_of_their_manifest(layout, i
     assert {row["problem"] for row in found} == {""}
     assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"]) == {
         "rewards": {"brightness": OF},
-        "embedding": None,
+        "features": {},
+        "distances": {},
     }
 
 
@@ -225,25 +226,25 @@ def test_an_image_that_was_drawn_anew_is_scored_again_and_no_other(scorer, tmp_p
     ]
 
 
-def test_embeddings_of_images_are_stored_in_half_precision(tmp_path):
+def test_features_of_images_are_stored_and_kept(tmp_path):
     _, pixels = draw_run(tmp_path)
     (tmp_path / open_run(tmp_path).rows["file"][1].as_py()).unlink()
-    embedder = scorer_of(Brightness(jnp.zeros(3)), embedding=True)
-    assert score(tmp_path, embedder, "embedding", OF) == 6
-    column = table(tmp_path)["embedding"]
-    assert column.type == pa.list_(pa.float16(), 3)
+    embedder = scorer_of(Brightness(jnp.zeros(3)), column="features:colour")
+    assert score(tmp_path, embedder, "features:colour", OF) == 6
+    column = table(tmp_path)["features:colour"]
+    assert column.type == pa.list_(pa.float32(), 3)
     found = column.to_pylist()
     assert found[1] is None
     for i in (0, 2, 3, 4, 5):
         mean = pixels[i].reshape(-1, 3).mean(0)
-        np.testing.assert_allclose(np.array(found[i], np.float32), mean / np.linalg.norm(mean), atol=1e-3)
-    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["embedding"] == "brightness"
+        np.testing.assert_allclose(np.array(found[i], np.float32), mean / np.linalg.norm(mean), rtol=1e-5)
+    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["features"] == {"colour": OF}
     # They are still there when something is added, and not computed again.
     score(tmp_path, scorer_of(Brightness(jnp.ones(3))))
-    assert table(tmp_path)["embedding"].to_pylist() == found
-    assert score(tmp_path, embedder, "embedding", OF) == 0
-    with pytest.raises(ValueError, match="compressibility: has no image embeddings"):
-        scorer_of(JpegSize("compressibility", -1.0), embedding=True)
+    assert table(tmp_path)["features:colour"].to_pylist() == found
+    assert score(tmp_path, embedder, "features:colour", OF) == 0
+    with pytest.raises(ValueError, match="compressibility: has no image features"):
+        scorer_of(JpegSize("compressibility", -1.0), column="features:compressibility")
 
 
 def test_the_table_is_kept_while_scoring_and_written_only_where_it_changes(scorer, tmp_path, monkeypatch):
