@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_pref.checkpoints import inception_files, lpips_files
 from flax_pref.checkpoints.clip_files import find_clip, load_clip_vision
 from flax_pref.checkpoints.dinov2_files import load_dinov2
-from flax_pref.checkpoints.inception_files import EXPECTED, load_inception
+from flax_pref.checkpoints.inception_files import load_inception
+from flax_pref.checkpoints.lpips_files import load_lpips
 from flax_pref.models.inception import SIZE
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
 from flax_pref.rewards.clip import load_clip_reward, normalised
@@ -63,6 +65,30 @@ class Distance(Protocol):
     def distance(self, view: Tree) -> Float[jax.Array, " pairs"]:
         """A number for each pair, in float32; can be jitted."""
         ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LPIPSDistance:
+    """LPIPS; see `Distance`.
+
+    Attributes:
+        params: of the network.
+        graphdef: of the network, a `models.lpips.LPIPS`.
+    """
+
+    params: dict
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+
+    name = "lpips"
+
+    def view(self, images: Float[Array, "pairs 2 height width 3"]) -> Float[Array, "pairs 2 height width 3"]:
+        """The images as they are: LPIPS compares them in their own size."""
+        return images
+
+    def distance(self, view: Float[Array, "pairs 2 height width 3"]) -> Float[jax.Array, " pairs"]:
+        """See `Distance`."""
+        return nnx.merge(self.graphdef, self.params)(view)
 
 
 @jax.tree_util.register_dataclass
@@ -152,10 +178,19 @@ FEATURES: dict[str, Callable[[str, Files], Features]] = {
 }
 
 
-DISTANCES: dict[str, Callable[[str, Files], Distance]] = {}
+def _lpips(name: str, files: Files) -> Distance:
+    network = load_lpips(files.path, dtype=files.dtype)
+    return LPIPSDistance(network.params, network.graphdef)
 
 
-PATH_NEEDED = {"inception": EXPECTED, "inception-clean": EXPECTED}  # no published ones are loaded; what is expected
+DISTANCES: dict[str, Callable[[str, Files], Distance]] = {"lpips": _lpips}
+
+
+# Networks that are not loaded as published, and what is expected for each.
+PATH_NEEDED = {
+    **dict.fromkeys(("inception", "inception-clean"), inception_files.EXPECTED),
+    "lpips": lpips_files.EXPECTED,
+}
 
 
 def load_features(

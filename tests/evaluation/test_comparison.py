@@ -264,6 +264,43 @@ def test_diversity_is_the_distance_between_the_images_of_a_prompt(tmp_path):
     assert report_of(*folders)["diversity"] == []
 
 
+def write_distances(folder, matrix, *, order):
+    """A run whose rows are in this order, with the distances of pairs of one prompt, by their places in `KEYS`."""
+    write_run(folder, {"judge": draw(0)}, order=order)
+    table = pq.read_table(folder / "scores.parquet")
+    lists = [[matrix[i, j] for j in order[:row] if KEYS[i][0] == KEYS[j][0]] for row, i in enumerate(order)]
+    described = json.loads(table.schema.metadata[b"flax_pref"]) | {"distances": {"lpips": METADATA}}
+    table = table.append_column("distance:lpips", pa.array(lists, pa.list_(pa.float32())))
+    pq.write_table(table.replace_schema_metadata({"flax_pref": json.dumps(described)}), folder / "scores.parquet")
+    return folder
+
+
+def test_distances_of_pairs_are_averaged_over_the_pairs_of_each_prompt(tmp_path):
+    rng = np.random.default_rng(0)
+    matrices = np.float32(rng.random((2, 18, 18)))
+    matrices = [matrix + matrix.T for matrix in matrices]
+    missing = (KEYS.index((4, 0)), KEYS.index((4, 1)))  # the only pair of prompt 4
+    matrices[1][missing] = matrices[1][missing[::-1]] = np.nan
+    folders = [
+        write_distances(tmp_path / name, matrix, order=rng.permutation(18).tolist())
+        for name, matrix in zip(("base", "dpo"), matrices, strict=True)
+    ]
+    base, dpo = report_of(*folders)["diversity"]
+    means = []
+    for matrix in matrices:
+        pairs = {}
+        for i, (prompt, _) in enumerate(KEYS):
+            for j in range(i):
+                if KEYS[j][0] == prompt and prompt != 4:
+                    pairs.setdefault(prompt, []).append(matrix[i, j])
+        means.append(np.array([np.mean(values) for values in pairs.values()]))
+    assert (base["features"], base["measure"], base["prompts"]) == ("lpips", "distance", len(means[0])) and base[
+        "prompts"
+    ] == 5
+    assert base["value"]["value"] == pytest.approx(means[0].mean(), rel=1e-6)
+    assert dpo["difference"]["value"] == pytest.approx((means[1] - means[0]).mean(), rel=1e-5)
+
+
 def test_runs_that_differ_only_in_w_are_a_curve(tmp_path):
     def run(name, **settings):
         return write_run(tmp_path / name, {"judge": draw(len(name))}, settings=SETTINGS | settings)

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from clip_reference import small_clip
 from dinov2_reference import authors_weights, class_token, positions
 from inception_reference import features as inception_features
 from inception_reference import random_weights, resized
+from lpips_reference import distances, whole
+from lpips_reference import random_weights as random_weights_of_lpips
 from PIL import Image
 from safetensors.torch import save_file
 from torch_reference import relative_error
@@ -14,8 +17,8 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from flax_pref.checkpoints.dinov2_files import resampling
 from flax_pref.checkpoints.inception_files import GRAPH, GRAPH_PARTS
-from flax_pref.rewards.features import load_features
-from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from flax_pref.rewards.features import load_distance, load_features
+from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 52, 3), np.uint8)
 
@@ -162,3 +165,46 @@ def test_positions_are_resampled_as_torch_does_it():
         square = weights["pos_embed"][0, 1:].double().numpy().reshape(37, 37, -1)
         ours = np.einsum("ai,bj,ijd->abd", axis, axis, square).reshape(256, -1)
         np.testing.assert_allclose(ours, theirs[0, 1:], atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CMMD
+
+
+def test_cmmds_embeddings_are_those_of_transformers_for_the_square_in_the_middle(tmp_path):
+    model = small_clip("quick_gelu", vision={"image_size": 20})
+    model.save_pretrained(tmp_path)
+    squares = [Image.fromarray(image[:, 6:46]).resize((20, 20), Image.Resampling.BICUBIC) for image in IMAGES]
+    view = as_torch((np.stack(squares) / 255 - OPENAI_MEAN) / OPENAI_STD)
+    network = load_features("cmmd", str(tmp_path))
+    ours = np.asarray(jax.jit(lambda network, images: network.view(images))(network, IMAGES.astype(np.float32) / 255))
+    assert np.abs(ours - view.permute(0, 2, 3, 1).numpy()).max() < 1e-5
+    with torch.no_grad():
+        theirs = model.double().visual_projection(model.vision_model(pixel_values=view).pooler_output)
+    theirs = theirs / theirs.norm(dim=-1, keepdim=True)
+    assert relative_error(of_view(network, view), theirs) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+@pytest.mark.parametrize("stored", ["folder", "whole"])
+@pytest.mark.parametrize("trunk", ["alex", "vgg"])
+def test_lpips_is_the_transcription(trunk, stored, tmp_path):
+    features, layers = random_weights_of_lpips(trunk)
+    if stored == "folder":
+        torch.save(features, tmp_path / {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[trunk])
+        torch.save(layers, tmp_path / f"{trunk}.pth", _use_new_zipfile_serialization=False)
+    else:
+        torch.save(whole(features, layers), tmp_path / "lpips.pth")
+    network = load_distance("lpips", str(tmp_path if stored == "folder" else tmp_path / "lpips.pth"))
+    pairs = np.random.default_rng(0).random((3, 2, 40, 52, 3), np.float32)
+    pairs[2, 1] = pairs[2, 0]
+    measure = jax.jit(lambda network, pairs: network.distance(network.view(pairs)))
+    ours = measure(network, pairs)
+    theirs = distances(features, layers, as_torch(pairs[:, 0]), as_torch(pairs[:, 1]))
+    assert relative_error(ours, theirs) < 1e-5 and theirs[:2].min() > 0.1 and ours[2] == 0
+    assert relative_error(measure(network, pairs[:, ::-1]), theirs) < 1e-5
+    with pytest.raises(ValueError, match="images of 40 x 31 pixels; LPIPS needs at least 32 x 32"):
+        measure(network, pairs[:, :, :31, :40])
