@@ -1,6 +1,6 @@
 """Scores finished folders of images, or the pairs of prepared sets, with rewards.
 
-    python -m sample.score runs/base runs/cpgd --rewards pickscore hpsv2.1=HPS_v2.1_compressed.pt --diversity clip
+    python -m sample.score runs/base runs/cpgd --rewards pickscore hpsv2.1=HPS_v2.1_compressed.pt --features clip
     python -m sample.score my/images --prompts prompts.tsv --rewards aesthetic=head.pth imagereward
     python -m sample.score runs/pick_a_pic_sd15 --rewards pickscore hpsv2.1 imagereward
     python -m sample.score runs/base --benchmarks geneval=results.jsonl

@@ -50,7 +50,7 @@ SMALL_TRAINING = " --model {tmp}/tiny --data {tmp}/tiny_pairs --output {tmp}/run
 SCORE = "flax-pref score runs/base runs/cpgd"
 SMALL_SCORE = (
     "{python} -m flax_pref.cli score {tmp}/runs/base {tmp}/runs/cpgd --rewards pickscore={tmp}/scorer"
-    " hpsv2.1={tmp}/scorer --diversity clip={tmp}/scorer"
+    " hpsv2.1={tmp}/scorer --features clip={tmp}/scorer"
 )
 
 DRAW = "flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv --seeds 0-3"
@@ -80,7 +80,7 @@ COMMANDS = {
         " --out {tmp}/cpgd"
     ),
     f"{DRAW} --steps 25 --out runs/base": f"{SMALL_DRAW} --out {{tmp}}/base",
-    f"{SCORE} --rewards pickscore hpsv2.1 --diversity clip": SMALL_SCORE,
+    f"{SCORE} --rewards pickscore hpsv2.1 --features clip": SMALL_SCORE,
     "flax-pref report runs/base runs/cpgd --out runs/report": (
         f"{SMALL_SCORE} && {{python}} -m flax_pref.cli report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
     ),

@@ -16,7 +16,7 @@ from flax_pref.images.image_set import ImageSet, Item
 from sample import report
 
 PAGES = ["report.html", "vote.html"]
-FILES = ["categories.csv", "report.json", "table.csv", "table.tex"]
+FILES = ["categories.csv", "features.csv", "report.json", "table.csv", "table.tex"]
 HOSTILE = "</script><script>alert(1)</script>"
 
 
@@ -35,7 +35,7 @@ def draw_run(folder, scores, settings, layout="flat"):
         table = table.append_column(f"score:{name}", pa.array(values, pa.float32()))
     table = table.append_column("problem", pa.array([""] * 12))
     rewards = {name: {"path": None, "sha256": None} for name in scores}
-    described = json.dumps({"rewards": rewards, "embedding": None})
+    described = json.dumps({"rewards": rewards, "features": {}, "distances": {}})
     pq.write_table(table.replace_schema_metadata({"flax_pref": described}), folder / "scores.parquet")
     return str(folder)
 

@@ -107,9 +107,7 @@ OPENCLIP = {
         "clip_vision": r"^(?!visual\.)",
     }.items()
 }
-PACKED = re.compile(r"\.in_proj_(weight|bias)$")
 PARTS = "qkv"
-TRANSPOSED = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
 # Width of an attention head by the width of the vision transformer, in OpenCLIP's configs; that of texts is always 64.
 HEAD_WIDTHS = dict.fromkeys((384, 512, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 TEXT_HEAD_WIDTH = 64
@@ -119,7 +117,14 @@ class OpenClipTensors:
     """`Tensors` of an OpenCLIP file as linear layers have them: q, k and v apart, projections `[out, in]`.
 
     The parts of `NAME` are called `NAME[q]`, `NAME[k]` and `NAME[v]`.
+
+    Attributes:
+        packed: pattern of names that hold q, k and v.
+        transposed: pattern of names that are stored `[in, out]`.
     """
+
+    packed = re.compile(r"\.in_proj_(weight|bias)$")
+    transposed = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
 
     def __init__(self, tensors: Tensors):
         names = list(tensors.keys())
@@ -143,10 +148,10 @@ class OpenClipTensors:
         """The whole weight of this name, not read yet."""
         return self._tensors.get_slice(self._prefix + name)
 
-    @staticmethod
-    def parts(name: str) -> Iterator[str]:
+    @classmethod
+    def parts(cls, name: str) -> Iterator[str]:
         """The names of the parts of a weight."""
-        return (f"{name}[{part}]" for part in PARTS) if PACKED.search(name) else iter((name,))
+        return (f"{name}[{part}]" for part in PARTS) if cls.packed.search(name) else iter((name,))
 
     def get_tensor(self, name: str) -> np.ndarray:
         """The weight of this name."""
@@ -154,7 +159,7 @@ class OpenClipTensors:
         array = self._tensors.get_tensor(self._prefix + whole)
         if part is not None:
             return np.split(array, len(PARTS))[PARTS.index(part)]
-        return array.T if TRANSPOSED.search(name) else array
+        return array.T if self.transposed.search(name) else array
 
 
 def _open_openclip(file: Path) -> OpenClipTensors:

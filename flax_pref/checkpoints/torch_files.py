@@ -244,6 +244,7 @@ FUNCTIONS |= {
     **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda items=(): list(items)),
 }
 CALLBACKS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
+SCRIPT = "__torch__."  # begins the names of a TorchScript program's own classes
 KNOWN = {*FUNCTIONS, *STORAGE_DTYPES, *TENSOR_DTYPES}
 
 VALUES = {
@@ -383,40 +384,66 @@ PICKLE_BEGIN = b"\x80"
 ZIP_BEGIN = b"PK\x03\x04"
 
 
-MOST_NESTED = 64  # networks in networks
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript program, by the names of its members."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
+PARTS = 2**18  # of a network; one whose modules hold one another many times over could have any number
+LONGEST_NAME = 1000
 
 
 def read_torch_module(path: str | Path) -> dict[str, StoredTensor]:
-    """The weights and buffers by name of a network that `torch.save(network)` has written whole, as an object.
+    """The weights and buffers by name of a network that is saved whole: by `torch.save(network)`, or as TorchScript.
 
-    Neither the classes of the file nor torch are needed: nothing of the network is made. A file of weights by name is
-    read as well, as `read_torch_file` does.
+    Neither the classes of the file nor torch are needed: nothing of the network is made, and of a TorchScript program
+    no code is read. A file of weights by name is read as well, as `read_torch_file` does.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is a TorchScript program, or holds neither.
+        ValueError: the file is damaged, or holds neither.
     """
     found = _read(Path(path), objects=True)
     if not isinstance(found, Saved):
         return found
     try:
-        return dict(_weights(found, "", 0))
+        return _weights(found)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds a {found.name!r:.80} and no network ({error}); {CONVERT}") from error
 
 
-def _weights(module: Saved, prefix: str, depth: int) -> Iterator[tuple[str, StoredTensor]]:
-    """Names and tensors of the state dict of an `nn.Module`, by the attributes that all of them have."""
-    if depth > MOST_NESTED:
-        raise ValueError(f"networks in networks, {MOST_NESTED} deep")
+def _weights(network: Saved) -> dict[str, StoredTensor]:
+    """The tensors of a network's modules, with the names of these before theirs."""
+    found: dict[str, StoredTensor] = {}
+    left, seen = [("", network)], 0
+    while left:
+        name, value = left.pop()
+        seen += 1
+        if isinstance(value, StoredTensor):
+            found[name] = value
+        elif isinstance(value, Saved):
+            parts = _parts(value) if value.name.startswith(SCRIPT) else _parts_of_module(value)
+            left += reversed([(f"{name}.{part}" if name else part, held) for part, held in parts.items()])
+        if seen + len(left) > PARTS or len(name) > LONGEST_NAME:
+            raise ValueError(f"more than {PARTS:,} parts, or modules that hold themselves")
+    return found
+
+
+def _parts(module: Saved) -> dict[str, Any]:
+    """What a module of a TorchScript program holds: its attributes."""
+    return {part: held for part, held in module.attributes.items() if type(part) is str}
+
+
+def _parts_of_module(module: Saved) -> dict[str, Any]:
+    """What an `nn.Module` holds, by the attributes that all of them have."""
     told = module.attributes
     unsaved = told.get("_non_persistent_buffers_set") or ()
-    for name, tensor in {**told["_parameters"], **told["_buffers"]}.items():
-        if isinstance(tensor, StoredTensor) and name not in unsaved:
-            yield prefix + name, tensor
-    for name, part in told["_modules"].items():
-        if part is not None:
-            yield from _weights(part, f"{prefix}{name}.", depth + 1)
+    buffers = {name: tensor for name, tensor in told["_buffers"].items() if name not in unsaved}
+    return {**told["_parameters"], **buffers, **told["_modules"]}
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -485,7 +512,7 @@ def _read_zip(file: Path, stream: BinaryIO, objects: bool) -> Any:
     if len(programs) != 1:
         raise ValueError(f"{len(programs)} members data.pkl, expected one")
     root = programs[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in members:
+    if not objects and f"{root}constants.pkl" in members:
         raise Refused(
             "is a TorchScript program and not a file of weights, as OpenAI's own CLIP downloads are; use the folder of "
             "the Hub with the same weights instead, e.g. openai/clip-vit-large-patch14"

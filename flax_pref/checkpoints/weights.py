@@ -23,6 +23,7 @@ from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
 from flax_pref.files import new_folder, read_json, write_json
 from flax_pref.models.clip import CLIPTextConfig, CLIPTextModel
 from flax_pref.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionModel
+from flax_pref.models.dinov2 import DINOv2, DINOv2Config
 from flax_pref.models.layers import Keys
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
@@ -38,7 +39,8 @@ Placement = Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding]
 
 LEAF_NAMES = {
     **{"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"},
-    **{name: name for name in ("class_embedding", "logit_scale", "cls_token", "pos_embed", "inv_freq")},
+    **{name: name for name in ("class_embedding", "logit_scale", "cls_token", "pos_embed", "register_tokens", "gamma")},
+    **{"mean": "running_mean", "variance": "running_var", "inv_freq": "inv_freq"},
 }
 # Axes of ours in the order of torch: [in, out] -> [out, in] and HWIO -> OIHW. The inverse of each is its argsort.
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
@@ -132,6 +134,27 @@ COMPONENTS = {
         library=lambda config: ("transformers", "CLIPModel"),
         stem="model",
         ignored=r"\.position_ids$",
+    ),
+    "dinov2": Component(
+        config=DINOv2Config,
+        module=DINOv2,
+        library=lambda config: ("transformers", "Dinov2Model"),
+        stem="model",
+        # Of a classifier, whose network has a name before those of its parts.
+        old_names=(
+            (r"^dinov2(_with_registers)?\.", ""),
+            (r"^embeddings\.(cls_token|register_tokens)$", r"\1"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^encoder\.layer\.", "blocks."),
+            (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+            (r"\.attention\.output\.dense\.", ".attn.proj."),
+            (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+            (r"\.mlp\.weights_in\.", ".mlp.w12."),
+            (r"\.mlp\.weights_out\.", ".mlp.w3."),
+            (r"^layernorm\.", "norm."),
+        ),
+        ignored=r"(^|\.)mask_token$|^classifier\.",
     ),
 }
 # The part of a CLIP folder that embeds images.
@@ -335,7 +358,7 @@ def load_network(
     """Reads a component folder.
 
     Args:
-        kind: "unet", "vae", "text_encoder", "clip" or "clip_vision".
+        kind: "unet", "vae", "text_encoder", "clip", "clip_vision" or "dinov2".
         folder: contains config.json and the weights.
         dtype: what the network computes in.
         param_dtype: what its parameters are kept in; None: as `dtype`.

@@ -25,7 +25,9 @@ from etils import epath
 from flax_pref.data.prompts import natural
 from flax_pref.evaluation.benchmarks import BENCHMARKS
 from flax_pref.evaluation.benchmarks.benchmark import Answers, Shown, intervals, is_complete, shown_in
-from flax_pref.evaluation.runs import ANSWERS, EMBEDDING, PROBLEM, PROBLEMS, SCORE, SCORES
+from flax_pref.evaluation.distances import vendi_score
+from flax_pref.evaluation.runs import ANSWERS, DISTANCE, FEATURES, PROBLEM, PROBLEMS, SCORE, SCORES
+from flax_pref.evaluation.set_measures import VENDI, Reference, set_notes, set_rows
 from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
     cluster_means,
@@ -83,7 +85,9 @@ class Items:
         categories: column -> values; "" is none.
         scores: reward -> method -> float64 `[N]`; may be NaN or infinite.
         files: method -> images.
-        embeddings: method -> `[N, D]`, of the images; NaN where there is none. Empty if not all runs have them.
+        features: network -> method -> `[N, D]`, of the images; NaN where there are none. Only of networks that all runs
+            have features of.
+        distances: network -> method -> float64 `[P]`, of `pairs`; NaN where there is none.
         shown: what benchmarks know of the images.
         answers: benchmark -> method -> answers about the images; of benchmarks that all runs have.
     """
@@ -94,7 +98,8 @@ class Items:
     categories: dict[str, list[str]]
     scores: dict[str, dict[str, np.ndarray]]
     files: dict[str, list[ImageRef]]
-    embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    features: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    distances: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     shown: list[Shown] = dataclasses.field(default_factory=list)
     answers: dict[str, dict[str, list[Answers]]] = dataclasses.field(default_factory=dict)
 
@@ -103,6 +108,19 @@ class Items:
         """int64 `[N]`: 0 for the pairs of the first prompt, 1 for those of the second ..."""
         keys = list(zip(self.prompt_id.tolist(), self.prompt, strict=True))
         return np.cumsum([0, *(key != before for before, key in itertools.pairwise(keys))])
+
+    @functools.cached_property
+    def pairs(self) -> np.ndarray:
+        """int64 `[P, 2]`: all pairs of images of one prompt, by their places here."""
+        return pairs_within(self.prompts)
+
+
+def pairs_within(clusters: np.ndarray) -> np.ndarray:
+    """Pairs of neighbours in a sorted list of the clusters' numbers `[N]`, that are of one cluster: int64 `[P, 2]`."""
+    counts = np.bincount(clusters)
+    starts = np.cumsum(counts) - counts
+    found = [start + np.stack(np.triu_indices(count, 1), 1) for start, count in zip(starts, counts, strict=True)]
+    return np.concatenate([np.zeros((0, 2), np.int64), *found])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,17 +134,19 @@ class ScoredRun:
     Attributes:
         name: of the method, in the report.
         folder: of the images.
-        table: one row per image; the columns of the manifest, `score:<reward>`, `problem`, maybe `answers:<benchmark>`
-            and `embedding`.
+        table: one row per image; the columns of the manifest, `score:<reward>`, `problem`, maybe `answers:<benchmark>`,
+            `features:<network>` and `distance:<network>`.
         rewards: reward -> {"path": ..., "sha256": ...} of its weights.
-        embedding: name and SHA-256 ("" if unknown) of the network that the embeddings are from, or None.
+        features: network -> the same of its weights.
+        distances: network -> the same of its weights.
     """
 
     name: str
     folder: str
     table: pa.Table
     rewards: dict[str, dict]
-    embedding: tuple[str, str] | None
+    features: dict[str, dict] = dataclasses.field(default_factory=dict)
+    distances: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def rows(self) -> dict[Key, int]:
@@ -186,10 +206,8 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
     try:
         table = read_table(file.read_bytes())
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
-        weights = described.get("embedding_of") or {}
-        embedding = (described["embedding"], weights.get("sha256", "")) if EMBEDDING in table.column_names else None
-        checked = _checked(table, described["rewards"], described.get("answers", {}))
-        run = ScoredRun(name, str(folder), checked, described["rewards"], embedding)
+        of = [described["rewards"], described.get("features", {}), described.get("distances", {})]
+        run = ScoredRun(name, str(folder), _checked(table, *of, described.get("answers", {})), *of)
         _ = run.settings, run.records  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -201,18 +219,27 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
     return run
 
 
-def _checked(table: pa.Table, rewards: Iterable[str], benchmarks: Iterable[str]) -> pa.Table:
+def _checked(
+    table: pa.Table,
+    rewards: Iterable[str],
+    features: Iterable[str],
+    distances: Iterable[str],
+    benchmarks: Iterable[str],
+) -> pa.Table:
     """The columns that are of use here, with the types that are expected."""
     table.validate(full=True)
     types = {field.name: field.type for field in _COLUMNS} | {f"{SCORE}{reward}": pa.float64() for reward in rewards}
+    lists = [f"{FEATURES}{name}" for name in features]
+    types |= {name: table.schema.field(name).type for name in lists}
+    types |= {f"{DISTANCE}{name}": pa.list_(pa.float64()) for name in distances}
     types |= {f"{ANSWERS}{benchmark}": pa.list_(pa.float64()) for benchmark in benchmarks}
     if lacking := [column for column in types if column not in table.column_names]:
         raise ValueError(f"no column {lacking[0]!r}")
     columns = {column: table[column].cast(kind) for column, kind in types.items()}
-    columns |= {column: table[column] for column in ("record", "group", EMBEDDING) if column in table.column_names}
+    columns |= {column: table[column] for column in ("record", "group") if column in table.column_names}
     check_rows(pa.table(columns))
-    if EMBEDDING in columns and not pa.types.is_fixed_size_list(columns[EMBEDDING].type):
-        raise ValueError("embeddings that are no lists of one size")
+    if odd := [name for name in lists if not pa.types.is_fixed_size_list(columns[name].type)]:
+        raise ValueError(f"{odd[0]} holds no lists of one length")
     if not len(table):
         raise ValueError("no images")
     return pa.table(columns)
@@ -253,6 +280,8 @@ def common_rewards(runs: Sequence[ScoredRun], wanted: Sequence[str] = ()) -> tup
         if lacking := [run.folder for run in runs if name not in run.rewards]:
             raise ValueError(f"{lacking[0]}: is not scored by {name}; add it with {command('score')} {lacking[0]}")
     common = [name for name in wanted or names if all(name in run.rewards for run in runs)]
+    if not names and any(common_networks(runs, kind)[0] for kind in ("features", "distances")):
+        return [], []
     if not common:
         told = "; ".join(f"{run.folder}: {', '.join(run.rewards) or 'none'}" for run in runs)
         raise ValueError(f"the runs have no reward in common ({told}); score them with the same, see {title('score')}")
@@ -287,7 +316,8 @@ def pair_runs(runs: Sequence[ScoredRun], rewards: Sequence[str]) -> Items:
         categories=_categories(runs, places),
         scores={name: {run.name: _scores(run, name, places[run.name]) for run in runs} for name in rewards},
         files={run.name: _images(run, places[run.name]) for run in runs},
-        embeddings=_embeddings(runs, places),
+        features={name: _features(runs, name, places) for name in common_networks(runs, "features")[0]},
+        distances={name: _distances(runs, name, places) for name in common_networks(runs, "distances")[0]},
         **_answers(runs, places),
     )
 
@@ -337,23 +367,70 @@ def _answers(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) -> 
     }
 
 
-def _embeddings(runs: Sequence[ScoredRun], places: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    if len({run.embedding for run in runs}) > 1 or runs[0].embedding is None:
-        return {}
-    embeddings = {}
+def common_networks(runs: Sequence[ScoredRun], kind: str) -> tuple[list[str], list[str]]:
+    """The networks of which all runs have the features, with the same weights, and those left out.
+
+    Args:
+        runs: at least one.
+        kind: "features" or "distances".
+    """
+    names = list(dict.fromkeys(name for run in runs for name in getattr(run, kind)))
+    common = [name for name in names if all(name in getattr(run, kind) for run in runs)]
+    common = [name for name in common if len({weights_of(getattr(run, kind)[name]) for run in runs}) == 1]
+    return common, [name for name in names if name not in common]
+
+
+def weights_of(described: Mapping[str, Any]) -> str:
+    """The hash of a network's weights, or where they are on the Hub; "": as published."""
+    return str(described.get("sha256") or described.get("path") or "")
+
+
+def _features(runs: Sequence[ScoredRun], name: str, places: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    return {run.name: features_of(run, name, places[run.name]) for run in runs}
+
+
+def features_of(run: ScoredRun, name: str, places: Sequence[int]) -> np.ndarray:
+    """Features of the images in some rows, float32 `[N, D]`; NaN where there are none."""
+    column = run.table[f"{FEATURES}{name}"].take(pa.array(places, pa.int64())).combine_chunks()
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    found = np.full((len(column), column.type.list_size), np.nan, np.float32)
+    found[there] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(there.sum(), -1)
+    return found
+
+
+def _distances(runs: Sequence[ScoredRun], name: str, places: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Of the pairs of images of a prompt among these places, whose order is that of prompts."""
+    found = {}
     for run in runs:
-        column = run.table[EMBEDDING].take(places[run.name]).combine_chunks()
-        there = column.is_valid().to_numpy(zero_copy_only=False)
-        embeddings[run.name] = np.full((len(column), column.type.list_size), np.nan, np.float32)
-        embeddings[run.name][there] = column.flatten().to_numpy().reshape(there.sum(), -1)
-    return embeddings
+        lists = run.table[f"{DISTANCE}{name}"].to_pylist()
+        seen: collections.Counter[tuple] = collections.Counter()
+        ranks = []  # of a row among those of its prompt
+        for key in run.rows:
+            ranks.append(seen[key[:2]])
+            seen[key[:2]] += 1
+        keys = list(run.rows)
+        prompts = [keys[place][:2] for place in places[run.name]]
+        clusters = np.cumsum([0, *(key != before for before, key in itertools.pairwise(prompts))])
+        values = []
+        for i, j in pairs_within(clusters).tolist():
+            earlier, later = sorted((places[run.name][i], places[run.name][j]))
+            value = (lists[later] or [])[ranks[earlier]] if len(lists[later] or []) > ranks[earlier] else None
+            values.append(math.nan if value is None else value)
+        found[run.name] = np.array(values, np.float64)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Sequence["Vote"] = ()) -> dict[str, Any]:
+def compare(
+    runs: Sequence[ScoredRun],
+    items: Items,
+    baseline: str,
+    votes: Sequence["Vote"] = (),
+    reference: Reference | None = None,
+) -> dict[str, Any]:
     """What report.json holds; without NaN.
 
     Args:
@@ -361,9 +438,12 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
         items: of `pair_runs`.
         baseline: a method.
         votes: of `read_votes`.
+        reference: images that each method's are compared with.
 
     Returns:
-        `overall`, `categories`, `benchmarks`, `diversity`, `sweeps` and `votes` are lists of rows. An interval is
+        `overall`, `categories`, `benchmarks`, `diversity`, `sets`, `sweeps` and `votes` are lists of rows; `notes` are
+        sentences that belong to `sets`, whose rows are of all images of a method, see `set_measures.set_rows`. An
+        interval is
         {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the baseline
         (`win_rate`, `gain`, `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its
         scores are finite under all methods, so that all have the same pairs; `images` says how many have, `not_finite`
@@ -398,7 +478,10 @@ def compare(runs: Sequence[ScoredRun], items: Items, baseline: str, votes: Seque
         "overall": _corrected(overall),
         "categories": categories,
         "benchmarks": _benchmarks(items, baseline),
-        "diversity": _diversity(items, baseline, runs[0].embedding),
+        "diversity": _diversity(items, baseline),
+        "reference": None if reference is None else reference.name,
+        "sets": (sets := _sets(items, reference)),
+        "notes": set_notes(sets),
         "sweeps": _sweeps(runs, overall),
         "votes": _count_votes(votes, items, baseline),
     }
@@ -520,27 +603,68 @@ def _benchmarks(items: Items, baseline: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _diversity(items: Items, baseline: str, embedding: tuple[str, str] | None) -> list[dict[str, Any]]:
-    """Mean cosine distance between the images of a prompt, over prompts with several seeds."""
-    if not items.embeddings or embedding is None:
-        return []
-    there = np.all([np.isfinite(e).all(axis=1) & e.any(axis=1) for e in items.embeddings.values()], axis=0)
-    there &= np.bincount(items.prompts[there], minlength=len(there))[items.prompts] > 1
-    if not there.any():
-        return []
-    methods = list(items.embeddings)
-    distances = np.stack([pairwise_distances(items.embeddings[m][there], items.prompts[there]) for m in methods], 1)
-    differences = distances - distances[:, [methods.index(baseline)]]
-    intervals = _intervals(np.concatenate([distances, differences], axis=1))
+def _known(by: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether the features of a pair are there, finite and not 0 under all methods, bool `[N]`."""
+    return np.all([np.isfinite(values).all(axis=1) & values.any(axis=1) for values in by.values()], axis=0)
+
+
+def _sets(items: Items, reference: Reference | None) -> list[dict[str, Any]]:
+    """Rows about all images of a method, by their features."""
+    known = {name: _known(by) for name, by in items.features.items()}
+    features = {
+        name: {method: values[known[name]] for method, values in by.items()}
+        for name, by in items.features.items()
+        if known[name].any()
+    }
+    prompts = {name: np.unique(items.prompts[known[name]], return_inverse=True)[1] for name in features}
+    return set_rows(features, prompts, reference)
+
+
+def _diversity(items: Items, baseline: str) -> list[dict[str, Any]]:
+    """How different the images of a prompt are, over prompts with several seeds: distances and Vendi scores."""
+    rows = []
+    for name, by in items.features.items():
+        there = _known(by)
+        there &= np.bincount(items.prompts[there], minlength=len(there))[items.prompts] > 1
+        if there.any():
+            prompts = items.prompts[there]
+            rows += _diversity_rows(
+                name, "distance", {m: pairwise_distances(values[there], prompts) for m, values in by.items()}, baseline
+            )
+            rows += _diversity_rows(
+                name, VENDI, {m: _vendi_scores(values[there], prompts) for m, values in by.items()}, baseline
+            )
+    for name, by in items.distances.items():
+        there = np.all([np.isfinite(values) for values in by.values()], axis=0)
+        if there.any():
+            prompts = items.prompts[items.pairs[there, 0]]
+            means = {m: cluster_means(values[there, None], prompts)[:, 0] for m, values in by.items()}
+            rows += _diversity_rows(name, "distance", means, baseline)
+    return rows
+
+
+def _vendi_scores(features: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Of the images of each prompt, float64 `[prompts]`."""
+    ends = np.flatnonzero(np.diff(prompts)) + 1
+    return np.array([vendi_score(part) for part in np.split(features, ends)])
+
+
+def _diversity_rows(
+    features: str, measure: str, values: Mapping[str, np.ndarray], baseline: str
+) -> list[dict[str, Any]]:
+    """One row per method, of the values of each prompt `[prompts]`."""
+    columns = np.stack(list(values.values()), 1)
+    intervals = _intervals(np.concatenate([columns, columns - values[baseline][:, None]], axis=1))
     return [
         {
             "method": method,
-            "embedding": embedding[0],
-            "prompts": len(distances),
-            "distance": intervals[place],
-            "difference": None if method == baseline else intervals[len(methods) + place],
+            "features": features,
+            "measure": measure,
+            "prompts": len(columns),
+            "value": intervals[place],
+            "difference": None if method == baseline else intervals[len(values) + place],
         }
-        for place, method in enumerate(methods)
+        for place, method in enumerate(values)
     ]
 
 

@@ -18,6 +18,9 @@ class ReportFlags:
     """Folder for the report."""
     rewards: tuple[str, ...] = ()
     """Names of the rewards to compare (default: all that the runs have in common)."""
+    reference: str | None = None
+    """Images that the methods' are compared with by FID, KID, CMMD, precision and recall: a folder scored with the same
+    --features, or statistics of Inception's features (.npz with mu and sigma) (default: none)."""
     votes: tuple[str, ...] = ()
     """Files that vote.html has exported, of any number of voters."""
     images: Literal["link", "embed", "none"] = "link"

@@ -10,8 +10,18 @@ from etils import epath
 
 from flax_pref.config import UserError
 from flax_pref.evaluation import comparison
-from flax_pref.evaluation.comparison import Items, ScoredRun, Vote, common_rewards, pair_runs, read_run, read_votes
+from flax_pref.evaluation.comparison import (
+    Items,
+    ScoredRun,
+    Vote,
+    common_networks,
+    common_rewards,
+    pair_runs,
+    read_run,
+    read_votes,
+)
 from flax_pref.evaluation.pages import write_pages
+from flax_pref.evaluation.reference import read_reference
 from flax_pref.evaluation.report_flags import ReportFlags
 from flax_pref.evaluation.runs import PROBLEMS, several
 from flax_pref.evaluation.tables import printed_tables, write_tables
@@ -19,7 +29,11 @@ from flax_pref.files import replacing
 
 
 def compare(
-    runs: str | Path | Sequence[str | Path], *, baseline: str | None = None, rewards: str | Sequence[str] = ()
+    runs: str | Path | Sequence[str | Path],
+    *,
+    baseline: str | None = None,
+    rewards: str | Sequence[str] = (),
+    reference: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compares methods on the same prompts and seeds, from scored folders of images. Writes nothing.
 
@@ -29,10 +43,13 @@ def compare(
         runs: scored folders, see `score`; as FOLDER or NAME=FOLDER (default name: that of the folder).
         baseline: method, or its folder, that the others are compared with (default: the first).
         rewards: names of the rewards to compare (default: all that the runs have in common).
+        reference: folder of images, scored with the same features, or statistics of Inception's (.npz), that the
+            methods' images are compared with by FID and others (default: none).
 
     Returns:
         the report, see `evaluation.comparison.compare`: `overall` has a row for each reward and method, with mean,
-        gain and win rate over the baseline and their 95 % bootstrap intervals over prompts.
+        gain and win rate over the baseline and their 95 % bootstrap intervals over prompts; `diversity` and `sets` have
+        rows about features, `notes` what must be known to read them.
 
     Raises:
         UserError, ValueError, OSError: the runs are not scored, or cannot be compared.
@@ -44,17 +61,23 @@ def compare(
         ('base', 2, ['base', 'cpgd'])
     """
     folders = methods_of(several(runs))
-    return _compared(folders, baseline_of(baseline, folders), several(rewards))[0]
+    place = None if reference is None else str(reference)
+    return _compared(folders, baseline_of(baseline, folders), several(rewards), reference=place)[0]
 
 
 def _compared(
-    folders: Mapping[str, str], baseline: str, wanted: Sequence[str], votes: Sequence[Vote] = ()
+    folders: Mapping[str, str],
+    baseline: str,
+    wanted: Sequence[str],
+    votes: Sequence[Vote] = (),
+    reference: str | None = None,
 ) -> tuple[dict[str, Any], list[ScoredRun], Items, list[str]]:
     """The report, what it is of, and the rewards that are left out."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
     rewards, dropped = common_rewards(runs, wanted)
+    against = None if reference is None else read_reference(reference, runs)
     items = pair_runs(runs, rewards)
-    return comparison.compare(runs, items, baseline, votes), runs, items, dropped
+    return comparison.compare(runs, items, baseline, votes, against), runs, items, dropped
 
 
 def report_runs(flags: ReportFlags) -> Path:
@@ -73,7 +96,7 @@ def report_runs(flags: ReportFlags) -> Path:
     folders = methods_of(flags.runs)
     baseline = baseline_of(flags.baseline, folders)
     out = _out_of(flags.out, folders)
-    report, runs, items, dropped = _compared(folders, baseline, flags.rewards, read_votes(flags.votes))
+    report, runs, items, dropped = _compared(folders, baseline, flags.rewards, read_votes(flags.votes), flags.reference)
     print(_summary(report, runs, items, dropped))
     write_tables(report, out)
     write_pages(out, report, items, images=flags.images, title=flags.title or " / ".join(folders))
@@ -165,6 +188,14 @@ def _summary(report: dict[str, Any], runs: Sequence[ScoredRun], items: Items, dr
         if left_out := report["pairs"] - cells[0]["images"]:
             told = ", ".join(f"{row['method']} {row['not_finite']:,}" for row in cells if row["not_finite"])
             lines.append(f"{reward}: {left_out:,} pairs left out, scores that are not finite: {told}")
-    if len({run.embedding for run in runs}) > 1:
-        lines.append("diversity: left out, the runs' embeddings are not all there and from one network")
+    for kind in ("features", "distances"):
+        for name in common_networks(runs, kind)[1]:
+            lacking = [run.name for run in runs if name not in getattr(run, kind)]
+            reason = f"{', '.join(lacking)} without them" if lacking else "their weights differ between runs"
+            lines.append(f"{kind} of {name}: left out, {reason}")
+    for name in items.features:
+        used = next((row["images"] for row in report["sets"] if row["features"] == name), 0)
+        if used < report["pairs"]:
+            lines.append(f"features of {name}: {report['pairs'] - used:,} pairs left out, not there or not finite")
+    lines += report["notes"]
     return "\n".join([*lines, "", printed_tables(report)])

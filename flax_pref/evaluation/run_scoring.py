@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
 from flax_pref.evaluation.benchmark_scoring import Asked, answer, named_benchmarks, told
 from flax_pref.evaluation.pair_scoring import is_prepared_set, score_set
-from flax_pref.evaluation.runs import EMBEDDING, PROBLEMS, SCORE, open_run, several
+from flax_pref.evaluation.runs import DISTANCE, FEATURES, PROBLEMS, SCORE, open_run, several
 from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
@@ -34,20 +34,21 @@ from flax_pref.parallel.hosts import join, watched
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.programs import title
-from flax_pref.rewards.clip import CLIP_SCORES, RESIZED
+from flax_pref.rewards.clip import RESIZED
+from flax_pref.rewards.features import DISTANCES, PATH_NEEDED, load_distance, load_features
+from flax_pref.rewards.features import FEATURES as NETWORKS
 from flax_pref.rewards.remote import is_service
 from flax_pref.rewards.reward import REWARDS, load_reward
 
-EMBEDDED = (*CLIP_SCORES, "aesthetic")  # rewards that have image embeddings
-
 # What may differ between hosts: where inputs lie, of which the content is compared.
-FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts", "source")
+FREE_OF_HOSTS = ("hosts", "rewards", "features", "clip", "prompts", "source")
 
 
 def score(
     runs: str | Path | Sequence[str | Path],
-    rewards: str | Sequence[str],
+    rewards: str | Sequence[str] = (),
     *,
+    features: str | Sequence[str] = (),
     prompts: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -60,6 +61,8 @@ def score(
             sets, whose images are read from their source.
         rewards: one or several, each a name such as "pickscore" with its published weights, NAME=PATH with a file,
             folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
+        features: one or several networks whose features of the images are stored for reports, each a name such as
+            "clip" or NAME=PATH, see `rewards.features.FEATURES`; or lpips=PATH.
         prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
             images).
         batch_size: images per device and batch.
@@ -77,7 +80,14 @@ def score(
         >>> scores["runs/base"]["compressibility"].shape
         (2,)
     """
-    return score_runs(ScoreFlags(runs=several(runs), rewards=several(rewards), prompts=prompts, batch_size=batch_size))
+    flags = ScoreFlags(
+        runs=several(runs),
+        rewards=several(rewards),
+        features=several(features),
+        prompts=prompts,
+        batch_size=batch_size,
+    )
+    return score_runs(flags)
 
 
 def score_runs(flags: ScoreFlags) -> dict[str, dict[str, np.ndarray]]:
@@ -128,7 +138,7 @@ def _score_folders(work: "ScoringWork", process: int, processes: int) -> dict[st
     with contextlib.ExitStack() as held, stopped_by(signal.SIGTERM) as stop:
         tables, runs = [], []
         for folder in folders:
-            run = open_run(folder, work.prompts)
+            run = open_run(folder, work.prompts, needed=any(one.column.startswith(SCORE) for one in work.columns))
             if run.told:
                 print(f"{folder}: no manifest; {len(run.rows)} images, {run.told}")
             held.enter_context(locked(run.folder))
@@ -151,7 +161,7 @@ def _score_folders(work: "ScoringWork", process: int, processes: int) -> dict[st
             print("\n".join(_summary(scores, work.columns)))
             for asked in work.benchmarks:
                 print("\n".join(told(asked, run, scores)))
-    named = {one.name: one.column for one in work.columns if one.column != EMBEDDING}
+    named = {one.name: one.column for one in work.columns if one.column.startswith(SCORE)}
     named |= {asked.benchmark.name: SCORE + asked.benchmark.name for asked in work.benchmarks}
     return {
         folder: {name: scores.scores(column) for name, column in named.items()}
@@ -239,7 +249,8 @@ def _are_prepared(flags: ScoreFlags) -> bool:
     others = [folder for folder in flags.runs if folder not in sets]
     if sets and others:
         raise UserError(f"{sets[0]} is a prepared set, and {others[0]} is not; score them in two calls")
-    given = {"--diversity": flags.diversity, "--prompts": flags.prompts, "--benchmarks": (*flags.benchmarks, None)[0]}
+    given = {"--features": " ".join(flags.features) or None, "--prompts": flags.prompts}
+    given["--benchmarks"] = " ".join(flags.benchmarks) or None
     if sets and (unfit := [flag for flag, value in given.items() if value is not None]):
         raise UserError(f"{unfit[0]} {given[unfit[0]]}: is for folders of images, and {sets[0]} is a prepared set")
     if others and flags.source is not None:
@@ -250,21 +261,42 @@ def _are_prepared(flags: ScoreFlags) -> bool:
 
 
 def _rewards(flags: ScoreFlags) -> list[tuple[str, str, str | None]]:
-    """Column, name and path of each reward that the flags name."""
-    if not (flags.rewards or flags.benchmarks) and flags.diversity is None:
+    """Column, name and path of each reward and network that the flags name."""
+    if not (flags.rewards or flags.features or flags.benchmarks):
         raise UserError(f"nothing to score with; expected --rewards with one or more of {', '.join(REWARDS)}")
     found: dict[str, tuple[str, str, str | None]] = {}
-    texts = [(text, "--rewards") for text in flags.rewards]
-    texts += [] if flags.diversity is None else [(flags.diversity, "--diversity")]
-    for text, flag in texts:
-        name, path = named_reward(text, flag)
-        if flag == "--diversity" and ((path is not None and is_service(path)) or name not in EMBEDDED):
-            raise UserError(f"{flag} {text}: has no image embeddings; expected one of {', '.join(EMBEDDED)}")
-        column = EMBEDDING if flag == "--diversity" else SCORE + name
-        if column in found:
-            raise UserError(f"{flag}: {name} is there twice; expected each reward once, under a name of its own")
-        found[column] = (column, name, path)
+    for text in flags.rewards:
+        name, path = named_reward(text)
+        found.update(_once(found, "--rewards", SCORE + name, name, path))
+    for text in flags.features:
+        name, path = named_network(text)
+        found.update(_once(found, "--features", (DISTANCE if name in DISTANCES else FEATURES) + name, name, path))
     return list(found.values())
+
+
+def _once(found: Mapping[str, Any], flag: str, column: str, name: str, path: str | None) -> dict[str, tuple]:
+    if column in found:
+        raise UserError(f"{flag}: {name} is there twice; expected each once, under a name of its own")
+    return {column: (column, name, path)}
+
+
+def named_network(text: str) -> tuple[str, str | None]:
+    """Name and path of a network that `--features` gives as NAME or NAME=PATH.
+
+    Raises:
+        UserError: it is neither, there is no such network, or nothing lies at the path.
+    """
+    name, given, path = text.partition("=")
+    if given and not path:
+        raise UserError(f"--features {text}: expected NAME or NAME=PATH")
+    known = (*NETWORKS, *DISTANCES)
+    if name not in known:
+        raise UserError(f"--features {text}: no network {name!r} for features; expected one of {', '.join(known)}")
+    if path:
+        _check_place("--features", text, path)
+    elif name in PATH_NEEDED:
+        raise UserError(f"--features {text}: needs the path of its weights, {name}=PATH; {PATH_NEEDED[name]}")
+    return name, path or None
 
 
 def named_reward(text: str, flag: str = "--rewards") -> tuple[str, str | None]:
@@ -328,7 +360,7 @@ def _contents_of(work: ScoringWork) -> dict[str, Fact]:
 
 def _label(wanted: ScoreColumn) -> str:
     """A column's name in messages."""
-    return f"embedding by {wanted.name}" if wanted.column == EMBEDDING else wanted.name
+    return f"features by {wanted.name}" if wanted.column.startswith(FEATURES) else wanted.name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,8 +379,11 @@ def _score_column(tables: Sequence[Scores], wanted: ScoreColumn, work: ScoringWo
         if before not in (None, wanted.of):
             print(f"{scores.folder}: {_label(wanted)} is computed again: was {difference(before, wanted.of)}")
         total = len(scores.pending(wanted.column, wanted.of))
-        text = f"{scores.folder.name}: {_label(wanted)}"
-        with tqdm(desc=text, unit="image", total=total, bar_format=bar_format) as progress:
+        text, unit = (
+            f"{scores.folder.name}: {_label(wanted)}",
+            "pair" if wanted.column.startswith(DISTANCE) else "image",
+        )
+        with tqdm(desc=text, unit=unit, total=total, bar_format=bar_format) as progress:
             score_images(scorer, scores, wanted.column, wanted.of, stop=stop, done=progress.update)
         if stop():
             return
@@ -358,14 +393,14 @@ def _scorer(wanted: ScoreColumn, work: ScoringWork) -> Scorer:
     """Loads a reward onto the devices."""
     devices = jax.local_devices()
     print(f"loading {wanted.name} on {len(devices)} x {devices[0].device_kind} in {wanted.of['dtype']}")
-    reward = load_reward(
-        *(wanted.name, wanted.path),
-        clip=work.flags.clip,
-        tokenizer=wanted.tokenizer,
-        dtype=jnp.dtype(wanted.of["dtype"]),
-    )
+    files = {"clip": work.flags.clip, "tokenizer": wanted.tokenizer, "dtype": jnp.dtype(wanted.of["dtype"])}
+    if wanted.column.startswith(DISTANCE):
+        reward = load_distance(wanted.name, wanted.path, dtype=files["dtype"])
+    else:
+        load = load_features if wanted.column.startswith(FEATURES) else load_reward
+        reward = load(wanted.name, wanted.path, **files)
     mesh = make_mesh(work.flags.mesh, devices)
-    return Scorer(reward, mesh, batch_size=work.flags.batch_size, embedding=wanted.column == EMBEDDING)
+    return Scorer(reward, mesh, batch_size=work.flags.batch_size, column=wanted.column)
 
 
 def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:
@@ -375,11 +410,13 @@ def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:
     for one in wanted:
         left = len(scores.pending(one.column, one.of))
         known = scores.scores(one.column) if scores.of(one.column) == one.of else np.zeros(0, np.float32)
-        parts = [f"{len(known)} images"]
-        if one.column != EMBEDDING and len(known):
-            finite = known[np.isfinite(known)]
-            parts = [f"mean {finite.mean(dtype=np.float64):.6g} of {len(finite)} images"] if len(finite) else []
-            parts += [f"{len(known) - len(finite)} not finite"] if len(finite) < len(known) else []
+        finite = np.isfinite(known).all(axis=tuple(range(1, known.ndim)))
+        units = "pairs" if one.column.startswith(DISTANCE) else "images"
+        parts = [f"{len(known)} {units}"]
+        if len(known) and not one.column.startswith(FEATURES):
+            mean = known[finite].mean(dtype=np.float64) if finite.any() else None
+            parts = [] if mean is None else [f"mean {mean:.6g} of {finite.sum()} {units}"]
+        parts += [f"{(~finite).sum()} not finite"] if not finite.all() else []
         parts += [f"stopped with {left} left; the same command resumes there"] if left else []
         lines.append(f"  {_label(one)}: {', '.join(parts)}")
     for problem in PROBLEMS:

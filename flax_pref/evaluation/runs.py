@@ -27,8 +27,10 @@ from flax_pref.images.image_files import read_metadata
 from flax_pref.images.image_set import MANIFEST, MANIFEST_SCHEMA, PARTS, SETTINGS, SHEET, read_manifest
 from flax_pref.programs import title
 
-# The table of scores beside the images, and its columns.
-SCORES, SCORE, ANSWERS, EMBEDDING, PROBLEM = "scores.parquet", "score:", "answers:", "embedding", "problem"
+# The table of scores beside the images, and its columns: scores, answers to benchmarks and features of an image, and
+# distances between images.
+SCORES, PROBLEM = "scores.parquet", "problem"
+SCORE, ANSWERS, FEATURES, DISTANCE = "score:", "answers:", "features:", "distance:"
 PROBLEMS = ("missing", "changed", "unreadable")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -58,7 +60,7 @@ class ImageFile(NamedTuple):
     height: int
 
 
-def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None) -> ImageRun:
+def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None, *, needed: bool = True) -> ImageRun:
     """What a folder holds.
 
     A folder with a manifest is one of `sample.images`. In any other the images (`IMAGES`, in folders of any depth, but
@@ -84,6 +86,8 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
     Args:
         folder: local or `gs://...`.
         prompts: of a foreign folder; None: they are with the images.
+        needed: whether images must have prompts. If not, images of a foreign folder that has none are numbered in the
+            order of names, as for a folder of photographs.
 
     Raises:
         UserError: the folder is not there, unfinished or without images, its manifest is damaged, or the prompt of an
@@ -106,7 +110,7 @@ def open_run(folder: str | os.PathLike, prompts: Sequence[Prompt] | None = None)
         looked = list(pool.map(lambda image: _look(folder, image, prompts is None), found))
     names = [image.name for image in found]
     if prompts is None:
-        shown, told = _own_prompts(folder, names, [described for _, described in looked])
+        shown, told = _own_prompts(folder, names, [described for _, described in looked], needed)
     else:
         shown, told = _given_prompts(folder, names, prompts)
     columns = {
@@ -328,7 +332,11 @@ def _given_prompts(folder: epath.Path, names: Sequence[str], prompts: Sequence[P
     )
 
 
-def _own_prompts(folder: epath.Path, names: Sequence[str], described: Sequence[Mapping[str, Any]]) -> _Shown:
+def _own_prompts(
+    folder: epath.Path, names: Sequence[str], described: Sequence[Mapping[str, Any]], needed: bool
+) -> _Shown:
+    if not needed and not any(isinstance(known.get("prompt"), str) for known in described):
+        return [(Prompt(i, "", "", {}), 0) for i in range(len(names))], "without prompts"
     for name, known in zip(names, described, strict=True):
         if not isinstance(known.get("prompt"), str):
             raise UserError(

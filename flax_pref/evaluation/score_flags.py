@@ -23,9 +23,10 @@ class ScoreFlags:
     benchmark's own program has written about these images; as NAME, where that file is in the folder; or as
     NAME=http://..., a service that answers the questions of the prompts (geneval2, dpg). Prints the published
     scores."""
-    diversity: str | None = None
-    """CLIP reward, as NAME or NAME=PATH, whose image embeddings are stored; reports compute diversity from them
-    (default: none)."""
+    features: tuple[str, ...] = ()
+    """Networks whose features of each image are stored, as NAME or NAME=PATH: clip or another CLIP reward, cmmd,
+    dinov2, inception, inception-clean; or lpips=PATH, for distances between the images of a prompt. Reports compute
+    diversity and distances to a reference from them."""
     prompts: str | None = None
     """File or folder with the prompts of images that are not from sample.images (default: beside or in the images)."""
     column: str | None = None

@@ -138,6 +138,33 @@ def _ends(confidence: float) -> list[float]:
     return [(1 - confidence) / 2, (1 + confidence) / 2]
 
 
+def share_interval(
+    chosen: np.ndarray, clusters: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float | None, float | None]:
+    """Percentile bootstrap interval of the share of rows that are chosen; clusters of rows are drawn whole.
+
+    Args:
+        chosen: bool `[N]`.
+        clusters: `[N]`, the number (from 0 on) of the cluster that a row belongs to, e.g. its prompt.
+        resamples: number of samples of as many clusters, drawn with replacement.
+        confidence: share of the resampled shares within the interval.
+        seed: of the resampling.
+
+    Returns:
+        Its ends; None and None for a single cluster.
+    """
+    sums, sizes = _cluster_sums(np.asarray(chosen, np.float64)[:, None], clusters)
+    if len(sizes) < 2:
+        return None, None
+    rng, shares = np.random.default_rng(seed), []
+    part = max(1, 2**21 // len(sizes))
+    for start in range(0, resamples, part):
+        drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), min(part, resamples - start))
+        shares.append((drawn @ sums[:, 0]) / (drawn @ sizes))
+    low, high = np.quantile(np.concatenate(shares), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 @functools.lru_cache(maxsize=16)  # of one page: all its intervals are of few numbers of runs and prompts
 def _shares(count: int, resamples: int, seed: int, of: str) -> np.ndarray:
     """How often each of `count` is drawn in each resample, as shares, `[resamples, count]`; of names what is drawn."""

@@ -27,16 +27,26 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def printed_tables(report: Mapping[str, Any]) -> str:
-    """What the terminal shows: one table for each reward, and those of benchmarks, diversity and votes if there are."""
+    """What the terminal shows: tables of each reward and benchmark, and of diversity, sets and votes if there are."""
     tables = [text_table(reward_rows(report, reward)) for reward in report["rewards"]]
     for benchmark in dict.fromkeys(row["benchmark"] for row in report.get("benchmarks", [])):
         tables.append(text_table(benchmark_rows(report, benchmark), left=2))
-    if report["diversity"]:
-        places = decimals(row["distance"] for row in report["diversity"])
-        rows = [["diversity", "distance", "", "difference", ""]]
-        for row in report["diversity"]:
-            rows.append([row["method"], *_printed(row["distance"], places), *_printed(row["difference"], places, "+")])
+    groups = {(row["features"], row["measure"]): None for row in report["diversity"]}
+    for features, measure in groups:
+        cells = [row for row in report["diversity"] if (row["features"], row["measure"]) == (features, measure)]
+        places = decimals(row["value"] for row in cells)
+        rows = [["diversity over seeds", f"{features} {measure}", "", "difference", ""]]
+        for row in cells:
+            rows.append([row["method"], *_printed(row["value"], places), *_printed(row["difference"], places, "+")])
         tables.append(text_table(rows))
+    if report["sets"]:
+        rows = [["all images", "features", "measure", "", "", "images", "reference"]]
+        for row in report["sets"]:
+            value = row["value"]
+            cells = [f"{value['value']:.4g}", ""] if value["low"] is None else _printed(value, decimals([value]))
+            counts = ["" if row[name] is None else f"{row[name]:,}" for name in ("images", "reference_images")]
+            rows.append([row["method"], row["features"], row["measure"], *cells, *counts])
+        tables.append(text_table(rows, left=3))
     if report["votes"]:
         rows = [["votes", "votes", "prompts", "win rate", "", "p"]]
         for row in report["votes"]:
@@ -103,7 +113,7 @@ def decimals(intervals: Iterable[Interval]) -> int:
 
 
 def write_tables(report: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes table.csv, categories.csv and table.tex; each appears under its name when it is complete.
+    """Writes table.csv, categories.csv, features.csv and table.tex; each appears under its name when it is complete.
 
     Of runs with answers to benchmarks also benchmarks.csv, a row for each measure and method.
     """
@@ -129,6 +139,12 @@ def write_tables(report: Mapping[str, Any], folder: str | Path) -> None:
             ],
             folder / "benchmarks.csv",
         )
+    header = ["method", "features", "measure", "over", *_flat("value", None), *_flat("difference", None)]
+    header += ["prompts", "images", "reference_images"]
+    measured = [{**row, "over": "seeds"} for row in report["diversity"]]
+    measured += [{**row, "over": "all images"} for row in report["sets"]]
+    rows = [row | _flat("value", row["value"]) | _flat("difference", row.get("difference")) for row in measured]
+    write_csv([{name: row.get(name) for name in header} for row in rows], folder / "features.csv", header=header)
     with replacing(folder / "table.tex") as unfinished:
         unfinished.write_text(latex_table(report), encoding="utf-8")
 
@@ -142,6 +158,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(name: str, interval: Interval) -> dict[str, float | None]:
+    """The cells of an interval."""
     interval = interval or {"value": None, "low": None, "high": None}
     return {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
 

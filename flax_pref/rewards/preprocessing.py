@@ -17,6 +17,8 @@ from flax_pref.shapes import Array
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LEVELS = 255
 # Pillow's weights are fixed-point numbers (src/libImaging/Resample.c, PRECISION_BITS). With exact ones values halfway
@@ -68,13 +70,16 @@ def clip_view(images: Array, size: int, mean: Sequence[float], std: Sequence[flo
     )
 
 
-def square_view(images: Array, size: int, mean: Sequence[float], std: Sequence[float]) -> Array:
+def square_view(
+    images: Array, size: int, mean: Sequence[float], std: Sequence[float], *, shortest: int | None = None
+) -> Array:
     """The shortest side to `size`, centre crop, normalised: `Resize` and `CenterCrop` of torchvision.
 
-    ImageReward, OpenAI's CLIP and OpenCLIP have it so. Arguments and result as in `clip_view`, from which it differs
-    where an odd number of pixels is cropped: half of it is rounded to the even number.
+    ImageReward, OpenAI's CLIP and OpenCLIP have it so; DINOv2 crops more, from a shortest side of `shortest` pixels.
+    Arguments and result as in `clip_view`, from which it differs where an odd number of pixels is cropped: half of it
+    is rounded to the even number.
     """
-    height, width = _shortest_to(size, images)
+    height, width = _shortest_to(size if shortest is None else shortest, images)
     start = (round((height - size) / 2), round((width - size) / 2))
     return normalise(_cropped(images, (height, width), start, (size, size)), mean, std)
 
@@ -95,6 +100,38 @@ def padded_view(images: Array, size: int, mean: Sequence[float], std: Sequence[f
     bars = [(first, size - length - first) for first, length in zip(before, (height, width), strict=True)]
     resized = resize(images, (height, width), in_levels=False)
     return normalise(jnp.pad(resized, ((0, 0), *bars, (0, 0))), mean, std)
+
+
+def cropped_view(images: Array, size: int, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """The largest square in the middle, resized to `size` and normalised, as CMMD's authors do it.
+
+    Arguments and result as in `clip_view`. An odd number of pixels too many is split with the smaller half at the top
+    or left.
+    """
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return normalise(resize(images[:, top : top + side, left : left + side], (size, size)), mean, std)
+
+
+def resize_as_tensorflow(images: Array, size: tuple[int, int]) -> Array:
+    """Bilinear resizing of TensorFlow 1: without antialiasing, and the first pixels of both lie on one another.
+
+    Args:
+        images: `[B, H, W, 3]`, of any range.
+        size: (height, width).
+
+    Returns:
+        `[B, height, width, 3]`.
+    """
+    for axis, wanted in ((2, size[1]), (1, size[0])):
+        length = images.shape[axis]
+        place = np.arange(wanted, dtype=np.float32) * np.float32(length / wanted)
+        first = place.astype(np.int64)
+        share = (place - first.astype(np.float32)).reshape((-1, 1) if axis == 2 else (-1, 1, 1))
+        before = jnp.take(images, first, axis=axis)
+        images = before + (jnp.take(images, np.minimum(first + 1, length - 1), axis=axis) - before) * share
+    return images
 
 
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:

@@ -43,8 +43,9 @@ def write_run(folder, scores, *, keys=KEYS, settings=SETTINGS, problems=None, re
     if embeddings is not None:
         kind = pa.list_(pa.float16(), embeddings.shape[1])
         rows = [list(row) if np.isfinite(row).all() else None for row in embeddings.astype(np.float16)]
-        table = table.append_column("embedding", pa.array(rows, kind))
-    described = {"rewards": rewards or dict.fromkeys(scores, METADATA), "embedding": "clip"}
+        table = table.append_column("features:clip", pa.array(rows, kind))
+    described = {"rewards": rewards or dict.fromkeys(scores, METADATA)}
+    described["features"] = {} if embeddings is None else {"clip": METADATA}
     table = table.replace_schema_metadata({"flax_pref": json.dumps(described)})
     folder.mkdir(exist_ok=True)
     pq.write_table(table if order is None else table.take(order), folder / "scores.parquet")
@@ -143,7 +144,7 @@ def test_the_order_of_the_images_in_a_run_changes_nothing(tmp_path):
     rng = np.random.default_rng(1)
     expected = report([None, None])
     assert report([rng.permutation(18), rng.permutation(18)]) == expected
-    assert len(expected["categories"]) == 4 and len(expected["diversity"]) == 2
+    assert len(expected["categories"]) == 4 and len(expected["diversity"]) == 4
 
 
 def test_runs_with_different_prompts_are_compared_on_what_they_share(tmp_path):
@@ -244,7 +245,7 @@ def test_diversity_is_the_distance_between_the_images_of_a_prompt(tmp_path):
     folders = [tmp_path / "base", tmp_path / "dpo"]
     for i, folder in enumerate(folders):
         write_run(folder, {"judge": draw(i)}, embeddings=vectors[i])
-    base, dpo = report_of(*folders)["diversity"]
+    base, dpo = [row for row in report_of(*folders)["diversity"] if row["measure"] == "distance"]
     distances = []
     for run in vectors:
         units = run / np.linalg.norm(run, axis=1, keepdims=True)
@@ -255,12 +256,49 @@ def test_diversity_is_the_distance_between_the_images_of_a_prompt(tmp_path):
                 of_prompts.append(np.mean([1 - a @ b for i, a in enumerate(mine) for b in mine[:i]]))
         distances.append(np.array(of_prompts))
     assert base["prompts"] == dpo["prompts"] == len(distances[0]) == 5
-    assert base["distance"]["value"] == pytest.approx(distances[0].mean(), rel=1e-6)
+    assert base["value"]["value"] == pytest.approx(distances[0].mean(), rel=1e-6)
     assert dpo["difference"]["value"] == pytest.approx((distances[1] - distances[0]).mean(), rel=1e-6)
     assert dpo["difference"]["low"] < dpo["difference"]["value"] < dpo["difference"]["high"]
-    assert base["difference"] is None and base["embedding"] == "clip"
+    assert base["difference"] is None and base["features"] == "clip"
     write_run(folders[1], {"judge": draw(1)})
     assert report_of(*folders)["diversity"] == []
+
+
+def write_distances(folder, matrix, *, order):
+    """A run whose rows are in this order, with the distances of pairs of one prompt, by their places in `KEYS`."""
+    write_run(folder, {"judge": draw(0)}, order=order)
+    table = pq.read_table(folder / "scores.parquet")
+    lists = [[matrix[i, j] for j in order[:row] if KEYS[i][0] == KEYS[j][0]] for row, i in enumerate(order)]
+    described = json.loads(table.schema.metadata[b"flax_pref"]) | {"distances": {"lpips": METADATA}}
+    table = table.append_column("distance:lpips", pa.array(lists, pa.list_(pa.float32())))
+    pq.write_table(table.replace_schema_metadata({"flax_pref": json.dumps(described)}), folder / "scores.parquet")
+    return folder
+
+
+def test_distances_of_pairs_are_averaged_over_the_pairs_of_each_prompt(tmp_path):
+    rng = np.random.default_rng(0)
+    matrices = np.float32(rng.random((2, 18, 18)))
+    matrices = [matrix + matrix.T for matrix in matrices]
+    missing = (KEYS.index((4, 0)), KEYS.index((4, 1)))  # the only pair of prompt 4
+    matrices[1][missing] = matrices[1][missing[::-1]] = np.nan
+    folders = [
+        write_distances(tmp_path / name, matrix, order=rng.permutation(18).tolist())
+        for name, matrix in zip(("base", "dpo"), matrices, strict=True)
+    ]
+    base, dpo = report_of(*folders)["diversity"]
+    means = []
+    for matrix in matrices:
+        pairs = {}
+        for i, (prompt, _) in enumerate(KEYS):
+            for j in range(i):
+                if KEYS[j][0] == prompt and prompt != 4:
+                    pairs.setdefault(prompt, []).append(matrix[i, j])
+        means.append(np.array([np.mean(values) for values in pairs.values()]))
+    assert (base["features"], base["measure"], base["prompts"]) == ("lpips", "distance", len(means[0])) and base[
+        "prompts"
+    ] == 5
+    assert base["value"]["value"] == pytest.approx(means[0].mean(), rel=1e-6)
+    assert dpo["difference"]["value"] == pytest.approx((means[1] - means[0]).mean(), rel=1e-5)
 
 
 def test_runs_that_differ_only_in_w_are_a_curve(tmp_path):
@@ -445,7 +483,9 @@ def test_the_tables_have_every_number_and_names_as_they_are(tmp_path):
     folders = [write_run(tmp_path / name, {"judge": draw(i)}, groups=groups) for i, name in enumerate(names)]
     report = report_of(*folders)
     write_tables(report, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["categories.csv", "table.csv", "table.tex"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("categories.csv", "features.csv", "table.csv", "table.tex")
+    ]
     header, base, other = (line.split(",") for line in (tmp_path / "out" / "table.csv").read_text().splitlines())
     row, expected = dict(zip(header, other, strict=True)), cell(report, names[1], "judge")
     assert row["method"] == names[1]
@@ -502,7 +542,7 @@ def test_tables_show_the_digits_that_the_intervals_support_and_the_best_in_bold(
         "prompts": 5, "pairs": 5, "rewards": ["pick", "hps"], "methods": [{"name": "base"}, {"name": "dpo"}],
         "overall": [row("base", "pick", 20.123, 0.06), row("dpo", "pick", 20.456, 0.06, 0.625),
                     row("base", "hps", 0.28314, 0.0006), row("dpo", "hps", 0.28123, 0.0006, 0.5)],
-        "diversity": [], "votes": [],
+        "diversity": [], "sets": [], "votes": [],
     }  # fmt: skip
     lines = latex_table(report).splitlines()
     assert lines[2] == r"\begin{tabular}{lrrrr}"

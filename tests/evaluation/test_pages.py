@@ -88,7 +88,7 @@ def comparison_of(folder, prompts, *, methods=("base", "dpo", "cpgd"), rewards=(
             drawn = 20 + quality + 0.4 * place + 0.5 * draw.normal(size=count)
             drawn = drawn if scores is None else np.array(scores[reward][method])
             rows[f"score:{reward}"] = pa.array(drawn.astype(np.float32))
-        runs.append(ScoredRun(method, str(run), pa.table(rows), {}, None))
+        runs.append(ScoredRun(method, str(run), pa.table(rows), {}))
     items = pair_runs(runs, rewards)
     return compare(runs, items, methods[0]), items
 

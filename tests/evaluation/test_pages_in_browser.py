@@ -45,10 +45,29 @@ def pages(tmp_path_factory):
               "win_rate": {"value": 2 / 3, "low": 0.3, "high": 0.9}}]  # fmt: skip
     interval = {"value": 0.3, "low": 0.2, "high": 0.4}
     diversity = [
-        {"method": name, "embedding": "clip", "prompts": 40, "distance": interval, "difference": None}
+        {
+            "method": name,
+            "features": "clip",
+            "measure": "distance",
+            "prompts": 40,
+            "value": interval,
+            "difference": None,
+        }
         for name in METHODS
     ]
-    write_pages(folder, {**report, "votes": votes, "diversity": diversity}, items, title="A <i>title</i>")
+    sets = [
+        {"method": name, "features": "inception", "measure": "FID", "value": {"value": 30.1, "low": None, "high": None},
+         "images": 80, "reference_images": None}
+        for name in METHODS
+    ]  # fmt: skip
+    more = {
+        "votes": votes,
+        "diversity": diversity,
+        "sets": sets,
+        "reference": "<b>photos",
+        "notes": ["FID is <biased>."],
+    }
+    write_pages(folder, {**report, **more}, items, title="A <i>title</i>")
     write_pages(folder / "embedded", report, items, images="embed")
     return folder
 

@@ -346,7 +346,7 @@ def test_flags_that_do_not_fit_and_sets_that_cannot_be_scored_are_one_line(folde
     runs = tmp_path / "run"
     runs.mkdir()
     for flags, message in (
-        ({"diversity": "clip"}, "--diversity clip: is for folders of images, and .*set is a prepared set"),
+        ({"features": ("clip",)}, "--features clip: is for folders of images, and .*set is a prepared set"),
         ({"prompts": "a.txt"}, "--prompts a.txt: is for folders of images"),
         ({"runs": (str(folder), str(runs))}, "set is a prepared set, and .*run is not; score them in two calls"),
         ({"runs": (str(runs),), "source": "a"}, "--source a: is for a prepared set, and .*run is none; leave it out"),

@@ -65,6 +65,21 @@ class Brightness:
         return view / jnp.linalg.norm(view, axis=1, keepdims=True)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """How far the colours of two images are from one another, squared."""
+
+    weights: jax.Array
+    name = "apart"
+
+    def view(self, images):
+        return images.mean((2, 3))
+
+    def distance(self, view):
+        return jnp.square(view[:, 0] - view[:, 1]) @ self.weights
+
+
 def expected(pixels, caption):
     return np.float32(pixels.reshape(-1, 3).mean(0) / 255 @ np.array([3.0, 2.0, 1.0]) + len(caption))
 
@@ -133,7 +148,8 @@ def test_runs_of_all_layouts_are_scored_in_the_order_of_their_manifest(layout, i
     assert {row["problem"] for row in found} == {""}
     assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"]) == {
         "rewards": {"brightness": OF},
-        "embedding": None,
+        "features": {},
+        "distances": {},
     }
 
 
@@ -231,25 +247,99 @@ def test_an_image_that_was_drawn_anew_is_scored_again_and_no_other(scorer, tmp_p
     ]
 
 
-def test_embeddings_of_images_are_stored_in_half_precision(tmp_path):
+def test_features_of_images_are_stored_and_kept(tmp_path):
     _, pixels = draw_run(tmp_path)
     (tmp_path / open_run(tmp_path).rows["file"][1].as_py()).unlink()
-    embedder = scorer_of(Brightness(jnp.zeros(3)), embedding=True)
-    assert score(tmp_path, embedder, "embedding", OF) == 6
-    column = table(tmp_path)["embedding"]
-    assert column.type == pa.list_(pa.float16(), 3)
+    embedder = scorer_of(Brightness(jnp.zeros(3)), column="features:colour")
+    assert score(tmp_path, embedder, "features:colour", OF) == 6
+    column = table(tmp_path)["features:colour"]
+    assert column.type == pa.list_(pa.float32(), 3)
     found = column.to_pylist()
     assert found[1] is None
     for i in (0, 2, 3, 4, 5):
         mean = pixels[i].reshape(-1, 3).mean(0)
-        np.testing.assert_allclose(np.array(found[i], np.float32), mean / np.linalg.norm(mean), atol=1e-3)
-    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["embedding"] == "brightness"
+        np.testing.assert_allclose(np.array(found[i], np.float32), mean / np.linalg.norm(mean), rtol=1e-5)
+    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["features"] == {"colour": OF}
     # They are still there when something is added, and not computed again.
     score(tmp_path, scorer_of(Brightness(jnp.ones(3))))
-    assert table(tmp_path)["embedding"].to_pylist() == found
-    assert score(tmp_path, embedder, "embedding", OF) == 0
-    with pytest.raises(ValueError, match="compressibility: has no image embeddings"):
-        scorer_of(JpegSize("compressibility", -1.0), embedding=True)
+    assert table(tmp_path)["features:colour"].to_pylist() == found
+    assert score(tmp_path, embedder, "features:colour", OF) == 0
+    with pytest.raises(ValueError, match="compressibility: has no image features"):
+        scorer_of(JpegSize("compressibility", -1.0), column="features:compressibility")
+
+
+def distances(folder):
+    """By prompt and the seeds of both images, those that are not known left out."""
+    found, seeds = {}, {}
+    for row in table(folder).select(["prompt_id", "seed", "distance:apart"]).to_pylist():
+        before = seeds.setdefault(row["prompt_id"], [])
+        assert len(row["distance:apart"]) == len(before)
+        known = zip(before, row["distance:apart"], strict=True)
+        found |= {(row["prompt_id"], row["seed"], seed): value for seed, value in known if value is not None}
+        before.append(row["seed"])
+    return found
+
+
+def test_distances_are_those_of_all_pairs_of_a_prompt_and_belong_to_the_bytes_of_both_images(tmp_path):
+    items, pixels = draw_run(tmp_path, seeds=(5, 2, 7))
+    scorer = scorer_of(Apart(jnp.ones(3)), column="distance:apart")
+    assert score(tmp_path, scorer, "distance:apart", OF) == 9
+    colours = {(i.prompt.id, i.seed): p.reshape(-1, 3).mean(0) / 255 for i, p in zip(items, pixels, strict=True)}
+    wanted = {
+        (prompt, later, earlier): np.square(colours[prompt, later] - colours[prompt, earlier]).sum()
+        for prompt in range(3)
+        for later, earlier in ((2, 5), (7, 5), (7, 2))
+    }
+    found = distances(tmp_path)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose([found[key] for key in wanted], list(wanted.values()), rtol=1e-5)
+    assert json.loads(table(tmp_path).schema.metadata[b"flax_pref"])["distances"] == {"apart": OF}
+    # An image that was drawn again costs its two pairs, one that is gone leaves its two out.
+    assert score(tmp_path, scorer, "distance:apart", OF) == 0
+    manifest = pq.read_table(tmp_path / "manifest.parquet")
+    rows = manifest.to_pylist()
+    content = encode_image(noise(99), {}, "png")
+    (tmp_path / rows[0]["file"]).write_bytes(content)
+    rows[0] |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    pq.write_table(pa.Table.from_pylist(rows, manifest.schema), tmp_path / "manifest.parquet")
+    (tmp_path / rows[3]["file"]).unlink()
+    assert score(tmp_path, scorer, "distance:apart", OF) == 2
+    again = distances(tmp_path)
+    first = (rows[0]["prompt_id"], rows[0]["seed"])
+    assert again.keys() == found.keys()  # of the image that is gone they are still known
+    changed = {key for key in found if found[key] != again[key]}
+    assert changed == {key for key in found if first in (key[:2], (key[0], key[2]))} and len(changed) == 2
+    (tmp_path / "scores.parquet").unlink()
+    score(tmp_path, scorer, "distance:apart", OF)
+    gone = (rows[3]["prompt_id"], rows[3]["seed"])
+    assert distances(tmp_path).keys() == {key for key in found if gone not in (key[:2], (key[0], key[2]))}
+
+
+def test_images_of_one_prompt_that_have_different_sizes_have_no_distance(tmp_path):
+    save(tmp_path / "0-0.png", noise(0)), save(tmp_path / "0-1.png", noise(1, height=20))
+    with pytest.raises(UserError) as told:
+        score(
+            tmp_path,
+            scorer_of(Apart(jnp.ones(3)), column="distance:apart"),
+            *("distance:apart", OF),
+            prompts=prompts(1),
+        )
+    assert str(told.value) == (
+        f"{tmp_path}: apart: 0-1.png has 12 x 20 and 0-0.png has 12 x 10 pixels; expected images of one size for each "
+        "prompt: leave it out, or draw them again"
+    )
+
+
+def test_photographs_without_prompts_have_features(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", noise(i))
+    with pytest.raises(UserError, match="no prompt for 3 of 3 images"):
+        open_run(tmp_path)
+    run = open_run(tmp_path, needed=False)
+    assert run.told == "without prompts" and run.rows["prompt_id"].to_pylist() == [0, 1, 2]
+    (tmp_path / "1.txt").write_text("a cat")
+    with pytest.raises(UserError, match="no prompt for 2 of 3 images"):
+        open_run(tmp_path, needed=False)
 
 
 def test_the_table_is_kept_while_scoring_and_written_only_where_it_changes(scorer, tmp_path, monkeypatch):
@@ -652,9 +742,23 @@ def score_and_die(folder, kill):
     scoring.SAVE_EVERY, scoring.SAVE_SHARE = 0, np.inf
     with locked(open_run(folder).folder):
         score(folder, scorer_of(Brightness(jnp.array([3.0, 2.0, 1.0]))))
-        score(
-            folder, scorer_of(JpegSize("compressibility", -1.0)), "score:compressibility", {"name": "compressibility"}
-        )
+        weights = jnp.array([3.0, 2.0, 1.0])
+        for column, reward in (
+            ("features:colour", Brightness(weights)),
+            ("distance:apart", Apart(weights)),
+            ("score:compressibility", JpegSize("compressibility", -1.0)),
+        ):
+            score(folder, scorer_of(reward, column=column), column, {"name": column})
+
+
+def unfinished_columns(folder):
+    """Columns of which some are known, and not all."""
+    if not (folder / "scores.parquet").exists():
+        return set()
+    stored = table(folder)
+    columns = {name: stored[name].combine_chunks() for name in stored.column_names if ":" in name}
+    columns = {name: column.flatten() if "distance:" in name else column for name, column in columns.items()}
+    return {name for name, column in columns.items() if 0 < column.null_count < len(column)}
 
 
 def test_killed_again_and_again_a_run_has_the_scores_of_an_undisturbed_one_bit_by_bit(tmp_path):
@@ -669,9 +773,11 @@ def test_killed_again_and_again_a_run_has_the_scores_of_an_undisturbed_one_bit_b
             return int(program.stdout.readline())
 
         assert run(tmp_path / "whole", -1) == 0
-        kills = [0, 1, 2, 3, 2, 3]
-        assert [run(tmp_path / "killed", kill) for kill in kills] == [signal.SIGKILL] * len(kills)
-        assert table(tmp_path / "killed")["score:compressibility"].null_count not in (0, 12)
+        unfinished = set()
+        for kill in [0, 1, *[2, 3] * 4, 2]:
+            assert run(tmp_path / "killed", kill) == signal.SIGKILL
+            unfinished |= unfinished_columns(tmp_path / "killed")
+        assert unfinished == {"score:brightness", "features:colour", "distance:apart", "score:compressibility"}
         assert run(tmp_path / "killed", -1) == 0
         program.stdin.close()
     assert (tmp_path / "killed/scores.parquet").read_bytes() == (tmp_path / "whole/scores.parquet").read_bytes()

@@ -171,16 +171,34 @@ function showBenchmarks() {
   ], rows, (row, next) => (next && next.measure !== row.measure ? "group" : null));
 }
 
+const textColumn = (title, name) => ({ title, key: (row) => row[name], cells: (row) => [el("td", {}, row[name])] });
+
+// Cells of an interval, each drawn to the scale of the rows with the same features and measure.
+function measuredColumn(title, rows, name, options) {
+  const kind = (row) => `${row.features} ${row.measure}`;
+  const limits = Object.fromEntries([...new Set(rows.map(kind))].map((one) =>
+    [one, scale(rows.filter((row) => kind(row) === one).map((row) => row[name]), options)]));
+  return { title, span: 3, key: (row) => row[name]?.value ?? null, cells: (row) => intervalCells(row[name], limits[kind(row)], row.method) };
+}
+
+const countColumn = (title, name) => ({ title, class: "right", key: (row) => row[name], cells: (row) => [el("td", { class: "right" }, row[name] === null ? "–" : number(row[name]))] });
+
 function showDiversity() {
   const rows = report.diversity;
-  const distance = scale(rows.map((row) => row.distance));
-  const difference = scale(rows.map((row) => row.difference), { neutral: 0, signed: true });
   table("diversity-table", [
-    methodColumn,
-    { title: "Embedding", cells: (row) => [el("td", {}, row.embedding)] },
-    { title: "Distance", span: 3, key: (row) => row.distance?.value ?? null, cells: (row) => intervalCells(row.distance, distance, row.method) },
-    { title: "Difference", span: 3, key: (row) => row.difference?.value ?? null, cells: (row) => intervalCells(row.difference, difference, row.method) },
-    { title: "Prompts", class: "right", cells: (row) => [el("td", { class: "right" }, number(row.prompts))] },
+    methodColumn, textColumn("Features", "features"), textColumn("Measure", "measure"),
+    measuredColumn("Value", rows, "value"),
+    measuredColumn("Difference", rows, "difference", { neutral: 0, signed: true }),
+    countColumn("Prompts", "prompts"),
+  ], rows);
+}
+
+function showSets() {
+  const rows = report.sets;
+  table("sets-table", [
+    methodColumn, textColumn("Features", "features"), textColumn("Measure", "measure"),
+    measuredColumn("Value", rows, "value"),
+    countColumn("Images", "images"), countColumn("Reference", "reference_images"),
   ], rows);
 }
 
@@ -653,6 +671,7 @@ if (report.categories.length) showCategories();
 if (report.benchmarks?.length) showBenchmarks();
 if (report.sweeps.length) showCurves();
 if (report.diversity.length) showDiversity();
+if (report.sets.length) showSets();
 if (report.votes.length) showVotes();
 showMethods();
 restore();
