@@ -28,6 +28,10 @@ PROGRAMS = {
     "sample": Command("sample.images", "Draws images from a Stable Diffusion checkpoint."),
     "score": Command("sample.score", "Scores folders of images, or the pairs of prepared sets, with rewards."),
     "report": Command("sample.report", "Compares methods on the same prompts and seeds."),
+    "controls": Command(
+        "sample.controls", "Draws controls of the base model that spend as much, and compares methods with them."
+    ),
+    "leaderboard": Command("sample.leaderboard", "Merges reports: a row for each method, a column for each reward."),
     "encode": Command(
         "train.encode", "Encodes a preference set for training.", "flax_pref.data.preparation:EncodeConfig"
     ),

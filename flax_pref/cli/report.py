@@ -11,4 +11,5 @@ def main(arguments: list[str]) -> None:
 
     out = report_runs(flags)
     pages = "" if flags.images == "none" else "vote.html, "
-    print(f"\nwrote {out / 'report.html'}, {pages}report.json, table.csv, categories.csv and table.tex")
+    files = f"{pages}report.md, report.json, table.csv, categories.csv, features.csv, table.tex and figures"
+    print(f"\nwrote {out / 'report.html'}, {files}")

@@ -32,14 +32,17 @@ from flax_pref.evaluation.statistics import (
     bootstrap_intervals,
     cluster_means,
     holm,
+    near_duplicates,
     pairwise_distances,
     sign_test,
     won,
 )
 from flax_pref.files import read_json
+from flax_pref.images.cost import read_cost
 from flax_pref.images.image_set import MANIFEST_SCHEMA, check_rows, read_table
 from flax_pref.programs import command, title
 
+ALIKE = "near-duplicates"
 CATEGORIES = ("Category", "Challenge", "category", "challenge", "style", "tag", "atom_count")
 STATISTICS = {
     "unit": "prompt; the seeds of a prompt are averaged first",
@@ -108,6 +111,12 @@ class Items:
         """int64 `[N]`: 0 for the pairs of the first prompt, 1 for those of the second ..."""
         keys = list(zip(self.prompt_id.tolist(), self.prompt, strict=True))
         return np.cumsum([0, *(key != before for before, key in itertools.pairwise(keys))])
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The same for comparisons of the same prompts and seeds."""
+        keys = [self.prompt_id.tolist(), self.prompt, self.seed.tolist()]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
     @functools.cached_property
     def pairs(self) -> np.ndarray:
@@ -207,7 +216,7 @@ def read_run(folder: str | os.PathLike, name: str) -> ScoredRun:
         table = read_table(file.read_bytes())
         described = json.loads((table.schema.metadata or {}).get(b"flax_pref", "{}"))
         of = [described["rewards"], described.get("features", {}), described.get("distances", {})]
-        run = ScoredRun(name, str(folder), _checked(table, *of, described.get("answers", {})), *of)
+        run = ScoredRun(name, str(folder), _checked(table, *of, benchmarks=described.get("answers", {})), *of)
         _ = run.settings, run.records  # damage comes up here, where the file is known
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -224,6 +233,7 @@ def _checked(
     rewards: Iterable[str],
     features: Iterable[str],
     distances: Iterable[str],
+    *,
     benchmarks: Iterable[str],
 ) -> pa.Table:
     """The columns that are of use here, with the types that are expected."""
@@ -443,18 +453,17 @@ def compare(
     Returns:
         `overall`, `categories`, `benchmarks`, `diversity`, `sets`, `sweeps` and `votes` are lists of rows; `notes` are
         sentences that belong to `sets`, whose rows are of all images of a method, see `set_measures.set_rows`. An
-        interval is
-        {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the baseline
-        (`win_rate`, `gain`, `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if its
-        scores are finite under all methods, so that all have the same pairs; `images` says how many have, `not_finite`
-        how many scores of the method are not finite. `left_out` are all images of a run that are in no pair.
+        interval is {"value", "low", "high"}, the last two None where there is only one prompt. Comparisons with the
+        baseline (`win_rate`, `gain`, `sign_test`, `difference`) are None in its own rows. Of a reward a pair counts if
+        its scores are finite under all methods, so that all have the same pairs; `images` says how many have,
+        `not_finite` how many scores of the method are not finite. `left_out` are all images of a run that are in no
+        pair. `pairs_sha256` is the same for reports on the same prompts and seeds.
 
     Raises:
         ValueError: the scores of a reward are finite in no pair, or votes cannot be counted.
     """
     methods = list(items.files)
-    everything = np.ones(len(items.prompt), bool)
-    overall = _summaries(items, baseline, everything)
+    overall = summaries(items, baseline)
     if absent := next((reward for reward in items.scores if reward not in {row["reward"] for row in overall}), None):
         worst = max(methods, key=lambda method: np.sum(~np.isfinite(items.scores[absent][method])))
         raise ValueError(f"{absent}: no pair has finite scores ({worst} has fewest); leave it out with --rewards")
@@ -464,18 +473,20 @@ def compare(
         rows = [
             {"column": column, "value": value, **row}
             for value in sorted(set(values) - {""}, key=natural)
-            for row in _summaries(items, baseline, labels == value)
+            for row in summaries(items, baseline, labels == value)
         ]
-        categories += _corrected(rows)
+        categories += corrected(rows)
     return {
         "baseline": baseline,
         "created": datetime.date.today().isoformat(),
         "rewards": list(items.scores),
+        "weights": {name: runs[0].rewards[name].get("sha256") or "" for name in items.scores},
+        "pairs_sha256": items.sha256,
         "prompts": int(items.prompts[-1]) + 1,
         "pairs": len(items.prompt),
         "statistics": STATISTICS,
         "methods": [_described(run, len(items.prompt)) for run in runs],
-        "overall": _corrected(overall),
+        "overall": corrected(overall),
         "categories": categories,
         "benchmarks": _benchmarks(items, baseline),
         "diversity": _diversity(items, baseline),
@@ -484,6 +495,8 @@ def compare(
         "notes": set_notes(sets),
         "sweeps": _sweeps(runs, overall),
         "votes": _count_votes(votes, items, baseline),
+        # Filled by what compares methods beyond this, see `run_report`.
+        **{"controls": [], "control_runs": [], "verdicts": [], "looks": [], "trained_on": None, "standardised": []},
     }
 
 
@@ -494,14 +507,22 @@ def _described(run: ScoredRun, pairs: int) -> dict[str, Any]:
         "folder": run.folder,
         "settings": run.settings,
         "w": run.w,
+        "cost": None if (cost := read_cost(run.folder)) is None else cost._asdict(),
         "images": len(run.rows),
         **{problem: problems[problem] for problem in PROBLEMS},
         "left_out": len(run.rows) - pairs,
     }
 
 
-def _summaries(items: Items, baseline: str, chosen: np.ndarray) -> list[dict[str, Any]]:
-    """One row per reward and method, over the pairs `chosen`, bool `[N]`; none of a reward without finite pairs."""
+def summaries(items: Items, baseline: str, chosen: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """One row per reward and method, as `compare` has them in `overall`; none of a reward without finite pairs.
+
+    Args:
+        items: of `pair_runs`.
+        baseline: a method.
+        chosen: the pairs that count, bool `[N]`; None: all.
+    """
+    chosen = np.ones(len(items.prompt), bool) if chosen is None else chosen
     methods = list(items.files)
     base, count = methods.index(baseline), len(methods)
     scores = {reward: np.stack([by[name] for name in methods], 1) for reward, by in items.scores.items()}
@@ -537,18 +558,18 @@ def _summaries(items: Items, baseline: str, chosen: np.ndarray) -> list[dict[str
 
 
 def _shared_intervals(values: Mapping[str, np.ndarray], units: Mapping[str, bytes]) -> dict[str, list[dict]]:
-    """`_intervals` of several tables; those with the same units are resampled together."""
+    """`mean_intervals` of several tables; those with the same units are resampled together."""
     together = collections.defaultdict(list)
     for name in values:
         together[units[name]].append(name)
     intervals = {}
     for names in together.values():
-        found = iter(_intervals(np.concatenate([values[name] for name in names], axis=1)))
+        found = iter(mean_intervals(np.concatenate([values[name] for name in names], axis=1)))
         intervals |= {name: [next(found) for _ in range(values[name].shape[1])] for name in names}
     return intervals
 
 
-def _intervals(values: np.ndarray) -> list[dict[str, float | None]]:
+def mean_intervals(values: np.ndarray) -> list[dict[str, float | None]]:
     """The means over prompts of `[N, K]` with their intervals."""
     means = values.mean(axis=0).tolist()
     if len(values) < 2:
@@ -568,7 +589,7 @@ def _signs(differences: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, of one family of comparisons, with `p_corrected`."""
     tests = [row["sign_test"] for row in rows if row["sign_test"]]
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
@@ -634,6 +655,9 @@ def _diversity(items: Items, baseline: str) -> list[dict[str, Any]]:
             rows += _diversity_rows(
                 name, VENDI, {m: _vendi_scores(values[there], prompts) for m, values in by.items()}, baseline
             )
+            rows += _diversity_rows(
+                name, ALIKE, {m: near_duplicates(values[there], prompts) for m, values in by.items()}, baseline
+            )
     for name, by in items.distances.items():
         there = np.all([np.isfinite(values) for values in by.values()], axis=0)
         if there.any():
@@ -654,7 +678,7 @@ def _diversity_rows(
 ) -> list[dict[str, Any]]:
     """One row per method, of the values of each prompt `[prompts]`."""
     columns = np.stack(list(values.values()), 1)
-    intervals = _intervals(np.concatenate([columns, columns - values[baseline][:, None]], axis=1))
+    intervals = mean_intervals(np.concatenate([columns, columns - values[baseline][:, None]], axis=1))
     return [
         {
             "method": method,
@@ -770,7 +794,7 @@ def _count_votes(votes: Sequence[Vote], items: Items, baseline: str) -> list[dic
                     "method": method,
                     "votes": len(counted),
                     "prompts": len(by_prompt),
-                    "win_rate": _intervals(by_prompt[:, :1])[0],
+                    "win_rate": mean_intervals(by_prompt[:, :1])[0],
                     "sign_test": _signs(by_prompt[:, 1]),
                 }
             )
@@ -779,4 +803,4 @@ def _count_votes(votes: Sequence[Vote], items: Items, baseline: str) -> list[dic
             f"none of the {len(votes)} votes is about an image compared here and the baseline {baseline}; expected the "
             "runs that were voted on"
         )
-    return [row | row.pop("sign_test") for row in _corrected(rows)]
+    return [row | row.pop("sign_test") for row in corrected(rows)]

@@ -27,7 +27,7 @@ def figures_of(report: Mapping[str, Any]) -> list[str]:
     )
     tables = [
         table([[cell(name) or "interval" for name in header], *[[cell(text) for text in row] for row in rows]])
-        for header, *rows in report_tables(report)
+        for (header, *rows), _ in report_tables(report)
     ]
     return [told, *tables, *(f"- {cell(line)}" for line in report.get("verdicts", []))]
 

@@ -88,14 +88,22 @@ def write_pages(
         for name, blocks in pages.items():
             unfinished = stack.enter_context(replacing(folder / f"{name}.html"))
             opened.append(stack.enter_context(unfinished.open("w", encoding="utf-8", newline="\n")))
-            opened[-1].write(_page(name, title, report, blocks, voted_on="vote" in pages))
+            opened[-1].write(page_of(name, title, blocks, report=report, voted_on="vote" in pages))
         # Behind the page's own script, so that it shows before its images are read.
         for number, uris in enumerate(_embedded(files) if images == "embed" else ()):
             for page in opened:
                 page.write(f'<script type="application/json" id="item-{number}">{_json(uris)}</script>\n')
 
 
-def _page(name: str, title: str, report: Mapping[str, Any], blocks: Mapping[str, Any], *, voted_on: bool) -> str:
+def page_of(name: str, title: str, blocks: Mapping[str, Any], **shown: Any) -> str:
+    """A page from the templates NAME.html.jinja, NAME.css and NAME.js, with styles and scripts in it.
+
+    Args:
+        name: of the templates.
+        title: of the page.
+        blocks: values by the ids of the JSON blocks in which the script finds them.
+        shown: what the template shows.
+    """
     theme = _template("theme.js")
     script = _template("common.js") + _template(f"{name}.js")
     environment = jinja2.Environment(
@@ -104,8 +112,7 @@ def _page(name: str, title: str, report: Mapping[str, Any], blocks: Mapping[str,
     environment.filters["number"] = lambda count: f"{count:,}"
     return environment.from_string(_template(f"{name}.html.jinja")).render(
         title=title,
-        report=report,
-        voted_on=voted_on,
+        **shown,
         style=Markup(_template("common.css") + _template(f"{name}.css")),
         theme=Markup(theme),
         script=Markup(script),

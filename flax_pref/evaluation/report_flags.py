@@ -21,6 +21,11 @@ class ReportFlags:
     reference: str | None = None
     """Images that the methods' are compared with by FID, KID, CMMD, precision and recall: a folder scored with the same
     --features, or statistics of Inception's features (.npz with mu and sigma) (default: none)."""
+    controls: tuple[str, ...] = ()
+    """Names of runs of the base model that spend as much as the methods, which these are compared with too; see
+    sample.controls."""
+    trained_on: str | None = None
+    """Reward that the methods were trained on; its gains are drawn against those of the others (default: none)."""
     votes: tuple[str, ...] = ()
     """Files that vote.html has exported, of any number of voters."""
     images: Literal["link", "embed", "none"] = "link"

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt, read_prompts
+from flax_pref.diffusion.guidance import tabulate
+from flax_pref.evaluation.comparison import read_run
 from flax_pref.evaluation.control_flags import ControlFlags
 from flax_pref.evaluation.report_flags import ReportFlags
 from flax_pref.evaluation.run_report import methods_of, report_runs
 from flax_pref.evaluation.run_scoring import score_runs
-from flax_pref.evaluation.runs import ImageFile, ImageRun, open_run, read_image
+from flax_pref.evaluation.runs import SCORE, ImageFile, ImageRun, open_run, read_image
 from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.tables import text_table
 from flax_pref.images.cost import Cost, read_cost, write_cost
@@ -103,7 +106,8 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
             f"{min(shared)[:60]!r}; expected other prompts"
         )
     expected = [(prompt.id, prompt.text) for prompt in prompts]
-    seeds, costs = None, {}
+    seeds: list[int] = []
+    costs: dict[str, Cost | None] = {}
     for name, folder in folders.items():
         run = open_run(folder)
         keys = list(zip(*(run.rows[column].to_pylist() for column in ("prompt_id", "prompt", "seed")), strict=True))
@@ -113,37 +117,41 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
                 f"{folder}: is not of every prompt of {flags.prompts} with the same seeds; expected the file that it "
                 "was drawn from"
             )
-        if seeds not in (None, own):
-            raise UserError(f"{folder}: has seeds {own[:5]}, and {next(iter(folders.values()))} {seeds[:5]}; draw it "
-                            "with the same")  # fmt: skip
+        if seeds not in ([], own):
+            first = next(iter(folders.values()))
+            raise UserError(f"{folder}: has seeds {own[:5]}, and {first} {seeds[:5]}; draw it with the same")
         seeds, costs[name] = own, read_cost(folder)
     first, *methods = folders
-    base_flags = _flags_of(open_run(folders[first]), flags, seeds or [])
+    base_flags = _flags_of(open_run(folders[first]), flags, seeds)
     work = resolve_images(base_flags)
-    cost = costs[first] or Cost(_predictions(base_flags))
+    cost: Cost = costs[first] or Cost(_predictions(base_flags))
     budget = flags.predictions
     if budget is None:
-        if unknown := [folders[name] for name in methods if costs[name] is None]:
+        known = {name: cost for name in methods if (cost := costs[name]) is not None}
+        if unknown := [folders[name] for name in methods if name not in known]:
             raise UserError(
                 f"{unknown[0]}: has no cost.json, so what an image of it costs is not known; pass --predictions with "
                 "the UNet predictions per image, or draw it again"
             )
-        budget = max(costs[name].predictions for name in methods)
-    return Base(folders[first], base_flags, dict(work.settings), cost, prompts, seeds or []), budget
+        budget = max(cost.predictions for cost in known.values())
+    return Base(folders[first], base_flags, dict(work.settings), cost, prompts, seeds), budget
 
 
 def _flags_of(run: ImageRun, flags: ControlFlags, seeds: Sequence[int]) -> ImageFlags:
     """The flags that the base model's run was drawn with, from the settings that its manifest tells."""
     settings = json.loads(run.rows["settings"][0].as_py())
     names = {field.name for field in dataclasses.fields(ImageFlags)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in names}
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in names
+    }
     if given.get("rule", "") != "cfg" or json.loads(run.rows["modules_sha256"][0].as_py() or "{}"):
         raise UserError(
             f"{run.folder}: is no run of {title('sample')} with a base model alone (rule "
             f"{given.get('rule', 'unknown')!r}); expected the base model first, then the methods"
         )
-    working = {"batch_size": flags.batch_size, "mesh": flags.mesh, "hosts": "none", "column": flags.column}
-    base = ImageFlags(**given | working, prompts=flags.prompts, seeds=",".join(map(str, seeds)))
+    given |= {"prompts": flags.prompts, "seeds": ",".join(map(str, seeds))}
+    given |= {"batch_size": flags.batch_size, "mesh": flags.mesh, "hosts": "none", "column": flags.column}
+    base = ImageFlags(**given)
     drawn, now = run.rows["model_sha256"][0].as_py(), resolve_images(base).settings.get("model_sha256", "")
     if drawn != now:
         raise UserError(
@@ -155,8 +163,6 @@ def _flags_of(run: ImageRun, flags: ControlFlags, seeds: Sequence[int]) -> Image
 
 def _predictions(flags: ImageFlags) -> int:
     """Of an image that is drawn with these flags."""
-    from flax_pref.diffusion.guidance import tabulate
-
     drawing = resolve_images(flags).drawing
     return tabulate(drawing.sampled, len(drawing.solver.timesteps), 1).evaluations
 
@@ -238,9 +244,6 @@ def _best_of(flags: ControlFlags, base: Base, by: str, count: int) -> str:
 
 def _scored_rows(folder: str, by: str) -> list[dict[str, Any]]:
     """Rows of a scored run with "score", NaN as the worst."""
-    from flax_pref.evaluation.comparison import read_run
-    from flax_pref.evaluation.runs import SCORE
-
     rows = read_run(folder, folder).table.to_pylist()
     for row in rows:
         score = row[f"{SCORE}{by}"]
@@ -249,8 +252,6 @@ def _scored_rows(folder: str, by: str) -> list[dict[str, Any]]:
 
 
 def _read(folder: str, image: ImageFile) -> np.ndarray:
-    from etils import epath
-
     pixels = read_image(epath.Path(folder), image)
     if isinstance(pixels, str):
         raise UserError(f"{folder}: {image.file} is {pixels}; draw the run again with --verify")

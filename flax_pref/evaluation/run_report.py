@@ -1,10 +1,11 @@
 """Compares methods on the same prompts and seeds, from scored runs, and writes the report."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -13,19 +14,23 @@ from flax_pref.evaluation import comparison
 from flax_pref.evaluation.comparison import (
     Items,
     ScoredRun,
-    Vote,
     common_networks,
     common_rewards,
     pair_runs,
     read_run,
     read_votes,
 )
+from flax_pref.evaluation.fair import compare_with_controls, verdicts
+from flax_pref.evaluation.figures import write_figures
+from flax_pref.evaluation.hacking import standardised_gains
+from flax_pref.evaluation.markdown import markdown_report
 from flax_pref.evaluation.pages import write_pages
 from flax_pref.evaluation.reference import read_reference
 from flax_pref.evaluation.report_flags import ReportFlags
 from flax_pref.evaluation.runs import PROBLEMS, several
 from flax_pref.evaluation.tables import printed_tables, write_tables
 from flax_pref.files import replacing
+from flax_pref.rewards.appearance import MEASURES
 
 
 def compare(
@@ -62,30 +67,54 @@ def compare(
     """
     folders = methods_of(several(runs))
     place = None if reference is None else str(reference)
-    return _compared(folders, baseline_of(baseline, folders), several(rewards), reference=place)[0]
+    flags = ReportFlags(runs=tuple(folders), rewards=several(rewards), reference=place)
+    return _compared(folders, baseline_of(baseline, folders), flags).report
 
 
-def _compared(
-    folders: Mapping[str, str],
-    baseline: str,
-    wanted: Sequence[str],
-    votes: Sequence[Vote] = (),
-    reference: str | None = None,
-) -> tuple[dict[str, Any], list[ScoredRun], Items, list[str]]:
-    """The report, what it is of, and the rewards that are left out."""
+class Compared(NamedTuple):
+    """A report and what it is of.
+
+    Attributes:
+        report: what report.json holds.
+        runs: the methods.
+        items: their images and scores.
+        dropped: rewards that are left out, as a run lacks them.
+    """
+
+    report: dict[str, Any]
+    runs: list[ScoredRun]
+    items: Items
+    dropped: list[str]
+
+
+def _compared(folders: Mapping[str, str], baseline: str, flags: ReportFlags) -> Compared:
+    """Compares scored folders."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
-    rewards, dropped = common_rewards(runs, wanted)
-    against = None if reference is None else read_reference(reference, runs)
-    items = pair_runs(runs, rewards)
-    return comparison.compare(runs, items, baseline, votes, against), runs, items, dropped
+    rewards, dropped = common_rewards(runs, flags.rewards)
+    reference = None if flags.reference is None else read_reference(flags.reference, runs)
+    everything = pair_runs(runs, rewards)
+    # How images look is no quality: it stands apart, and corrects the p of no reward.
+    looks = {name: by for name, by in everything.scores.items() if name in MEASURES}
+    items = dataclasses.replace(everything, scores={n: by for n, by in everything.scores.items() if n not in looks})
+    report = comparison.compare(runs, items, baseline, read_votes(flags.votes), reference)
+    report["looks"] = comparison.summaries(dataclasses.replace(everything, scores=looks), baseline)
+    report["control_runs"] = list(flags.controls)
+    report["controls"] = compare_with_controls(items, baseline, flags.controls)
+    report["verdicts"] = verdicts(report)
+    report["trained_on"] = flags.trained_on
+    if flags.trained_on is not None and flags.trained_on not in items.scores:
+        told = ", ".join(items.scores) or "none"
+        raise UserError(f"--trained-on {flags.trained_on}: is none of the rewards compared; expected one of {told}")
+    report["standardised"] = standardised_gains(items, baseline, report["rewards"] if flags.trained_on else ())
+    return Compared(report, runs, items, dropped)
 
 
 def report_runs(flags: ReportFlags) -> Path:
     """Compares scored runs, prints the tables and writes the report, which replaces an earlier one.
 
     The folder gets report.html (the comparison, with the images side by side), vote.html (a blind vote on the same
-    images), report.json, table.csv, categories.csv and table.tex. Every number has a 95 % bootstrap interval over
-    prompts; several seeds of a prompt are averaged first.
+    images), report.json, report.md (for a model card), table.csv, categories.csv, table.tex and figures as SVG. Every
+    number has a 95 % bootstrap interval over prompts; several seeds of a prompt are averaged first.
 
     Returns:
         the folder.
@@ -96,10 +125,15 @@ def report_runs(flags: ReportFlags) -> Path:
     folders = methods_of(flags.runs)
     baseline = baseline_of(flags.baseline, folders)
     out = _out_of(flags.out, folders)
-    report, runs, items, dropped = _compared(folders, baseline, flags.rewards, read_votes(flags.votes), flags.reference)
+    _check_controls(flags, folders, baseline)
+    report, runs, items, dropped = _compared(folders, baseline, flags)
     print(_summary(report, runs, items, dropped))
+    title = flags.title or " / ".join(folders)
     write_tables(report, out)
-    write_pages(out, report, items, images=flags.images, title=flags.title or " / ".join(folders))
+    write_figures(report, out / "figures")
+    with replacing(out / "report.md") as unfinished:
+        unfinished.write_text(markdown_report(report, title), encoding="utf-8")
+    write_pages(out, report, items, images=flags.images, title=title)
     with replacing(out / "report.json") as unfinished:  # last: who finds it finds everything
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
         unfinished.write_text(f"{text}\n", encoding="utf-8")
@@ -151,6 +185,16 @@ def baseline_of(baseline: str | None, folders: dict[str, str]) -> str:
     if not meant:
         raise UserError(f"--baseline {baseline}: no such method; expected one of {', '.join(folders)}")
     return meant[0]
+
+
+def _check_controls(flags: ReportFlags, folders: Mapping[str, str], baseline: str) -> None:
+    for name in flags.controls:
+        if name not in folders:
+            raise UserError(f"--controls {name}: no such run; expected names of {', '.join(folders)}")
+        if name == baseline:
+            raise UserError(f"--controls {name}: is the baseline, which methods are compared with anyway")
+    if flags.controls and not set(folders) - {baseline, *flags.controls}:
+        raise UserError("--controls: no run is left that is compared with them; expected one or more of methods")
 
 
 def _out_of(out: str, folders: dict[str, str]) -> Path:

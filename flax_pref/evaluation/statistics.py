@@ -241,3 +241,22 @@ def pairwise_distances(embeddings: np.ndarray, clusters: np.ndarray) -> np.ndarr
     # The square of the sum of n unit vectors is n plus twice the sum of the cosines of all pairs.
     cosines = (np.square(sums).sum(axis=1) - sizes) / (sizes * (sizes - 1))
     return np.maximum(1 - cosines, 0)
+
+
+NEAR = 0.95  # cosine from which two images of a prompt are near-duplicates
+
+
+def near_duplicates(embeddings: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Share of the pairs of a cluster whose cosine is at least `NEAR`: how often a prompt shows the same image again.
+
+    Args:
+        embeddings: `[N, D]`, finite and not 0; of any length, only their directions count.
+        clusters: `[N]` sorted numbers of the clusters that rows belong to; each has at least 2.
+
+    Returns:
+        float64 `[C]`, in the order of the C different numbers.
+    """
+    units = np.asarray(embeddings, np.float64)
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    parts = np.split(units, np.flatnonzero(np.diff(clusters)) + 1)
+    return np.array([np.mean((part @ part.T)[np.triu_indices(len(part), 1)] >= NEAR) for part in parts])

@@ -27,33 +27,47 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def printed_tables(report: Mapping[str, Any]) -> str:
-    """What the terminal shows: tables of each reward and benchmark, and of diversity, sets and votes if there are."""
-    tables = [text_table(reward_rows(report, reward)) for reward in report["rewards"]]
+    """The tables of a report for the terminal, and the sentences that belong to them."""
+    tables = [text_table(rows, left=left) for rows, left in report_tables(report)]
+    return "\n\n".join([*tables, *filter(None, ["\n".join(report.get("verdicts", []))])])
+
+
+def report_tables(report: Mapping[str, Any]) -> list[tuple[list[list[str]], int]]:
+    """The tables of a report, their headers first, and how many columns of each are texts.
+
+    One for each reward and benchmark, and those of controls, looks, diversity, sets and votes if there are.
+    """
+    tables = [(reward_rows(report, reward), 1) for reward in report["rewards"]]
+    if report.get("controls"):
+        tables += [(fair_rows(report, reward), 1) for reward in report["rewards"]]
+    tables += [(look_rows(report, look), 1) for look in dict.fromkeys(row["reward"] for row in report.get("looks", []))]
     for benchmark in dict.fromkeys(row["benchmark"] for row in report.get("benchmarks", [])):
-        tables.append(text_table(benchmark_rows(report, benchmark), left=2))
+        tables.append((benchmark_rows(report, benchmark), 2))
     groups = {(row["features"], row["measure"]): None for row in report["diversity"]}
     for features, measure in groups:
         cells = [row for row in report["diversity"] if (row["features"], row["measure"]) == (features, measure)]
         places = decimals(row["value"] for row in cells)
         rows = [["diversity over seeds", f"{features} {measure}", "", "difference", ""]]
         for row in cells:
-            rows.append([row["method"], *_printed(row["value"], places), *_printed(row["difference"], places, "+")])
-        tables.append(text_table(rows))
+            rows.append(
+                [row["method"], *with_interval(row["value"], places), *with_interval(row["difference"], places, "+")]
+            )
+        tables.append((rows, 1))
     if report["sets"]:
         rows = [["all images", "features", "measure", "", "", "images", "reference"]]
         for row in report["sets"]:
             value = row["value"]
-            cells = [f"{value['value']:.4g}", ""] if value["low"] is None else _printed(value, decimals([value]))
+            cells = [f"{value['value']:.4g}", ""] if value["low"] is None else with_interval(value, decimals([value]))
             counts = ["" if row[name] is None else f"{row[name]:,}" for name in ("images", "reference_images")]
             rows.append([row["method"], row["features"], row["measure"], *cells, *counts])
-        tables.append(text_table(rows, left=3))
+        tables.append((rows, 3))
     if report["votes"]:
         rows = [["votes", "votes", "prompts", "win rate", "", "p"]]
         for row in report["votes"]:
             counts = [f"{row[name]:,}" for name in ("votes", "prompts")]
             rows.append([row["method"], *counts, *_percent(row["win_rate"]), f"{row['p_corrected']:.2g}"])
-        tables.append(text_table(rows))
-    return "\n\n".join(tables)
+        tables.append((rows, 1))
+    return tables
 
 
 def reward_rows(report: Mapping[str, Any], reward: str) -> list[list[str]]:
@@ -65,10 +79,37 @@ def reward_rows(report: Mapping[str, Any], reward: str) -> list[list[str]]:
         test = row["sign_test"]
         rows.append(
             [
-                *(row["method"], *_printed(row["mean"], places), *_percent(row["win_rate"])),
-                *(*_printed(row["gain"], gain_places, "+"), f"{test['p_corrected']:.2g}" if test else ""),
+                *(row["method"], *with_interval(row["mean"], places), *_percent(row["win_rate"])),
+                *(*with_interval(row["gain"], gain_places, "+"), f"{test['p_corrected']:.2g}" if test else ""),
             ]
         )
+    return rows
+
+
+def fair_rows(report: Mapping[str, Any], reward: str) -> list[list[str]]:
+    """What a fair comparison says by a reward: the cost of every method beside its gains over the base and controls."""
+    gains = {(row["method"], row["control"]): row["gain"] for row in report["controls"] if row["reward"] == reward}
+    gains |= {(row["method"], ""): row["gain"] for row in report["overall"] if row["reward"] == reward}
+    places, controls = decimals(gains.values()), report["control_runs"]
+    over = [cell for name in controls for cell in (f"over {name}", "")]
+    rows = [[f"{reward}, fair", "predictions", "seconds", f"over {report['baseline']}", "", *over]]
+    for method in report["methods"]:
+        cost, name = method["cost"] or {"predictions": None, "seconds": None}, method["name"]
+        told = ["" if cost["predictions"] is None else f"{cost['predictions']:,}"]
+        told.append("" if cost["seconds"] is None else f"{cost['seconds']:.3g}")
+        cells = (cell for over in ("", *controls) for cell in with_interval(gains.get((name, over)), places, "+"))
+        rows.append([name, *told, *cells])
+    return rows
+
+
+def look_rows(report: Mapping[str, Any], look: str) -> list[list[str]]:
+    """The table of a measure of how images look: means and differences to the baseline."""
+    cells = [row for row in report["looks"] if row["reward"] == look]
+    places, gain_places = (decimals(row[name] for row in cells) for name in ("mean", "gain"))
+    rows = [[look, "mean", "", "difference", ""]]
+    for row in cells:
+        intervals = with_interval(row["mean"], places), with_interval(row["gain"], gain_places, "+")
+        rows.append([row["method"], *intervals[0], *intervals[1]])
     return rows
 
 
@@ -79,13 +120,13 @@ def benchmark_rows(report: Mapping[str, Any], benchmark: str) -> list[list[str]]
     rows, before = [[benchmark, "method", "score", "", "difference", "", "prompts"]], None
     for row in own:
         name = row["measure"] if row["measure"] != before else ""
-        cells = [*_printed(row["score"], places), *_printed(row["difference"], places, "+")]
+        cells = [*with_interval(row["score"], places), *with_interval(row["difference"], places, "+")]
         rows.append([name, row["method"], *cells, f"{row['prompts']:,}"])
         before = row["measure"]
     return rows
 
 
-def _printed(interval: Interval, places: int, sign: str = "") -> list[str]:
+def with_interval(interval: Interval, places: int, sign: str = "") -> list[str]:
     """A value and its interval."""
     if interval is None:
         return ["", ""]
@@ -98,7 +139,7 @@ def _percent(interval: Interval) -> list[str]:
     if interval is None:
         return ["", ""]
     scaled = {name: None if value is None else 100 * value for name, value in interval.items()}
-    return [f"{text}%" if text and not text.startswith("[") else text for text in _printed(scaled, 1)]
+    return [f"{text}%" if text and not text.startswith("[") else text for text in with_interval(scaled, 1)]
 
 
 def decimals(intervals: Iterable[Interval]) -> int:

@@ -1,8 +1,6 @@
 """Cards of repositories: README.md with the front matter that the Hub reads, and what people need to know."""
 
 import dataclasses
-import html
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from flax_pref.checkpoints.hub import DEMO, RECORD
 from flax_pref.checkpoints.lora import FILE_NAMES
 from flax_pref.diffusion.rules import CONTRASTING
-from flax_pref.evaluation.tables import reward_rows
+from flax_pref.evaluation.markdown import cell, figures_of, table
 from flax_pref.images.image_set import MANIFEST, SHEET
 
 PROMPT = "a lighthouse in a storm"  # of the examples
@@ -157,7 +155,7 @@ def model_card(run: SharedRun) -> str:
         parts += ["## Images", f"![Images of the modules]({run.grid})", *([caption] if prompts else [])]
     parts += ["## Use", *_uses(run)]
     if run.report is not None:
-        parts += ["## Metrics", *metrics_of(run.report)]
+        parts += ["## Metrics", *figures_of(run.report)]
     if run.last_metrics:
         rows = [[f"`{name}`", number(value)] for name, value in run.last_metrics.items() if value is not None]
         parts += ["## Training", "Metrics of the last recorded step:", table([["metric", "value"], *rows])]
@@ -253,25 +251,6 @@ def _guided_diffusers(run: SharedRun) -> list[str]:
     return [told, _code("python", lines)]
 
 
-def metrics_of(report: Mapping[str, Any]) -> list[str]:
-    """The figures of a report, a table for each reward.
-
-    Raises:
-        LookupError, TypeError: it is no report of flax-pref.
-    """
-    names = ", ".join(cell(method["name"]) for method in report["methods"])
-    told = (
-        f"{report['pairs']:,} pairs (prompt, seed) of {report['prompts']:,} prompts; methods: {names}; baseline "
-        f"{cell(report['baseline'])}; in brackets 95 % bootstrap intervals over prompts; p of the sign test, corrected "
-        "(Holm)."
-    )
-    tables = []
-    for reward in report["rewards"]:
-        header, *rows = reward_rows(report, reward)
-        tables.append(table([[name or "interval" for name in header], *[[cell(text) for text in row] for row in rows]]))
-    return [told, *tables]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Image sets and reports
 
@@ -352,7 +331,7 @@ def report_card(repository: str, name: str, license_name: str, report: Mapping[s
         f"# {cell(name)}",
         f"Text-to-image methods compared on the same prompts and seeds, by flax_pref on {report['created']}.",
         "## Metrics",
-        *metrics_of(report),
+        *figures_of(report),
         "## Methods",
         table([["method", "images", "rule", "w"], *methods]),
         "## Files",
@@ -385,19 +364,6 @@ def _licence(name: str, more: str) -> str:
 
 def _code(language: str, lines: Sequence[str]) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown, the header first; its cells are Markdown too, see `cell`."""
-    header, *rest = rows
-    lines = [header, ["---"] * len(header), *rest]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(value: Any) -> str:
-    """A value as text that Markdown shows as it is, on one line: in tables, headings and lists."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
 
 
 def number(value: Any) -> str:

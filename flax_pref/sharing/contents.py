@@ -455,7 +455,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no {REPORT} in it; expected the folder that {title('report')} has written")
     report = read_json(file, expected=f"the report of {title('report')}")
     try:
-        cards.metrics_of(report)
+        cards.figures_of(report)
         report["methods"] = [method | {"folder": PurePath(method["folder"]).name} for method in report["methods"]]
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a report of {title('report')} ({error!r}); write it again") from error

@@ -117,6 +117,41 @@ function showResults() {
   ], rows, (row, next) => (next && next.reward !== row.reward ? "group" : null));
 }
 
+function showFair() {
+  const rows = rewards.flatMap((reward) => report.methods.map((method) => ({ reward, method: method.name, cost: method.cost })));
+  const gainOver = (row, control) => (control === null
+    ? report.overall.find((own) => own.reward === row.reward && own.method === row.method)
+    : report.controls.find((own) => own.reward === row.reward && own.method === row.method && own.control === control))?.gain ?? null;
+  const over = [null, ...report.control_runs];
+  const limits = Object.fromEntries(rewards.map((reward) => [reward, scale(
+    rows.filter((row) => row.reward === reward).flatMap((row) => over.map((control) => gainOver(row, control))), { neutral: 0, signed: true })]));
+  const cost = (name, title, show) => ({ title, class: "right", key: (row) => row.cost?.[name] ?? null,
+    cells: (row) => [el("td", { class: "right" }, row.cost?.[name] ? show(row.cost[name]) : "–")] });
+  table("fair-table", [
+    methodColumn,
+    { title: "Reward", key: (row) => row.reward, cells: (row) => [el("td", {}, el("bdi", {}, row.reward))] },
+    cost("predictions", "Predictions", (value) => number(value)),
+    cost("seconds", "Seconds", (value) => number(value, decimalsFor(value, 2))),
+    ...over.map((control) => ({
+      title: `Over ${control ?? report.baseline}`, span: 3, key: (row) => gainOver(row, control)?.value ?? null,
+      cells: (row) => intervalCells(gainOver(row, control), limits[row.reward], row.method),
+    })),
+  ], rows, (row, next) => (next && next.reward !== row.reward ? "group" : null));
+}
+
+function showLooks() {
+  const rows = report.looks;
+  const limits = (name, options) => Object.fromEntries([...new Set(rows.map((row) => row.reward))].map((look) =>
+    [look, scale(rows.filter((row) => row.reward === look).map((row) => row[name]), options)]));
+  const [means, gains] = [limits("mean"), limits("gain", { neutral: 0, signed: true })];
+  table("looks-table", [
+    methodColumn,
+    { title: "Measure", key: (row) => row.reward, cells: (row) => [el("td", {}, row.reward)] },
+    { title: "Mean", span: 3, key: (row) => row.mean?.value ?? null, cells: (row) => intervalCells(row.mean, means[row.reward], row.method) },
+    { title: "Difference", span: 3, key: (row) => row.gain?.value ?? null, cells: (row) => intervalCells(row.gain, gains[row.reward], row.method) },
+  ], rows, (row, next) => (next && next.reward !== row.reward ? "group" : null));
+}
+
 function showCategories() {
   const rows = report.categories;
   const columns = [...new Set(rows.map((row) => row.column))];
@@ -285,6 +320,49 @@ function chart(title, curves, families, { neutral = null, factor = 1 } = {}) {
   };
   new ResizeObserver(draw).observe(figure);
   return figure;
+}
+
+// Two gains of each method against each other, with their intervals.
+function scatter(title, xTitle, points) {
+  const figure = el("figure", { class: "chart" }, el("figcaption", {}, title));
+  const span = (name) => {
+    const values = points.flatMap((point) => [point[name].value, point[name].low ?? 0, point[name].high ?? 0, 0]);
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const margin = (high - low || 1) * 0.08;
+    return [low - margin, high + margin];
+  };
+  const [[left, right], [bottom, top]] = [span("x"), span("y")];
+  const draw = () => {
+    const [width, height] = [Math.max(240, figure.clientWidth), 260];
+    const box = { left: 46, right: width - 18, top: 8, bottom: height - 40 };
+    const x = (value) => box.left + ((value - left) / (right - left)) * (box.right - box.left);
+    const y = (value) => box.bottom - ((value - bottom) / (top - bottom)) * (box.bottom - box.top);
+    const [across, up] = [ticks(left, right, 6), ticks(bottom, top, 6)];
+    const told = (point) => `${point.method}: ${number(point.x.value, 2, true)} ${xTitle}, ${number(point.y.value, 2, true)} ${title}`;
+    figure.replaceChildren(figure.firstChild, svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": points.map(told).join("; ") },
+      ...up.at.flatMap((value) => [
+        svg("line", { class: value === 0 ? "neutral" : "grid", x1: box.left, x2: box.right, y1: y(value), y2: y(value) }),
+        svg("text", { x: box.left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, up.decimals))]),
+      ...across.at.map((value) => svg("text", { x: x(value), y: box.bottom + 18, "text-anchor": "middle" }, number(value, across.decimals))),
+      svg("line", { class: "neutral", x1: x(0), x2: x(0), y1: box.top, y2: box.bottom }),
+      svg("text", { x: (box.left + box.right) / 2, y: height - 4, "text-anchor": "middle" }, xTitle),
+      ...points.flatMap((point) => svg("g", { style: colour(methods.indexOf(point.method)) },
+        point.x.low === null ? null : svg("line", { class: "whisker", x1: x(point.x.low), x2: x(point.x.high), y1: y(point.y.value), y2: y(point.y.value) }),
+        point.y.low === null ? null : svg("line", { class: "whisker", x1: x(point.x.value), x2: x(point.x.value), y1: y(point.y.low), y2: y(point.y.high) }),
+        svg("circle", { class: "point", cx: x(point.x.value), cy: y(point.y.value), r: 3.5 }, svg("title", {}, told(point)))))));
+  };
+  new ResizeObserver(draw).observe(figure);
+  return figure;
+}
+
+function showHacking() {
+  const gainOf = (reward, method) => report.standardised.find((row) => row.reward === reward && row.method === method)?.gain;
+  const trained = report.trained_on;
+  const charts = rewards.filter((reward) => reward !== trained).map((reward) => {
+    const points = others.map((m) => ({ method: methods[m], x: gainOf(trained, methods[m]), y: gainOf(reward, methods[m]) }));
+    return [reward, points.filter((point) => point.x && point.y)];
+  }).filter(([, points]) => points.length > 0).map(([reward, points]) => scatter(reward, trained, points));
+  byId("hacking-charts").append(...charts, el("ul", { class: "legend" }, ...others.map((m) => el("li", {}, named(methods[m])))));
 }
 
 function showCurves() {
@@ -667,6 +745,9 @@ byId("clear").addEventListener("click", () => {
 });
 
 showResults();
+if (report.controls?.length) showFair();
+if (report.standardised?.length) showHacking();
+if (report.looks?.length) showLooks();
 if (report.categories.length) showCategories();
 if (report.benchmarks?.length) showBenchmarks();
 if (report.sweeps.length) showCurves();
