@@ -27,6 +27,7 @@ SEAMS = (
     "flax_pref.rewards.aesthetic",
     "flax_pref.rewards.clip",
     "flax_pref.rewards.decoded",
+    "flax_pref.rewards.features",
     "flax_pref.rewards.image_reward",
     "flax_pref.rewards.jpeg",
     "flax_pref.rewards.judge",

@@ -192,7 +192,5 @@ def test_a_reference_of_other_features_is_told_in_one_line(scored, tmp_path):
         report.main([*runs, *reference])
     (tmp_path / "photos/scores.parquet").unlink()
     score.main([str(tmp_path / "photos"), "--features", f"inception-clean={folder / 'inception.pth'}"])
-    with pytest.raises(
-        UserError, match="has features of inception-clean, and the runs of inception, dinov2, cmmd"
-    ):
+    with pytest.raises(UserError, match="has features of inception-clean, and the runs of inception, dinov2, cmmd"):
         report.main([*runs, *reference])

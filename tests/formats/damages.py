@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,10 @@ def _safetensors(file: Path) -> Content:
 def _torch(file: Path) -> Content:
     import torch
 
+    from flax_pref.checkpoints.torch_files import is_torchscript
+
+    if is_torchscript(file):
+        return _script(file)
     whole = torch.load(file, weights_only=False)
     within = next((key for key in ("state_dict", "string_to_param") if key in whole), None)
     items = whole if within is None else whole[within]
@@ -76,6 +81,18 @@ def _torch(file: Path) -> Content:
         torch.save(items if within is None else whole | {within: items}, file)
 
     return Content(dict(items), save, lambda tensor: torch.stack([tensor, tensor]).flatten(0, min(1, tensor.ndim)))
+
+
+def _script(file: Path) -> Content:
+    """A program of TorchScript, of which only the weights are known."""
+    import torch
+
+    from tests.parity.inception_reference import save_script
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        items = torch.jit.load(file).state_dict()
+    return Content(dict(items), lambda items: save_script(items, file), lambda tensor: torch.cat([tensor, tensor]))
 
 
 def _parquet(file: Path) -> Content:

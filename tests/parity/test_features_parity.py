@@ -7,7 +7,7 @@ import torch
 from clip_reference import small_clip
 from dinov2_reference import authors_weights, class_token, positions
 from inception_reference import features as inception_features
-from inception_reference import random_weights, resized
+from inception_reference import graph_weights, random_weights, resized, save_script
 from lpips_reference import distances, whole
 from lpips_reference import random_weights as random_weights_of_lpips
 from PIL import Image
@@ -16,7 +16,6 @@ from torch_reference import relative_error
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from flax_pref.checkpoints.dinov2_files import resampling
-from flax_pref.checkpoints.inception_files import GRAPH, GRAPH_PARTS
 from flax_pref.rewards.features import load_distance, load_features
 from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
@@ -49,30 +48,6 @@ def inception():
     return random_weights(unit=1)
 
 
-class Layer(torch.nn.Module):
-    """A convolution of clean-fid's program: its parts and nothing else."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def scripted(weights, file):
-    """A TorchScript program with the modules and names of clean-fid's, whose normalisations have no scale."""
-    root, theirs = Layer(), {ours: name for name, ours in GRAPH.items()} | {"fc": "output"}
-    parts = {ours: name for name, ours in GRAPH_PARTS.items()} | {"weight": "weight", "bias": "bias"}
-    for name, value in weights.items():
-        if name.endswith(".bn.weight"):
-            continue
-        layer = next(layer for layer in theirs if name.startswith(f"{layer}."))
-        module = root
-        for step in theirs[layer].split("."):
-            if not hasattr(module, step):
-                module.add_module(step, Layer())
-            module = getattr(module, step)
-        module.register_buffer(parts[name.removeprefix(f"{layer}.")], value)
-    torch.jit.script(root).save(file)
-
-
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_inception_is_the_transcription_behind_tensorflows_resizing(kind, inception, tmp_path):
     file = tmp_path / f"weights.{kind}"
@@ -83,12 +58,11 @@ def test_inception_is_the_transcription_behind_tensorflows_resizing(kind, incept
     assert relative_error(ours, theirs) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_inception_from_clean_fids_program_sees_what_pillow_resizes_in_floating_point(inception, tmp_path):
     without_scale = {
         name: torch.ones_like(value) if name.endswith(".bn.weight") else value for name, value in inception.items()
     }
-    scripted(without_scale, tmp_path / "inception-2015-12-05.pt")
+    save_script(graph_weights(inception), tmp_path / "inception-2015-12-05.pt")
     ours = seen(load_features("inception-clean", str(tmp_path / "inception-2015-12-05.pt")))
     levels = [
         np.stack(
