@@ -4,7 +4,7 @@
     python -m sample.report runs/base runs/dpo --votes anna.json ben.json --out runs/report
 
 The same as `flax-pref report`. Writes report.html (the comparison, with the images side by side), vote.html (a blind
-vote on the same images), report.json, table.csv, categories.csv and table.tex; it replaces an earlier
+vote on the same images), report.json, table.csv, categories.csv, features.csv and table.tex; it replaces an earlier
 report.
 """
 

@@ -11,4 +11,4 @@ def main(arguments: list[str]) -> None:
 
     out = report_runs(flags)
     pages = "" if flags.images == "none" else "vote.html, "
-    print(f"\nwrote {out / 'report.html'}, {pages}report.json, table.csv, categories.csv and table.tex")
+    print(f"\nwrote {out / 'report.html'}, {pages}report.json, table.csv, categories.csv, features.csv and table.tex")

@@ -84,8 +84,8 @@ def report_runs(flags: ReportFlags) -> Path:
     """Compares scored runs, prints the tables and writes the report, which replaces an earlier one.
 
     The folder gets report.html (the comparison, with the images side by side), vote.html (a blind vote on the same
-    images), report.json, table.csv, categories.csv and table.tex. Every number has a 95 % bootstrap interval over
-    prompts; several seeds of a prompt are averaged first.
+    images), report.json, table.csv, categories.csv, features.csv and table.tex. Every mean over prompts has a 95 %
+    bootstrap interval over prompts; several seeds of a prompt are averaged first.
 
     Returns:
         the folder.

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file
+from flax_pref.checkpoints.torch_files import StoredTensor, is_torchscript, read_torch_file
 
 HEAD = Path(__file__).parents[3] / "shared" / "data" / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -193,10 +193,11 @@ def as_file(program, file, zipped):
 def test_a_pickle_that_would_do_more_than_build_tensors_does_nothing(name, zipped, tmp_path):
     canary = tmp_path / "canary"
     file = as_file(dict(hostile(canary))[name], tmp_path / "x.pt", zipped)
-    with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
-        read_torch_file(file)
-    assert "\n" not in str(error.value)
-    assert not canary.exists()
+    for script in (False, True):
+        with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+            read_torch_file(file, script=script)
+        assert "\n" not in str(error.value)
+        assert not canary.exists()
 
 
 def test_hostile_files_would_have_done_it(tmp_path):
@@ -400,6 +401,55 @@ def test_a_torchscript_program_is_refused_with_what_to_use_instead(tmp_path):
             archive.writestr(f"ViT-L-14/{name}", b"\x80\x02}.")
     with pytest.raises(ValueError, match=r"TorchScript.*openai/clip-vit-large-patch14"):
         read_torch_file(file)
+
+
+MODULE = b"c__torch__\nM\n)\x81"  # an object of a program's own class
+SCRIPTS = {
+    "an object of a class of another module": b"\x80\x02cos\n_wrap_close\n)\x81}b.",
+    "an object that is made of arguments": b"\x80\x02c__torch__\nM\nN\x85\x81}b.",
+    "a call of a class": b"\x80\x02c__torch__\nM\n)R.",
+    "an object that restores itself": b"\x80\x02" + MODULE + b"K\x01b.",
+    "a module that holds itself": b"\x80\x02" + MODULE + b"q\x00}X\x01\x00\x00\x00ah\x00sb.",
+    "modules that hold one another many times over": b"\x80\x02"
+    + MODULE
+    + b"q\x00"
+    + b"0".join(MODULE + b"}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00" for _ in range(60))
+    + b".",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_torchscript_program_that_is_more_than_modules_with_tensors_is_refused(name, tmp_path):
+    file = as_file(SCRIPTS[name], tmp_path / "x.pt", True)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+        read_torch_file(file, script=True)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")):
+        read_torch_file(file)
+
+
+def test_the_weights_of_a_torchscript_program_are_those_of_its_state_dict(tmp_path):
+    class Part(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(X.clone())
+            self.register_buffer("mean", torch.arange(3.0))
+            self.count = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.count
+
+    whole = torch.nn.Sequential(OrderedDict(first=Part(), second=torch.nn.Sequential(Part())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(whole).save(tmp_path / "x.pt")
+    torch.save({"x": X}, tmp_path / "no.pt")
+    assert is_torchscript(tmp_path / "x.pt") and not is_torchscript(tmp_path / "no.pt")
+    assert not is_torchscript(tmp_path / "missing.pt")
+    found = read_torch_file(tmp_path / "x.pt", script=True)
+    assert found.keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        np.testing.assert_array_equal(found[name].read(), value.numpy())
 
 
 def test_what_a_trainer_keeps_beside_weights_does_not_keep_them_from_being_read(tmp_path, monkeypatch):
