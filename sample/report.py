@@ -4,8 +4,8 @@
     python -m sample.report runs/base runs/dpo --votes anna.json ben.json --out runs/report
 
 The same as `flax-pref report`. Writes report.html (the comparison, with the images side by side), vote.html (a blind
-vote on the same images), report.md (for a model card), report.json, table.csv, categories.csv, table.tex and figures as
-SVG; it replaces an earlier report.
+vote on the same images), report.md (for a model card), report.json, table.csv, categories.csv, features.csv, table.tex
+and figures as SVG; it replaces an earlier report.
 """
 
 import sys

@@ -29,6 +29,7 @@ SEAMS = (
     "flax_pref.rewards.clip",
     "flax_pref.rewards.decoded",
     "flax_pref.rewards.elsewhere",
+    "flax_pref.rewards.features",
     "flax_pref.rewards.image_reward",
     "flax_pref.rewards.mps",
     "flax_pref.rewards.jpeg",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -113,6 +114,69 @@ def test_statistics_that_others_have_written_are_a_reference_of_fid(scored, tmp_
     assert fid["reference_images"] is None and "against an unknown number" in capsys.readouterr().out
 
 
+def test_runs_without_rewards_are_compared_by_their_features_and_what_is_not_finite_is_left_out(
+    scored, tmp_path, capsys
+):
+    folder, _, _ = scored
+    for name in ("base", "cpgd"):
+        shutil.copytree(folder / name, tmp_path / name)
+        table = pq.read_table(tmp_path / name / "scores.parquet")
+        described = json.loads(table.schema.metadata[b"flax_pref"]) | {"rewards": {}}
+        values = np.array(table["features:inception"].to_pylist(), np.float32)
+        if name == "cpgd":
+            values[4, 7] = np.nan
+        place = table.column_names.index("features:inception")
+        column = pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+        table = table.drop_columns(["score:compressibility"]).set_column(place - 1, "features:inception", column)
+        table = table.replace_schema_metadata({"flax_pref": json.dumps(described)})
+        pq.write_table(table, tmp_path / name / "scores.parquet")
+    report.main([str(tmp_path / "base"), str(tmp_path / "cpgd"), "--out", str(tmp_path / "out")])
+    told, content = capsys.readouterr().out, json.loads((tmp_path / "out/report.json").read_text())
+    assert "features of inception: 1 pairs left out, not there or not finite" in told
+    assert {row["images"] for row in content["sets"] if row["features"] == "inception"} == {8}
+    assert {row["images"] for row in content["sets"] if row["features"] == "dinov2"} == {9}
+    assert content["rewards"] == content["overall"] == [] and content["reference"] is None
+    assert 'id="results-table"' not in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("network", "make", "message"),
+    [
+        ("inception", {"a.weight": torch.ones(2)}, "a.pth: no weight 'Conv2d_1a_3x3.conv.weight' of this network; exp"),
+        (
+            "inception",
+            random_weights(unit=1) | {"fc.weight": torch.ones(1000, 128)},
+            "of 1000 classes, as torchvision's",
+        ),
+        (
+            "dinov2",
+            lpips_weights("alex")[1],
+            r"a.pth: no weight 'patch_embed.proj.weight' with 4 axes; expected weights",
+        ),
+        (
+            "lpips",
+            lpips_weights("alex")[1],
+            r"a.pth: no weight 'features.0.weight' with 4 axes; expected a folder with",
+        ),
+        ("lpips", lpips_weights("alex")[0], r"a.pth: no weight 'lins.0.weight' \(5 weights missing\)"),
+    ],
+)
+def test_a_file_of_another_network_is_told_in_one_line(scored, tmp_path, network, make, message):
+    torch.save(make, tmp_path / "a.pth")
+    shutil.copytree(scored[0] / "base", tmp_path / "base")
+    with pytest.raises((UserError, ValueError, OSError), match=message) as told:
+        score.main([str(tmp_path / "base"), "--features", f"{network}={tmp_path / 'a.pth'}"])
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_for_lpips_that_lacks_a_file_is_told_in_one_line(scored, tmp_path):
+    shutil.copytree(scored[0] / "base", tmp_path / "base")
+    (tmp_path / "lpips").mkdir()
+    shutil.copy(scored[0] / "lpips/alex.pth", tmp_path / "lpips")
+    with pytest.raises(FileNotFoundError, match=r"lpips: no network with its layers among alex.pth; expected a folder"):
+        score.main([str(tmp_path / "base"), "--features", f"lpips={tmp_path / 'lpips'}"])
+
+
 KILLED = """
 import itertools, os, signal, sys
 from flax_pref.evaluation import scoring
@@ -189,6 +253,10 @@ def test_a_reference_of_other_features_is_told_in_one_line(scored, tmp_path):
     torch.save(other, tmp_path / "other.pth")
     score.main([str(tmp_path / "photos"), "--features", f"inception={tmp_path / 'other.pth'}"])
     with pytest.raises(UserError, match=r"its features of inception are of other weights .* than those of .*base"):
+        report.main([*runs, *reference])
+    (tmp_path / "photos/scores.parquet").unlink()
+    score.main([str(tmp_path / "photos"), "--features", f"inception={folder / 'inception.pth'}"])
+    with pytest.raises(UserError, match="photos: has 1 image with features of inception; expected at least 2"):
         report.main([*runs, *reference])
     (tmp_path / "photos/scores.parquet").unlink()
     score.main([str(tmp_path / "photos"), "--features", f"inception-clean={folder / 'inception.pth'}"])

@@ -126,8 +126,8 @@ def load_inception(path: str | Path | None, *, dtype=jnp.float32) -> Network:
         raise ValueError(f"{file}: no weight {FIRST!r} of this network; {EXPECTED}")
     if shapes.get("fc.weight", (CLASSES,))[0] != CLASSES:
         raise ValueError(
-            f"{file}: an Inception of {shapes['fc.weight'][0]} classes, such as torchvision's, whose features are not "
-            f"those of FID's, which has {CLASSES}; {EXPECTED}"
+            f"{file}: weight 'fc.weight' is of {shapes['fc.weight'][0]} classes, as torchvision's Inception, and not "
+            f"of the {CLASSES} of FID's; {EXPECTED}"
         )
     network = INCEPTION.abstract(InceptionConfig(unit=first[0] // 2), dtype)
     fill(network.params, INCEPTION, dict.fromkeys(names, file), file, open_file=_open)

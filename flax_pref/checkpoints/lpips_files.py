@@ -15,7 +15,8 @@ EXPECTED = (
     "vgg16-397923af.pth, or a file with the state dict of lpips.LPIPS"
 )
 SUFFIXES = (".pth", ".pt", ".safetensors")
-IGNORED = r"^(classifier|scaling_layer)\."  # of torchvision's classes, and constants
+# Of torchvision's classes, constants, and the layers under a second name that the state dict has.
+IGNORED = r"^(classifier|scaling_layer|lins)\."
 
 
 def load_lpips(path: str | Path | None, *, dtype=jnp.float32) -> Network:
@@ -86,5 +87,5 @@ def _config(shapes: dict[str, tuple[int, ...]]) -> tuple[LPIPSConfig, tuple[tupl
         raise ValueError(f"a first convolution of {kernel} x {kernel} pixels is of no network that LPIPS has")
     places = TRUNKS[kind].places
     names = [(rf"^(features|net\.slice\d)\.{place}\.", f"convs.{i}.") for i, place in enumerate(places)]
-    names.append((r"^(lin|lins\.)(\d)\.model\.1\.", r"lins.\2."))  # the state dict has them under both names
+    names.append((r"^lin(\d)\.model\.1\.", r"lins.\1."))
     return LPIPSConfig(trunk=kind, channels=tuple(shape(place)[0] for place in places)), tuple(names)

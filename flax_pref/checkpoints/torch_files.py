@@ -430,6 +430,8 @@ def _weights(network: Saved) -> dict[str, StoredTensor]:
             left += reversed([(f"{name}.{part}" if name else part, held) for part, held in parts.items()])
         if seen + len(left) > PARTS or len(name) > LONGEST_NAME:
             raise ValueError(f"more than {PARTS:,} parts, or modules that hold themselves")
+    if not found:
+        raise ValueError("no weights")
     return found
 
 

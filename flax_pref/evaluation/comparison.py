@@ -492,7 +492,7 @@ def compare(
         "diversity": _diversity(items, baseline),
         "reference": None if reference is None else reference.name,
         "sets": (sets := _sets(items, reference)),
-        "notes": set_notes(sets),
+        "notes": set_notes(sets, reference),
         "sweeps": _sweeps(runs, overall),
         "votes": _count_votes(votes, items, baseline),
         # Filled by what compares methods beyond this, see `run_report`.

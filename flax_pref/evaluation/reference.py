@@ -57,6 +57,10 @@ def read_reference(text: str, runs: Sequence[ScoredRun]) -> Reference:
             raise UserError(
                 f"--reference {text}: none of its {len(values)} images has finite features of {name}; {again}"
             )
+        if sound.sum() < 2:
+            raise UserError(
+                f"--reference {text}: has 1 image with features of {name}; expected at least 2, and hundreds for FID"
+            )
         if (length := features_of(runs[0], name, [0]).shape[1]) != values.shape[1]:
             raise UserError(
                 f"--reference {text}: its features of {name} have {values.shape[1]} numbers, those of {runs[0].folder} "

@@ -113,8 +113,9 @@ def report_runs(flags: ReportFlags) -> Path:
     """Compares scored runs, prints the tables and writes the report, which replaces an earlier one.
 
     The folder gets report.html (the comparison, with the images side by side), vote.html (a blind vote on the same
-    images), report.json, report.md (for a model card), table.csv, categories.csv, table.tex and figures as SVG. Every
-    number has a 95 % bootstrap interval over prompts; several seeds of a prompt are averaged first.
+    images), report.json, report.md (for a model card), table.csv, categories.csv, features.csv, table.tex, and figures
+    as SVG. Every mean over prompts has a 95 % bootstrap interval over prompts; several seeds of a prompt are averaged
+    first.
 
     Returns:
         the folder.

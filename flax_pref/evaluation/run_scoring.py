@@ -412,7 +412,7 @@ def _summary(scores: Scores, wanted: Sequence[ScoreColumn]) -> list[str]:
         known = scores.scores(one.column) if scores.of(one.column) == one.of else np.zeros(0, np.float32)
         finite = np.isfinite(known).all(axis=tuple(range(1, known.ndim)))
         units = "pairs" if one.column.startswith(DISTANCE) else "images"
-        parts = [f"{len(known)} {units}"]
+        parts = [f"{len(known)} {units}"] if scores.units(one.column) else ["no prompt has two images"]
         if len(known) and not one.column.startswith(FEATURES):
             mean = known[finite].mean(dtype=np.float64) if finite.any() else None
             parts = [] if mean is None else [f"mean {mean:.6g} of {finite.sum()} {units}"]

@@ -114,21 +114,35 @@ def _share(chosen: np.ndarray, units: np.ndarray) -> dict[str, float | None]:
     return {"value": float(chosen.mean()), "low": low, "high": high}
 
 
-def set_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What must be known to read the rows of `set_rows`, a sentence or two for each."""
+LEAST = {"CMMD": 1, "FID": 2, "FD": 2, "KID": 2, "precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}
+
+
+def set_notes(rows: Sequence[Mapping[str, Any]], reference: Reference | None = None) -> list[str]:
+    """What must be known to read the rows of `set_rows`, and what is not among them: a sentence or two for each."""
     notes = []
+    for network in dict.fromkeys(row["features"] for row in rows):
+        if reference is None or network not in {*reference.features, *reference.moments}:
+            continue
+        found = {row["measure"]: row for row in rows if row["features"] == network}
+        absent = [name for name, of in MEASURES.items() if network in of and name not in found]
+        told = f"{', '.join(absent)} of {network} left out"
+        if absent and network in reference.features:
+            counts = f"{found[VENDI]['images']:,} images and {len(reference.features[network]):,} of the reference"
+            notes.append(f"{told}: {counts}; expected {', '.join(f'{LEAST[name]} for {name}' for name in absent)}.")
+        elif absent:
+            notes.append(f"{told}: the reference is a file of statistics.")
     for measure, networks in (("FID", INCEPTIONS), ("FD", MEASURES["FD"])):
         found = [row for row in rows if row["measure"] == measure and row["features"] in networks]
         if not found:
             continue
-        images, length, reference = (found[0][key] for key in ("images", "length", "reference_images"))
-        against = "an unknown number" if reference is None else f"{reference:,}"
+        images, length, others = (found[0][key] for key in ("images", "length", "reference_images"))
+        against = "an unknown number" if others is None else f"{others:,}"
         notes.append(
             f"{measure} is biased upwards where images are few, by an amount that depends on what is measured: compare "
             f"it only between sets of as many images, here {images:,} against {against} of the reference"
             + (". Published FIDs are of 10,000 to 50,000." if measure == "FID" else ".")
         )
-        few = [count for count in (images, reference) if count is not None and count <= length]
+        few = [count for count in (images, others) if count is not None and count <= length]
         if few:
             notes.append(
                 f"{min(few):,} images are too few for the covariance of {length:,} features, whose rank is "

@@ -87,7 +87,7 @@ class LayerScale(nnx.Module):
         return x * self.gamma[...].astype(self.dtype)
 
 
-class Attention(nnx.Module):
+class DINOv2Attention(nnx.Module):
     """Multi-head self-attention."""
 
     def __init__(self, config: DINOv2Config, **kinds):
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         return self.proj(attention(q, k, v).reshape(x.shape))
 
 
-class MLP(nnx.Module):
+class DINOv2MLP(nnx.Module):
     """Two linear layers with the exact GELU between them."""
 
     def __init__(self, config: DINOv2Config, **kinds):
@@ -128,16 +128,16 @@ class SwiGLU(nnx.Module):
         return self.w3(jax.nn.silu(gate) * value)
 
 
-class Block(nnx.Module):
+class DINOv2Block(nnx.Module):
     """Attention and MLP, each behind a normalisation, scaled, and around a skip connection."""
 
     def __init__(self, config: DINOv2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.norm1 = LayerNorm(config.hidden_size, epsilon=EPSILON, **kinds)
-        self.attn = Attention(config, **kinds, rngs=rngs)
+        self.attn = DINOv2Attention(config, **kinds, rngs=rngs)
         self.ls1 = LayerScale(config.hidden_size, **kinds)
         self.norm2 = LayerNorm(config.hidden_size, epsilon=EPSILON, **kinds)
-        self.mlp = (SwiGLU if config.use_swiglu_ffn else MLP)(config, **kinds, rngs=rngs)
+        self.mlp = (SwiGLU if config.use_swiglu_ffn else DINOv2MLP)(config, **kinds, rngs=rngs)
         self.ls2 = LayerScale(config.hidden_size, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ class Block(nnx.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class PatchEmbed(nnx.Module):
+class DINOv2PatchEmbed(nnx.Module):
     """A linear map of square patches that do not overlap."""
 
     def __init__(self, config: DINOv2Config, **kinds):
@@ -168,8 +168,8 @@ class DINOv2(nnx.Module):
         self.pos_embed = nnx.Param(jnp.zeros((1, patches + 1, config.hidden_size), param_dtype))
         if config.registers:
             self.register_tokens = nnx.Param(jnp.zeros((1, config.registers, config.hidden_size), param_dtype))
-        self.patch_embed = PatchEmbed(config, **kinds, rngs=rngs)
-        self.blocks = nnx.List([Block(config, **kinds, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.patch_embed = DINOv2PatchEmbed(config, **kinds, rngs=rngs)
+        self.blocks = nnx.List([DINOv2Block(config, **kinds, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = LayerNorm(config.hidden_size, epsilon=EPSILON, **kinds)
         self.registers = config.registers
 

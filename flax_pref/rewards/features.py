@@ -136,8 +136,8 @@ VIEWS: dict[str, Callable[[Pixels, int], Squares]] = {
 }
 
 
-class Files(NamedTuple):
-    """Files of a network; see `load_features`."""
+class FeatureFiles(NamedTuple):
+    """FeatureFiles of a network; see `load_features`."""
 
     path: str | None
     clip: str | None
@@ -145,27 +145,27 @@ class Files(NamedTuple):
     dtype: Any
 
 
-def _inception(name: str, files: Files) -> Features:
+def _inception(name: str, files: FeatureFiles) -> Features:
     network = load_inception(files.path, dtype=files.dtype)
     return NetworkFeatures(network.params, name, network.graphdef, SIZE)
 
 
-def _dinov2(name: str, files: Files) -> Features:
+def _dinov2(name: str, files: FeatureFiles) -> Features:
     network = load_dinov2(files.path, size=DINOV2_SIZE, dtype=files.dtype)
     return NetworkFeatures(network.params, name, network.graphdef, DINOV2_SIZE)
 
 
-def _cmmd(name: str, files: Files) -> Features:
+def _cmmd(name: str, files: FeatureFiles) -> Features:
     place = find_clip(CMMD if files.path is None else files.path)
     network = load_clip_vision(place, hidden_act="quick_gelu", dtype=files.dtype)
     return NetworkFeatures(network.params, name, network.graphdef, network.config.vision_config.image_size)
 
 
-def _clip(name: str, files: Files) -> Features:
+def _clip(name: str, files: FeatureFiles) -> Features:
     return load_clip_reward(name, files.path, tokenizer=files.tokenizer, dtype=files.dtype)
 
 
-FEATURES: dict[str, Callable[[str, Files], Features]] = {
+FEATURES: dict[str, Callable[[str, FeatureFiles], Features]] = {
     "clip": _clip,
     "pickscore": _clip,
     "hpsv2": _clip,
@@ -178,12 +178,12 @@ FEATURES: dict[str, Callable[[str, Files], Features]] = {
 }
 
 
-def _lpips(name: str, files: Files) -> Distance:
+def _lpips(name: str, files: FeatureFiles) -> Distance:
     network = load_lpips(files.path, dtype=files.dtype)
     return LPIPSDistance(network.params, network.graphdef)
 
 
-DISTANCES: dict[str, Callable[[str, Files], Distance]] = {"lpips": _lpips}
+DISTANCES: dict[str, Callable[[str, FeatureFiles], Distance]] = {"lpips": _lpips}
 
 
 # Networks that are not loaded as published, and what is expected for each.
@@ -223,7 +223,7 @@ def load_features(
         raise ValueError(f"features: no network {name!r}; expected one of {', '.join(FEATURES)}")
     if path is None and name in PATH_NEEDED:
         raise FileNotFoundError(f"features: {name} needs the path of its weights; {PATH_NEEDED[name]}")
-    return FEATURES[name](name, Files(path, clip, tokenizer, dtype))
+    return FEATURES[name](name, FeatureFiles(path, clip, tokenizer, dtype))
 
 
 def load_distance(name: str, path: str | None = None, *, dtype: Any = jnp.float32) -> Distance:
@@ -232,4 +232,4 @@ def load_distance(name: str, path: str | None = None, *, dtype: Any = jnp.float3
         raise ValueError(f"features: no distance {name!r}; expected one of {', '.join(DISTANCES)}")
     if path is None and name in PATH_NEEDED:
         raise FileNotFoundError(f"features: {name} needs the path of its weights; {PATH_NEEDED[name]}")
-    return DISTANCES[name](name, Files(path, None, None, dtype))
+    return DISTANCES[name](name, FeatureFiles(path, None, None, dtype))

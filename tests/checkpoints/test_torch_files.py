@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_pref.checkpoints.torch_files import StoredTensor, read_torch_file, read_torch_module
+from flax_pref.checkpoints.torch_files import StoredTensor, is_torchscript, read_torch_file, read_torch_module
 from flax_pref.checkpoints.weights import TorchTensors
 
 HEAD = Path(__file__).parents[3] / "shared" / "data" / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
@@ -409,6 +409,55 @@ def test_a_torchscript_program_is_refused_with_what_to_use_instead(tmp_path):
         read_torch_file(file)
 
 
+MODULE = b"c__torch__\nM\n)\x81"  # an object of a program's own class
+SCRIPTS = {
+    "an object of a class of another module": b"\x80\x02cos\n_wrap_close\n)\x81}b.",
+    "an object that is made of arguments": b"\x80\x02c__torch__\nM\nN\x85\x81}b.",
+    "a call of a class": b"\x80\x02c__torch__\nM\n)R.",
+    "an object that restores itself": b"\x80\x02" + MODULE + b"K\x01b.",
+    "a module that holds itself": b"\x80\x02" + MODULE + b"q\x00}X\x01\x00\x00\x00ah\x00sb.",
+    "modules that hold one another many times over": b"\x80\x02"
+    + MODULE
+    + b"q\x00"
+    + b"0".join(MODULE + b"}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00" for _ in range(60))
+    + b".",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_torchscript_program_that_is_more_than_modules_with_tensors_is_refused(name, tmp_path):
+    file = as_file(SCRIPTS[name], tmp_path / "x.pt", True)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")) as error:
+        TorchTensors(file, read_torch_module(file))
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: ")):
+        read_torch_file(file)
+
+
+def test_the_weights_of_a_torchscript_program_are_those_of_its_state_dict(tmp_path):
+    class Part(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(X.clone())
+            self.register_buffer("mean", torch.arange(3.0))
+            self.count = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.count
+
+    whole = torch.nn.Sequential(OrderedDict(first=Part(), second=torch.nn.Sequential(Part())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(whole).save(tmp_path / "x.pt")
+    torch.save({"x": X}, tmp_path / "no.pt")
+    assert is_torchscript(tmp_path / "x.pt") and not is_torchscript(tmp_path / "no.pt")
+    assert not is_torchscript(tmp_path / "missing.pt")
+    found = read_torch_module(tmp_path / "x.pt")
+    assert found.keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        np.testing.assert_array_equal(found[name].read(), value.numpy())
+
+
 def test_what_a_trainer_keeps_beside_weights_does_not_keep_them_from_being_read(tmp_path, monkeypatch):
     """As in the checkpoints that Stable Diffusion was released with: callbacks by their class, scores of NumPy."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
@@ -467,13 +516,6 @@ def test_weights_by_name_are_read_as_a_network_too(tmp_path):
     np.testing.assert_array_equal(np.asarray(read["w"]), X.numpy())
 
 
-def nested(depth):
-    module = torch.nn.Linear(1, 1)
-    for _ in range(depth):
-        module = torch.nn.Sequential(module)
-    return module
-
-
 def in_itself():
     module = torch.nn.Sequential()
     module._modules["0"] = module
@@ -484,8 +526,8 @@ def in_itself():
     ("saved", "message"),
     [
         (types.SimpleNamespace(a=1), "holds a 'types.SimpleNamespace' and no network"),
-        (nested(80), "networks in networks, 64 deep"),
-        (in_itself(), "networks in networks, 64 deep"),
+        (torch.nn.Sequential(torch.nn.GELU()), "and no network \\(no weights\\)"),
+        (in_itself(), "modules that hold themselves"),
     ],
 )
 def test_an_object_that_is_no_network_is_refused_in_one_line(saved, message, tmp_path):

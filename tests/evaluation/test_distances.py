@@ -143,14 +143,20 @@ def test_rows_have_the_measures_of_their_features_and_say_how_many_images_they_a
     precision = found["dinov2", "precision"]["value"]
     assert precision["value"] == precision_recall(mine, others)[0].mean()
     assert precision["low"] <= precision["value"] <= precision["high"]
-    notes = " ".join(set_notes(rows))
+    notes = " ".join(set_notes(rows, reference))
     assert "FID is biased upwards where images are few" in notes and "here 12 against 30 of the reference" in notes
     assert "12 images are too few for the covariance of 20 features, whose rank is 11 at most" in notes
     # Of statistics there is FID and nothing else, and it is not known of how many images.
     only = Reference("stats.npz", {}, {"inception": moments(others)._replace(images=None)})
     rows = set_rows(features, dict.fromkeys(features, np.arange(12) // 2), only)
     assert [row["measure"] for row in rows if row["features"] == "inception"] == ["Vendi score", "FID"]
-    assert "against an unknown number of the reference" in set_notes(rows)[0]
-    # Of too few images a measure is left out, and none fails.
+    absent, bias, *_ = set_notes(rows, only)
+    assert absent == "KID, precision, recall of inception left out: the reference is a file of statistics."
+    assert "against an unknown number of the reference" in bias
+    # Of too few images a measure is left out, none fails, and it is told.
     one = set_rows({"inception": {"base": mine[:1]}}, {"inception": np.zeros(1, int)}, reference)
     assert [row["measure"] for row in one] == ["Vendi score"]
+    assert set_notes(one, reference) == [
+        "FID, KID, precision, recall of inception left out: 1 images and 30 of the reference; expected 2 for FID, "
+        "2 for KID, 4 for precision, 4 for recall."
+    ]

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,10 @@ def _safetensors(file: Path) -> Content:
 def _torch(file: Path) -> Content:
     import torch
 
+    from flax_pref.checkpoints.torch_files import is_torchscript
+
+    if is_torchscript(file):
+        return _script(file)
     whole = torch.load(file, weights_only=False)
     if isinstance(whole, torch.nn.Module):
         return _torch_module(file, whole)
@@ -100,6 +105,18 @@ def _torch_module(file: Path, whole: Any) -> Content:
         torch.save(changed, file)
 
     return Content(state, save, lambda tensor: torch.stack([tensor, tensor]).flatten(0, min(1, tensor.ndim)))
+
+
+def _script(file: Path) -> Content:
+    """A program of TorchScript, of which only the weights are known."""
+    import torch
+
+    from tests.parity.inception_reference import save_script
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        items = torch.jit.load(file).state_dict()
+    return Content(dict(items), lambda items: save_script(items, file), lambda tensor: torch.cat([tensor, tensor]))
 
 
 def _parquet(file: Path) -> Content:

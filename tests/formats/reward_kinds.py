@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_pref.checkpoints import lpips_files
 from flax_pref.checkpoints.blip_files import IGNORED, NAMES
 from flax_pref.checkpoints.clip_files import OPENCLIP_NAMES
+from flax_pref.checkpoints.inception_files import GRAPH
 from flax_pref.checkpoints.mps_files import NAMES as MPS_NAMES
 from flax_pref.checkpoints.tokenizer import clip_tokenizer
+from flax_pref.checkpoints.weights import COMPONENTS
+from flax_pref.rewards.features import load_distance, load_features
 from flax_pref.rewards.mps import CONDITION
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 from flax_pref.rewards.reward import Reward, load_reward
@@ -215,6 +219,128 @@ def mps(name: str) -> Callable[[Path], Made]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Features and distances: Inception, DINOv2, LPIPS
+
+
+def large(size: int) -> np.ndarray:
+    """Images of 8 bits, in [0, 1], of a size that is not changed."""
+    return np.random.default_rng(2).integers(0, 256, (2, size, size, 3)).astype(np.float32) / 255
+
+
+def features(size: int) -> Callable[[Any], Numbers]:
+    """Of images of this size."""
+
+    def seen(network: Any) -> Numbers:
+        see = jax.jit(lambda network, images: network.image_features(network.view(images)))
+        return {"features": np.asarray(see(network, large(size)))}
+
+    return seen
+
+
+def as_torch(images: np.ndarray) -> Any:
+    """The same as networks in torch take them, in float64."""
+    import torch
+
+    return torch.from_numpy(np.float64(images).transpose(0, 3, 1, 2).copy())
+
+
+def inception(name: str, *, script: bool = False) -> Callable[[Path], Made]:
+    """The file of pytorch-fid and torch-fidelity, or clean-fid's program, of a narrow network."""
+
+    def make(folder: Path) -> Made:
+        import torch
+
+        from tests.parity.inception_reference import features, graph_weights, random_weights, save_script
+
+        weights = random_weights(unit=1)
+        if script:
+            save_script(graph_weights(weights), folder / name)
+            weights = {key: torch.ones_like(w) if key.endswith(".bn.weight") else w for key, w in weights.items()}
+        else:
+            torch.save(weights, folder / name)
+
+        def expected() -> Numbers:
+            with torch.no_grad():
+                return {"features": features(weights, (255 * as_torch(large(299)) - 128) / 128).numpy()}
+
+        return Made(folder / name, expected)
+
+    return make
+
+
+def dinov2_file(folder: Path) -> Made:
+    """The state dict of the authors."""
+    import torch
+
+    from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+    from tests.parity.dinov2_reference import authors_weights, class_token
+
+    weights = authors_weights(layers=1)
+    torch.save(weights, folder / "dinov2_vits14_pretrain.pth")
+
+    def expected() -> Numbers:
+        view = as_torch((large(256)[:, 16:240, 16:240] - np.float64(IMAGENET_MEAN)) / np.float64(IMAGENET_STD))
+        with torch.no_grad():
+            return {"features": class_token(weights, view).numpy()}
+
+    return Made(folder / "dinov2_vits14_pretrain.pth", expected)
+
+
+def dinov2_folder(folder: Path) -> Made:
+    """A folder of transformers."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 42}
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+
+    def expected() -> Numbers:
+        view = as_torch((large(256)[:, 16:240, 16:240] - np.float64(IMAGENET_MEAN)) / np.float64(IMAGENET_STD))
+        with torch.no_grad():
+            return {"features": model.double()(view).pooler_output.numpy()}
+
+    return Made(folder, expected)
+
+
+def lpips_file(*, apart: bool) -> Callable[[Path], Made]:
+    """AlexNet of torchvision beside the authors' layers, or the state dict of their class."""
+
+    def make(folder: Path) -> Made:
+        import torch
+
+        from tests.parity.lpips_reference import distances, random_weights, whole
+
+        network, layers = random_weights("alex")
+        if apart:
+            torch.save(network, folder / "alexnet-owt-7be5be79.pth")
+            torch.save(layers, folder / "alex.pth")
+        else:
+            torch.save(whole(network, layers), folder / "lpips.pth")
+
+        def expected() -> Numbers:
+            images = as_torch(large(48))
+            with torch.no_grad():
+                return {"distances": distances(network, layers, images, images.flip(0)).numpy()}
+
+        return Made(folder if apart else folder / "lpips.pth", expected)
+
+    return make
+
+
+def distances(network: Any) -> Numbers:
+    """Of pairs of images."""
+    pairs = np.stack([large(48), large(48)[::-1]], axis=1)
+    return {
+        "distances": np.asarray(jax.jit(lambda network, pairs: network.distance(network.view(pairs)))(network, pairs))
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The rows
 
 
@@ -227,8 +353,9 @@ def loads(name: str, **options: str) -> Callable[[Path], Reward]:
 
 def reward(name: str, make: Callable[[Path], Made], load: Callable[[Path], Reward], **more: Any) -> Kind:
     """A row."""
-    settings = {"read": "`Weighted(NAME, path=FOLDER)`", "reference": "transformers in float64", "sort": part_of} | more
-    return Kind(name=name, make=make, load=load, numbers=scores, needs=("torch", "transformers"), **settings)
+    settings = {"read": "`Weighted(NAME, path=FOLDER)`", "reference": "transformers in float64", "sort": part_of}
+    settings |= {"numbers": scores} | more
+    return Kind(name=name, make=make, load=load, needs=("torch", "transformers"), **settings)
 
 
 def part_of(key: str) -> str | None:
@@ -248,6 +375,12 @@ OF_OPENCLIP = {
         "shape positional_embedding": "more positions are a network for longer texts",
         "shape token_embedding": "more rows are a network for more tokens",
     },
+}
+OF_AUTHORS = {"read": "`--features NAME=PATH`", "reference": "the authors' layers in float64"}
+OF_LPIPS = OF_AUTHORS | {
+    "numbers": distances,
+    "sort": lambda key: None if re.match(lpips_files.IGNORED, key) else re.split(r"[._]", key)[0],
+    "names": renamed([(r"^(features|net\.slice5)\.10\.", "convs.4."), (r"^lin(\d)\.model\.1\.", r"lins.\1.")]),
 }
 OF_BLIP = {"names": renamed(NAMES), "reference": "the authors' layers in float64"}
 OF_MPS = {"names": renamed(MPS_NAMES), "reference": "CLIP of transformers and the authors' layers in float64"}
@@ -280,4 +413,51 @@ REWARDS = (
     ),
     reward("MPS, saved whole (`.pth`)", mps("MPS_overall_checkpoint.pth"), loads("mps"), **FILE | OF_MPS),
     reward("MPS, safetensors", mps("model.safetensors"), loads("mps"), **FILE | OF_MPS),
+    reward(
+        "Inception of FID (`.pth` of pytorch-fid and torch-fidelity)",
+        inception("weights-inception-2015-12-05-6726825d.pth"),
+        lambda path: load_features("inception", str(path)),
+        **OF_AUTHORS | {"numbers": features(299)},
+        harmless={
+            "missing fc": "the layer of classes is not read",
+            "shape fc.bias": "the layer of classes is not read",
+        },
+    ),
+    reward(
+        "Inception of FID (TorchScript of clean-fid)",
+        inception("inception-2015-12-05.pt", script=True),
+        lambda path: load_features("inception-clean", str(path)),
+        **OF_AUTHORS | {"numbers": features(299)},
+        names=lambda key: GRAPH.get(layer_of(key), key),
+        harmless={"missing output": "the layer of classes is not read", "shape output.bias": "it is not read"},
+    ),
+    reward(
+        "DINOv2 of its authors (`.pth`)",
+        dinov2_file,
+        lambda path: load_features("dinov2", str(path)),
+        **OF_AUTHORS | {"numbers": features(256)},
+        harmless={"mask_token": "it is of training only"},
+    ),
+    reward(
+        "DINOv2, folder of transformers",
+        dinov2_folder,
+        lambda path: load_features("dinov2", str(path)),
+        read="`--features NAME=PATH`",
+        numbers=features(256),
+        damaged="model.safetensors",
+        names=renamed(COMPONENTS["dinov2"].old_names),
+    ),
+    reward(
+        "LPIPS, AlexNet of torchvision beside its layers (`.pth`)",
+        lpips_file(apart=True),
+        lambda path: load_distance("lpips", str(path)),
+        **OF_LPIPS,
+        damaged="alexnet-owt-7be5be79.pth",
+    ),
+    reward(
+        "LPIPS, state dict of its authors' class (`.pth`)",
+        lpips_file(apart=False),
+        lambda path: load_distance("lpips", str(path)),
+        **OF_LPIPS,
+    ),
 )

@@ -4,9 +4,12 @@ A block is its branches, each a chain of convolutions; "avg" and "max" are pooli
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
+
+from flax_pref.checkpoints.inception_files import GRAPH, GRAPH_PARTS
 
 # (name, channels, kernel, stride) of each convolution; padded where the stride is 1.
 _A = {
@@ -171,3 +174,41 @@ def random_weights(unit=16):
     drawn["fc.weight"] = torch.randn(1008, channels, generator=generator)
     drawn["fc.bias"] = torch.randn(1008, generator=generator)
     return drawn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TorchScript
+
+
+class Layer(torch.nn.Module):
+    """A module of a program: its parts and nothing else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def graph_weights(weights):
+    """Weights under the names of clean-fid's program, whose normalisations have no scale."""
+    layers = {ours: theirs for theirs, ours in GRAPH.items()}
+    parts = {ours: theirs for theirs, ours in GRAPH_PARTS.items()}
+    found = {f"output.{part}": weights[f"fc.{part}"] for part in ("weight", "bias")}
+    for name, value in weights.items():
+        layer = ".".join(name.split(".")[:-2])
+        if layer in layers and not name.endswith(".bn.weight"):
+            found[f"{layers[layer]}.{parts[name.removeprefix(f'{layer}.')]}"] = value
+    return found
+
+
+def save_script(weights, file):
+    """A program whose modules have these names."""
+    root = Layer()
+    for name, value in weights.items():
+        module, (*path, part) = root, name.split(".")
+        for step in path:
+            if not hasattr(module, step):
+                module.add_module(step, Layer())
+            module = getattr(module, step)
+        module.register_buffer(part, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(root).save(file)

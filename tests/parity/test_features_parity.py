@@ -7,7 +7,7 @@ import torch
 from clip_reference import small_clip
 from dinov2_reference import authors_weights, class_token, positions
 from inception_reference import features as inception_features
-from inception_reference import random_weights, resized
+from inception_reference import graph_weights, random_weights, resized, save_script
 from lpips_reference import distances, whole
 from lpips_reference import random_weights as random_weights_of_lpips
 from PIL import Image
@@ -16,7 +16,6 @@ from torch_reference import relative_error
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from flax_pref.checkpoints.dinov2_files import resampling
-from flax_pref.checkpoints.inception_files import GRAPH, GRAPH_PARTS
 from flax_pref.rewards.features import load_distance, load_features
 from flax_pref.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
@@ -49,30 +48,6 @@ def inception():
     return random_weights(unit=1)
 
 
-class Layer(torch.nn.Module):
-    """A convolution of clean-fid's program: its parts and nothing else."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def scripted(weights, file):
-    """A TorchScript program with the modules and names of clean-fid's, whose normalisations have no scale."""
-    root, theirs = Layer(), {ours: name for name, ours in GRAPH.items()} | {"fc": "output"}
-    parts = {ours: name for name, ours in GRAPH_PARTS.items()} | {"weight": "weight", "bias": "bias"}
-    for name, value in weights.items():
-        if name.endswith(".bn.weight"):
-            continue
-        layer = next(layer for layer in theirs if name.startswith(f"{layer}."))
-        module = root
-        for step in theirs[layer].split("."):
-            if not hasattr(module, step):
-                module.add_module(step, Layer())
-            module = getattr(module, step)
-        module.register_buffer(parts[name.removeprefix(f"{layer}.")], value)
-    torch.jit.script(root).save(file)
-
-
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_inception_is_the_transcription_behind_tensorflows_resizing(kind, inception, tmp_path):
     file = tmp_path / f"weights.{kind}"
@@ -80,15 +55,14 @@ def test_inception_is_the_transcription_behind_tensorflows_resizing(kind, incept
     ours = seen(load_features("inception", str(file)))
     theirs = inception_features(inception, (resized(as_torch(IMAGES)) - 128) / 128)
     assert ours.dtype == np.float32 and ours.shape == (2, 128) and theirs.std() > 0.1
-    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, theirs) < 1e-5 and relative_error(ours[0] - ours[1], theirs[0] - theirs[1]) < 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_inception_from_clean_fids_program_sees_what_pillow_resizes_in_floating_point(inception, tmp_path):
     without_scale = {
         name: torch.ones_like(value) if name.endswith(".bn.weight") else value for name, value in inception.items()
     }
-    scripted(without_scale, tmp_path / "inception-2015-12-05.pt")
+    save_script(graph_weights(inception), tmp_path / "inception-2015-12-05.pt")
     ours = seen(load_features("inception-clean", str(tmp_path / "inception-2015-12-05.pt")))
     levels = [
         np.stack(
@@ -97,7 +71,7 @@ def test_inception_from_clean_fids_program_sees_what_pillow_resizes_in_floating_
         for image in IMAGES
     ]
     theirs = inception_features(without_scale, (torch.from_numpy(np.stack(levels)).double().clip(0, 255) - 128) / 128)
-    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, theirs) < 1e-5 and relative_error(ours[0] - ours[1], theirs[0] - theirs[1]) < 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,8 +97,8 @@ def test_dinov2_of_its_authors_is_the_transcription(more, tmp_path):
     view = dinov2_view(IMAGES)
     theirs = class_token(weights, view)
     assert theirs.std() > 0.1 and abs(theirs[0] - theirs[1]).max() > 1e-3
-    network = load_features("dinov2", str(tmp_path / "dinov2_vits14_pretrain.pth"))
-    assert relative_error(of_view(network, view), theirs) < 1e-5
+    ours = of_view(load_features("dinov2", str(tmp_path / "dinov2_vits14_pretrain.pth")), view)
+    assert relative_error(ours, theirs) < 1e-5 and relative_error(ours[0] - ours[1], theirs[0] - theirs[1]) < 1e-3
 
 
 def test_dinov2_sees_images_as_pillow_resizes_them(tmp_path):

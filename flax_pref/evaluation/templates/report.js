@@ -6,7 +6,7 @@ const count = data.ids.length;
 const prompts = decoded(data.prompts);
 const categories = Object.fromEntries(Object.entries(data.categories).map(([column, coded]) => [column, decoded(coded)]));
 const scores = data.scores.map(floats); // per reward, [methods, items]
-const scoreOf = (reward, method, item) => scores[reward][method * count + item];
+const scoreOf = (reward, method, item) => scores[reward]?.[method * count + item] ?? NaN; // runs may have no reward
 const colour = (method) => `--colour: var(--m${method === baseline ? 0 : 1 + (others.indexOf(method) % 7)})`;
 const named = (method) => {
   const index = methods.indexOf(method);
@@ -454,7 +454,7 @@ function makeRow(position) {
     el("div", { class: "about" }, el("div", {},
       el("span", { class: "where", title: facts.join(" · ") }, facts.join(" · ")),
       el("p", { class: "prompt", dir: "auto" }, prompts[item].slice(0, 1000)),
-      others.length === 0 ? null : el("span", { class: "gain" },
+      others.length === 0 || rewards.length === 0 ? null : el("span", { class: "gain" },
         el("bdi", {}, methods[state.method]), " ", el("b", { class: gain > 0 ? "up" : gain < 0 ? "down" : null }, number(gain, decimals[state.reward], true)),
         ` ${rewards[state.reward]}`))),
     el("div", { class: "methods" }, ...range(methods.length).map((method) => el("div", { class: "method", style: colour(method) },
@@ -744,7 +744,7 @@ byId("clear").addEventListener("click", () => {
   update({});
 });
 
-showResults();
+if (rewards.length) showResults();
 if (report.controls?.length) showFair();
 if (report.standardised?.length) showHacking();
 if (report.looks?.length) showLooks();
