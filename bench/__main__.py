@@ -7,7 +7,7 @@ Sampling:
     guidance   one sampling step under each guidance rule, beside the same step in torch
     writing    the share of the time that goes to sampling while images are encoded and written
     tradeoff   what cheaper guidance keeps of the gain in the demo world
-    rewards    PickScore beside transformers in torch, the memory of its gradient, and the wait for a service
+    rewards    PickScore beside transformers in torch, memory of its gradient, and how long devices wait for a service
 
 Training:
     data       pairs per second from a prepared set into batches on the device, JPEG decoding beside torch's DataLoader,

@@ -43,7 +43,7 @@ SMALL_VAE = VAEConfig(
 Name = Literal["d3po", "ddpo", "nft", "spo", "tailorpo", "tailorpo-step"]
 METHODS: dict[Name, OnlineMethod] = {
     "d3po": D3PO(),
-    "ddpo": DDPO(images_per_prompt=4),
+    "ddpo": DDPO(images_per_prompt=2),
     "nft": DiffusionNFT(images_per_prompt=8),
     "spo": SPO(pool=4),
     "tailorpo": TailorPO(),
@@ -70,9 +70,9 @@ class Rewards:
     dtype: Literal["float32", "bfloat16"] = "float32"
     methods: tuple[Name, ...] = tuple(METHODS)
     """Online methods that draw with a service; tailorpo-step learns inside trajectories."""
-    prompts: int = 64
+    prompts: int = 32
     """Prompts of an iteration."""
-    at_once: int = 16
+    at_once: int = 8
     """Prompts drawn at a time."""
     latency: float = 0.5
     """Seconds that the service takes for an answer."""
@@ -181,7 +181,7 @@ class Device:
     """A simulated device, which takes its time for predictions and does one thing at a time."""
 
     def __init__(self, row_seconds: float):
-        self.busy, self._row_seconds, self._lock = 0.0, row_seconds, threading.Lock()
+        self.busy, self.row_seconds, self._lock = 0.0, row_seconds, threading.Lock()
 
     def predict_of(self, params: Any, frozen: Any) -> Predict:
         """As `Rollouts` takes it: a network that is no more than its time."""
@@ -196,7 +196,7 @@ class Device:
     def _work(self, rows: int, _: Any) -> np.float32:
         with self._lock:
             begun = time.perf_counter()
-            time.sleep(rows * self._row_seconds)
+            time.sleep(rows * self.row_seconds)
             self.busy += time.perf_counter() - begun
         return np.float32(0)
 
@@ -227,7 +227,7 @@ class InJittedCode:
 def waiting(bench: Rewards) -> dict:
     """Share of the time of drawing in which a simulated device waits, with the server of integrations/reward_server.
 
-    Images have 64 pixels, so that this machine decodes and encodes them in a short time, which counts as waiting: how
+    Images have 16 pixels, so that this machine decodes and encodes them in a short time, which counts as waiting: how
     much that is, a service that answers at once tells.
     """
     figures: dict[str, Any] = {
@@ -246,7 +246,7 @@ def waiting(bench: Rewards) -> dict:
 
 def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
     """Medians over iterations, after one that compiles: seconds, and the share in which the device waits."""
-    method, device = METHODS[name], Device(bench.row_seconds)
+    method, device = METHODS[name], Device(0.0)
     within = name == "tailorpo-step"
     config = RolloutConfig(
         prompts=bench.prompts, at_once=bench.at_once, batch_size=bench.prompts, update="step" if within else "iteration"
@@ -259,7 +259,7 @@ def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
         empty={"hidden": hidden[0]},
     )
     arguments = device.predict_of, (), vae, prompts, reward, FAMILIES["sd15"].scheduler_config, config
-    source = Rollouts(method, *arguments, size=(64, 64), seed=0)
+    source = Rollouts(method, *arguments, size=(16, 16), seed=0)
 
     def iteration() -> tuple[float, float]:
         begun, busy = time.perf_counter(), device.busy
@@ -269,6 +269,7 @@ def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
         return seconds, 1 - (device.busy - busy) / seconds
 
     iteration()
+    device.row_seconds = bench.row_seconds
     seconds, shares = zip(*(iteration() for _ in range(bench.rounds)), strict=True)
     return {"seconds": round(statistics.median(seconds), 2), "waits": round(statistics.median(shares), 3)}
 

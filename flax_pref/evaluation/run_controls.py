@@ -124,7 +124,8 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
     first, *methods = folders
     base_flags = _flags_of(open_run(folders[first]), flags, seeds)
     work = resolve_images(base_flags)
-    cost: Cost = costs[first] or Cost(_predictions(base_flags))
+    found = costs[first]
+    cost = Cost(_predictions(base_flags)) if found is None else found
     budget = flags.predictions
     if budget is None:
         known = {name: cost for name in methods if (cost := costs[name]) is not None}

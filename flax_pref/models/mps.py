@@ -5,6 +5,7 @@ the score is the cosine between what the class token has become and the prompt.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ class CrossLayer(nnx.Module):
     """Cross-attention from image tokens to text tokens beside a feed-forward layer, around a skip connection."""
 
     def __init__(self, config: MPSConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        width, inside, kinds = config.clip.projection_dim, config.heads * config.head_width, {"use_bias": False}
-        kinds |= {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, inside = config.clip.projection_dim, config.heads * config.head_width
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = LayerNorm(width, dtype=dtype, param_dtype=param_dtype)
         self.to_q = Linear(width, inside, **kinds)
         self.to_kv = Linear(width, 2 * config.head_width, **kinds)
@@ -95,8 +96,8 @@ class SelfLayer(nnx.Module):
     """Self-attention of image tokens beside a feed-forward layer, from one product, around a skip connection."""
 
     def __init__(self, config: MPSConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        width, inside, kinds = config.clip.projection_dim, config.heads * config.head_width, {"use_bias": False}
-        kinds |= {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, inside = config.clip.projection_dim, config.heads * config.head_width
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.widths = (inside, config.head_width, config.head_width, 2 * config.mlp_width)
         self.norm = LayerNorm(width, dtype=dtype, param_dtype=param_dtype)
         self.fused = Linear(width, sum(self.widths), **kinds)

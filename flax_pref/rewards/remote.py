@@ -170,7 +170,7 @@ class Service:
     """How often to ask again."""
     request_images: int = 8
     """Most images of a request."""
-    connections: int = 4
+    connections: int = 8
     """Most requests at the same time, of all calls."""
     patience: float = 600.0
     """Seconds of waiting for a service that says when to ask again, before that counts as one of the retries."""

@@ -28,8 +28,8 @@ from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.network import Network, replicated
 from flax_pref.rewards.decoded import decode_and_score, score_gradients, score_latents
-from flax_pref.rewards.elsewhere import Asked, HostScores, split_reward
-from flax_pref.rewards.remote import RemoteError
+from flax_pref.rewards.elsewhere import HostScores, split_reward
+from flax_pref.rewards.remote import Answer, RemoteError
 from flax_pref.rewards.reward import Reward
 
 
@@ -341,24 +341,25 @@ class Rollouts:
         """
         assert self._split is not None
         found: list[dict[str, jax.Array]] = []
-        waiting: collections.deque[tuple[int, _Drawing, Asked]] = collections.deque()
-        drawn: collections.deque[Asked] = collections.deque()
+        waiting: collections.deque[tuple[int, _Drawing, list[Answer]]] = collections.deque()
+        drawn: collections.deque[Answer] = collections.deque()
         told: list[list[HostScores]] = [[] for _ in self._split.remote]
 
         def ask(place: int, drawing: _Drawing, needed: tuple[_Part, jax.Array]) -> None:
             part, images = needed
             assert self._split is not None
-            waiting.append((place, drawing, self._split.ask(images, part.captions)))
-            drawn.append(waiting[-1][-1])
+            asked = self._split.ask(images, part.captions)
+            waiting.append((place, drawing, asked.scores))
+            drawn.append(asked.images)
             if len(drawn) > 1:  # the images of no more than two are on the devices
-                drawn.popleft().images.get()
+                drawn.popleft().get()
 
         for place, drawing in enumerate(drawings):
             found.append({})
             ask(place, drawing, next(drawing))
         while waiting:
-            place, drawing, asked = waiting.popleft()
-            scores = [answer.get() for answer in asked.scores]
+            place, drawing, answers = waiting.popleft()
+            scores = [answer.get() for answer in answers]
             for of_reward, one in zip(told, scores, strict=True):
                 of_reward.append(one)
             try:
@@ -375,9 +376,9 @@ class Rollouts:
 
     def _images_apart(self, part: _Part) -> _Drawing:
         """Whole images, then their scores."""
-        drawn, images, known = self._draw_images(*part.common)
-        given = yield part, images
-        return self._judge_images(drawn, known, given)
+        outputs = list(self._draw_images(*part.common))
+        given = yield part, outputs.pop()  # nothing here holds the images
+        return self._judge_images(*outputs, given)
 
     def _steps_apart(
         self, part: _Part, trained: Sequence[int], first: int = 0, latents: jax.Array | None = None
@@ -387,9 +388,9 @@ class Rollouts:
         state = self._draw_state(*part.common, latents, np.int32(first))
         pairs = []
         for last in trained:
-            offer, images, known = self._draw_offer(*part.common, state, np.int32(first), np.int32(last))
-            given = yield part, images
-            state, pair = self._judge_offer(*part.common, offer, known, given, np.int32(last))
+            outputs = list(self._draw_offer(*part.common, state, np.int32(first), np.int32(last)))
+            given = yield part, outputs.pop()
+            state, pair = self._judge_offer(*part.common, *outputs, given, np.int32(last))
             pairs.append(pair)
             first = last + 1
         return {**self._stack(*pairs), **({STATE: state[0]} if self._within else {})}
@@ -409,9 +410,10 @@ class Rollouts:
         latents, experience = self._method.draw_step(self._inputs(*common), latents, first, last)
         return {**experience, STATE: latents}
 
-    def _images(self, *common: Any) -> tuple[dict[str, jax.Array], jax.Array, tuple[jax.Array, ...]]:
+    def _images(self, *common: Any) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], jax.Array]:
         drawn, clean = self._method.draw_images(self._inputs(*common))
-        return drawn, *self._of_latents(common, decode_and_score, clean)
+        images, known = self._of_latents(common, decode_and_score, clean)
+        return drawn, known, images
 
     def _judged(self, drawn: dict[str, jax.Array], known: Any, given: Any) -> dict[str, jax.Array]:
         count = len(jax.tree.leaves(drawn)[0])
@@ -426,7 +428,8 @@ class Rollouts:
         assert isinstance(self._method, StepPairs)
         *common, state, first, last = inputs
         offer, clean = self._method.draw_offer(self._inputs(*common), state, first, last)
-        return offer, *self._of_latents(common, decode_and_score, clean)
+        images, known = self._of_latents(common, decode_and_score, clean)
+        return offer, known, images
 
     def _chosen(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)

@@ -858,7 +858,7 @@ def test_a_service_is_asked_for_several_batches_at_a_time_and_scores_keep_their_
     there = blue(0.1)
     assert score(tmp_path, service_scorer(there.url), "score:blue") == 22
     np.testing.assert_allclose([row["score:blue"] for row in rows(tmp_path)], pixels[..., 2].mean((1, 2)), rtol=1e-6)
-    assert there.most == 4  # connections; a batch has 2 requests
+    assert 4 <= there.most <= 8  # connections; a batch has 2 requests
 
 
 def test_a_service_is_not_asked_for_images_that_have_no_file(blue, tmp_path):
