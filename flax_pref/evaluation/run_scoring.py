@@ -46,8 +46,9 @@ FREE_OF_HOSTS = ("hosts", "rewards", "diversity", "clip", "prompts", "source")
 
 def score(
     runs: str | Path | Sequence[str | Path],
-    rewards: str | Sequence[str],
+    rewards: str | Sequence[str] = (),
     *,
+    benchmarks: str | Sequence[str] = (),
     prompts: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -60,12 +61,14 @@ def score(
             sets, whose images are read from their source.
         rewards: one or several, each a name such as "pickscore" with its published weights, NAME=PATH with a file,
             folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
+        benchmarks: one or several, each a name ("geneval", "geneval2", "dpg", "t2i_compbench"), NAME=FILE with the answers
+            of the benchmark's own program, or NAME=http://..., see docs/evaluation_sets.md. Prints the published scores.
         prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
             images).
         batch_size: images per device and batch.
 
     Returns:
-        scores by folder and reward, float32 `[N]` in the order of scores.parquet, without images that are missing or
+        scores by folder and reward or benchmark, float32 `[N]` in the order of scores.parquet, without images that are missing or
         damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where the reward
         is.
 
@@ -77,7 +80,14 @@ def score(
         >>> scores["runs/base"]["compressibility"].shape
         (2,)
     """
-    return score_runs(ScoreFlags(runs=several(runs), rewards=several(rewards), prompts=prompts, batch_size=batch_size))
+    flags = ScoreFlags(
+        runs=several(runs),
+        rewards=several(rewards),
+        benchmarks=several(benchmarks),
+        prompts=prompts,
+        batch_size=batch_size,
+    )
+    return score_runs(flags)
 
 
 def score_runs(flags: ScoreFlags) -> dict[str, dict[str, np.ndarray]]:

@@ -21,8 +21,7 @@ class ScoreFlags:
     benchmarks: tuple[str, ...] = ()
     """Benchmarks whose prompts the images show: geneval, geneval2, dpg or t2i_compbench. As NAME=FILE, with what the
     benchmark's own program has written about these images; as NAME, where that file is in the folder; or as
-    NAME=http://..., a service that answers the questions of the prompts (geneval2, dpg). Prints the published
-    scores."""
+    NAME=http://..., a service that answers about each image. Prints the published scores."""
     diversity: str | None = None
     """CLIP reward, as NAME or NAME=PATH, whose image embeddings are stored; reports compute diversity from them
     (default: none)."""
@@ -38,7 +37,7 @@ class ScoreFlags:
     clip: str | None = None
     """Folder or Hub id of CLIP ViT-L/14 for aesthetic (default: as published)."""
     batch_size: int = 8
-    """Images per device and batch."""
+    """Images per device and batch; questions per request to a service of --benchmarks."""
     mesh: str = "data=-1"
     """Device mesh; data=-1 divides the images over all devices."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
