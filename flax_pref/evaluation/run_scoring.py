@@ -61,16 +61,17 @@ def score(
             sets, whose images are read from their source.
         rewards: one or several, each a name such as "pickscore" with its published weights, NAME=PATH with a file,
             folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
-        benchmarks: one or several, each a name ("geneval", "geneval2", "dpg", "t2i_compbench"), NAME=FILE with the answers
-            of the benchmark's own program, or NAME=http://..., see docs/evaluation_sets.md. Prints the published scores.
+        benchmarks: one or several, each a name ("geneval", "geneval2", "dpg", "t2i_compbench"), NAME=FILE with what the
+            benchmark's own program has written, or NAME=http://...; see docs/evaluation_sets.md. Prints the published
+            scores.
         prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
             images).
         batch_size: images per device and batch.
 
     Returns:
-        scores by folder and reward or benchmark, float32 `[N]` in the order of scores.parquet, without images that are missing or
-        damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where the reward
-        is.
+        scores by folder and reward or benchmark, float32 `[N]` in the order of scores.parquet, without images that are
+        missing or damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where
+        the reward is, NaN where a benchmark leaves an image out.
 
     Raises:
         UserError, ValueError, OSError: a folder or a reward cannot be read, or not be scored.
