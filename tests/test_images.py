@@ -269,6 +269,8 @@ def test_images_of_one_prompt_are_drawn_without_torch(tmp_path):
 # Mistakes
 
 DEMO = ("--model", "demo", "--prompt", "a")
+DPG_TABLE = str(Path(__file__).parent / "evaluation" / "benchmarks" / "dpg_bench.csv")
+DPG = ("--model", "demo", "--prompts", DPG_TABLE, "--layout", "dpg")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,16 @@ DEMO = ("--model", "demo", "--prompt", "a")
         ((*DEMO, "--attention", "cudnn"), "--attention cudnn: is a kernel for GPUs, but JAX runs on cpu here"),
         ((*DEMO, "--layout", "hpsv2", "--seeds", "0-1"), "layout 'hpsv2' has one image per prompt"),
         ((*DEMO, "--layout", "geneval", "--format", "webp"), "GenEval reads only files named .png"),
+        ((*DEMO, "--layout", "geneval2", "--seeds", "0-1"), "layout 'geneval2' has one image per prompt"),
+        (
+            (*DEMO, "--layout", "dpg"),
+            "prompt 0: has no item_id that can be the name of a file, which layout 'dpg' needs",
+        ),
+        (
+            (*DPG, "--seeds", "0-4"),
+            "layout 'dpg' has at most 4 images per prompt, in one grid; expected e.g. --seeds 0-3",
+        ),
+        ((*DPG, "--height", "48", "--width", "32"), "layout 'dpg' has square images, not 32x48"),
         ((*DEMO, "--column", "text"), "--column text: is of a file of prompts"),
         ((*DEMO, "--out", "README.md"), "--out README.md: is a file; expected a folder"),
         ((*DEMO, "--rule", "pgd", "--w", "1", "--module", f"a={BASE}", "--module-base", "no/base"), "no/base: no such"),

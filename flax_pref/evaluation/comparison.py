@@ -48,6 +48,8 @@ STATISTICS = {
     "unit": "prompt; the seeds of a prompt are averaged first",
     "interval": "95 % percentile bootstrap over prompts, 10,000 resamples; none for a single prompt",
     "sign_test": "two-sided exact binomial test of the signs of the prompts' mean differences, without ties",
+    "benchmarks": "published formulas, over the images with answers under all methods; what is a mean of tasks is "
+    "resampled task by task",
     "correction": "Holm; one family is the overall table (all methods and rewards), each category column, the votes",
 }
 

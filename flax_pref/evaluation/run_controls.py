@@ -128,13 +128,13 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
     cost = Cost(_predictions(base_flags)) if found is None else found
     budget = flags.predictions
     if budget is None:
-        known = {name: cost for name in methods if (cost := costs[name]) is not None}
+        known = {name: own for name in methods if (own := costs[name]) is not None}
         if unknown := [folders[name] for name in methods if name not in known]:
             raise UserError(
                 f"{unknown[0]}: has no cost.json, so what an image of it costs is not known; pass --predictions with "
                 "the UNet predictions per image, or draw it again"
             )
-        budget = max(cost.predictions for cost in known.values())
+        budget = max(own.predictions for own in known.values())
     return Base(folders[first], base_flags, dict(work.settings), cost, prompts, seeds), budget
 
 

@@ -49,6 +49,7 @@ def score(
     rewards: str | Sequence[str] = (),
     *,
     features: str | Sequence[str] = (),
+    benchmarks: str | Sequence[str] = (),
     prompts: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -63,14 +64,17 @@ def score(
             folder or Hub id of the weights, NAME=http://..., or NAME=python:MODULE:FUNCTION.
         features: one or several networks whose features of the images are stored for reports, each a name such as
             "clip" or NAME=PATH, see `rewards.features.FEATURES`; or lpips=PATH.
+        benchmarks: one or several, each a name ("geneval", "geneval2", "dpg", "t2i_compbench"), NAME=FILE with what the
+            benchmark's own program has written, or NAME=http://...; see docs/evaluation_sets.md. Prints the published
+            scores.
         prompts: file or folder with the prompts of images that are not from `sample.images` (default: beside or in the
             images).
         batch_size: images per device and batch.
 
     Returns:
-        scores by folder and reward, float32 `[N]` in the order of scores.parquet, without images that are missing or
-        damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where the reward
-        is.
+        scores by folder and reward or benchmark, float32 `[N]` in the order of scores.parquet, without images that are
+        missing or damaged; of prepared sets float32 `[N, 2]`, of winner and loser of each pair. NaN or infinite where
+        the reward is, NaN where a benchmark leaves an image out.
 
     Raises:
         UserError, ValueError, OSError: a folder or a reward cannot be read, or not be scored.
@@ -84,6 +88,7 @@ def score(
         runs=several(runs),
         rewards=several(rewards),
         features=several(features),
+        benchmarks=several(benchmarks),
         prompts=prompts,
         batch_size=batch_size,
     )

@@ -21,8 +21,7 @@ class ScoreFlags:
     benchmarks: tuple[str, ...] = ()
     """Benchmarks whose prompts the images show: geneval, geneval2, dpg or t2i_compbench. As NAME=FILE, with what the
     benchmark's own program has written about these images; as NAME, where that file is in the folder; or as
-    NAME=http://..., a service that answers the questions of the prompts (geneval2, dpg). Prints the published
-    scores."""
+    NAME=http://..., a service that answers about each image. Prints the published scores."""
     features: tuple[str, ...] = ()
     """Networks whose features of each image are stored, as NAME or NAME=PATH: clip or another CLIP reward, cmmd,
     dinov2, inception, inception-clean; or lpips=PATH, for distances between the images of a prompt. Reports compute
@@ -39,7 +38,7 @@ class ScoreFlags:
     clip: str | None = None
     """Folder or Hub id of CLIP ViT-L/14 for aesthetic (default: as published)."""
     batch_size: int = 8
-    """Images per device and batch."""
+    """Images per device and batch; questions per request to a service of --benchmarks."""
     mesh: str = "data=-1"
     """Device mesh; data=-1 divides the images over all devices."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

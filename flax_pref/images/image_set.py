@@ -38,7 +38,7 @@ from flax_pref.images.image_files import (
     encode_image,
     tar_members,
 )
-from flax_pref.images.layouts import Item, described, grid_of, grids, image_names
+from flax_pref.images.layouts import Item, check_square, described, grid_of, grids, image_names
 
 SETTINGS, MANIFEST, SHEET, PARTS = "settings.json", "manifest.parquet", "contact_sheet.png", ".parts"
 ON_SHEET = 64  # images
@@ -287,11 +287,8 @@ class ImageSet:
             if not own or index in self._rows or index in indices[:place]:
                 raise ValueError(f"index {index} is not pending in process {self.process}; expected some of pending")
         height, width = images.shape[1:3]
-        if self._layout == "dpg" and height != width:
-            raise UserError(
-                f"layout 'dpg' has square images, not {width}x{height}: its program cuts grids into squares; choose "
-                "--width equal to --height, or another layout"
-            )
+        if self._layout == "dpg":
+            check_square(height, width)
         with self._told():
             encode = self._pool.map(
                 lambda index, pixels: encode_image(pixels, self._metadata(index), self._format), indices, images

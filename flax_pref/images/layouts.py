@@ -131,6 +131,15 @@ def _check_one_seed(layout: Layout, items: Sequence[Item]) -> None:
         raise ValueError(f"layout {layout!r} has one image per prompt; expected one seed, or another layout")
 
 
+def check_square(height: int, width: int) -> None:
+    """Raises a ValueError where images of this size do not fit the layout 'dpg'."""
+    if height != width:
+        raise ValueError(
+            f"layout 'dpg' has square images, not {width}x{height}: its program cuts grids into squares; choose "
+            "--width equal to --height, or another layout"
+        )
+
+
 def _check_folder(layout: Layout, group: str, prompt: Prompt) -> None:
     if not re.fullmatch(r"\w[\w .-]*", prompt.group):
         raise ValueError(

@@ -28,6 +28,7 @@ from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_ste
 from flax_pref.images.cost import Cost, write_cost
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
+from flax_pref.images.layouts import check_square
 from flax_pref.models.bank import AXIS
 from flax_pref.models.choices import Kernel
 from flax_pref.models.platform import default_dtype, platform
@@ -128,6 +129,8 @@ def resolve_images(flags: ImageFlags) -> ImageWork:
     )
     check_devices(flags.mesh, flags.attention)
     drawing = resolve_drawing(flags)
+    if layout == "dpg":
+        check_square(*drawing.size)
     if flags.second_prompt is not None and len(drawing.checkpoint.text_encoders) == 1:
         raise UserError(
             f"--second-prompt: {drawing.checkpoint.path} has one text encoder; expected it for Stable Diffusion XL only"

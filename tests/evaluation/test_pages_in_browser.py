@@ -55,6 +55,18 @@ def pages(tmp_path_factory):
         }
         for name in METHODS
     ]
+    benchmarks = [
+        {
+            "benchmark": "geneval",
+            "measure": measure,
+            "method": name,
+            "prompts": 40,
+            "score": interval,
+            "difference": None,
+        }
+        for measure in ("counting", "overall")
+        for name in METHODS
+    ]
     sets = [
         {"method": name, "features": "inception", "measure": "FID", "value": {"value": 30.1, "low": None, "high": None},
          "images": 80, "reference_images": None}
@@ -63,6 +75,7 @@ def pages(tmp_path_factory):
     more = {
         "votes": votes,
         "diversity": diversity,
+        "benchmarks": benchmarks,
         "sets": sets,
         "reference": "<b>photos",
         "notes": ["FID is <biased>."],
@@ -127,6 +140,13 @@ def test_a_click_on_a_heading_sorts_the_table_by_it(visit):
     heading.locator("button").click()
     assert values() == sorted(values())
     assert page.locator("#results-table tbody tr").last.locator("td").nth(1).inner_text() == NONE  # nothing known: last
+
+
+def test_published_scores_of_benchmarks_have_a_table(visit):
+    page = visit("report.html")
+    rows = page.locator("#benchmarks-table tbody tr").all_inner_texts()
+    assert len(rows) == 2 * len(METHODS) and all("geneval" in row and "[0.2" in row for row in rows)
+    assert "counting" in rows[0] and "overall" in rows[-1]
 
 
 def test_typing_and_categories_filter_at_once(visit):

@@ -453,7 +453,9 @@ def test_the_program_of_dpg_bench_finds_a_grid_of_each_prompt_and_nothing_else(t
 def test_images_that_cannot_be_cut_out_of_a_grid_are_refused_at_the_first(tmp_path):
     images = image_set(tmp_path, "dpg")
     images.begin()
-    with pytest.raises(UserError, match="layout 'dpg' has square images, not 8x4: its program cuts grids into squares"):
+    with pytest.raises(
+        ValueError, match="layout 'dpg' has square images, not 8x4: its program cuts grids into squares"
+    ):
         images.write([0], np.zeros((1, 4, 8, 3), np.uint8))
 
 

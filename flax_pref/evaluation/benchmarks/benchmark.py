@@ -124,7 +124,7 @@ def shown_in(rows: pa.Table) -> list[Shown]:
 
 def is_complete(answers: Answers | None) -> bool:
     """Whether there are answers, all of them finite."""
-    return bool(answers) and all(map(math.isfinite, answers))
+    return bool(answers) and all(value is not None and math.isfinite(value) for value in answers)
 
 
 def complete(shown: Sequence[Shown], answers: Sequence[Answers | None]) -> tuple[list[Shown], list[Answers]]:
