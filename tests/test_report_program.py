@@ -16,7 +16,7 @@ from flax_pref.images.image_set import ImageSet, Item
 from sample import report
 
 PAGES = ["report.html", "vote.html"]
-FILES = ["categories.csv", "features.csv", "report.json", "table.csv", "table.tex"]
+FILES = ["categories.csv", "figures", "report.md", "features.csv", "report.json", "table.csv", "table.tex"]
 HOSTILE = "</script><script>alert(1)</script>"
 
 

@@ -482,7 +482,7 @@ def compare(
         "baseline": baseline,
         "created": datetime.date.today().isoformat(),
         "rewards": list(items.scores),
-        "weights": {name: runs[0].rewards[name].get("sha256") or "" for name in items.scores},
+        "weights": {name: runs[0].rewards.get(name, {}).get("sha256") or "" for name in items.scores},
         "pairs_sha256": items.sha256,
         "prompts": int(items.prompts[-1]) + 1,
         "pairs": len(items.prompt),

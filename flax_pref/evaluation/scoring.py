@@ -220,8 +220,6 @@ class Scores:
             same = where >= 0
             problems = [problem or "" for problem in table[PROBLEM].to_pylist()]
             self.problems[same] = np.array(problems, object)[where[same]]
-            for name, of in described["rewards"].items():
-                self._columns[SCORE + name] = _taken(of, table[SCORE + name].cast(pa.float32()), same, where)
             for name, of in described.get("answers", {}).items():
                 values = table[ANSWERS + name].to_pylist()
                 known = np.array([at >= 0 and values[at] is not None for at in where])
@@ -229,6 +227,8 @@ class Scores:
                 for i in np.flatnonzero(known):
                     taken[i] = [float(value) for value in values[where[i]]]
                 self._columns[ANSWERS + name] = _Column(of, known, taken)
+            for name, of in described["rewards"].items():
+                self._columns[SCORE + name] = _taken(of, table[SCORE + name].cast(pa.float32()), same, where)
             for name, of in described.get("features", {}).items():
                 self._columns[FEATURES + name] = _taken(of, table[FEATURES + name], same, where)
             if distances := described.get("distances", {}):

@@ -144,7 +144,7 @@ def test_the_order_of_the_images_in_a_run_changes_nothing(tmp_path):
     rng = np.random.default_rng(1)
     expected = report([None, None])
     assert report([rng.permutation(18), rng.permutation(18)]) == expected
-    assert len(expected["categories"]) == 4 and len(expected["diversity"]) == 4
+    assert len(expected["categories"]) == 4 and len(expected["diversity"]) == 6
 
 
 def test_runs_with_different_prompts_are_compared_on_what_they_share(tmp_path):
