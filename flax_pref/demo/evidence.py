@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from flax_pref.demo.experiment import DemoConfig
 from flax_pref.demo.study import TABLE, WAYS, Measurement, StudyConfig
 from flax_pref.diffusion.guidance import tabulate
+from flax_pref.evaluation.markdown import figures_of
 from flax_pref.evaluation.statistics import crossed_interval, won
-from flax_pref.files import replacing
+from flax_pref.files import read_json, replacing
 
 COLOURS = ("#2f6db3", "#d9822b", "#2a8f5d", "#b3365b", "#6a51a3", "#8a8a93", "#17a2a2", "#7f5539")
 GREY = "#8a8a93"
@@ -211,12 +212,43 @@ def write_page(
         for header, *body in section.tables:
             lines += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
             lines += ["| " + " | ".join(row) + " |" for row in body]
+    lines += _controls(config.results)
     with replacing(page) as unfinished:
         unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for old in config.results.glob("*.png"):  # of a question that is asked no more, or cannot be answered now
         if old.name not in figures:
             old.unlink()
     return page
+
+
+CONTROLS = "controls.json"
+
+
+def _controls(results: Path) -> list[str]:
+    """The section about a report of the demo's methods beside controls, where there is one among the results."""
+    if not (results / CONTROLS).is_file():
+        return []
+    report = read_json(results / CONTROLS, expected="report.json of a comparison with controls")
+    told = (
+        "The demo's modules, drawn by the programs that users have, beside controls of the base model that use no "
+        "preferences and spend as much: its guidance scale tuned on the validation prompts, more steps, and the best "
+        "of several images by the judge itself, which no other way here may ask. One training seed; intervals over "
+        "prompts."
+    )
+    adapters = "--module pos=runs/demo/pos.safetensors --module neg=runs/demo/neg.safetensors"
+    draw = "python -m sample.images --model demo --prompts runs/demo/prompts/held_out.txt --steps 8 --guidance-scale 3"
+    rest = "--prompts runs/demo/prompts/held_out.txt --validation runs/demo/prompts/validation.txt"
+    commands = [
+        "make demo",
+        f"{draw} --batch-size 32 --out runs/base",
+        f"{draw} --batch-size 32 --rule fine_tuned --module dpo=runs/demo/dpo.safetensors --out runs/dpo",
+        f"{draw} --batch-size 32 --rule pgd --w 2 --module dpo=runs/demo/dpo.safetensors --out runs/pgd",
+        f"{draw} --batch-size 32 --rule cpgd --w 2 {adapters} --out runs/cpgd",
+        f"python -m sample.controls runs/base runs/dpo runs/pgd runs/cpgd {rest} --batch-size 32 \\",
+        "  --rewards judge saturation contrast sharpness --guidance-scales 1 1.5 2 3 4 6",
+    ]
+    figures = "\n\n".join(figures_of(report)).splitlines()
+    return ["", "## What a fair comparison says", "", told, "", "```sh", *commands, "```", "", *figures]
 
 
 def counted(rows: Sequence[Measurement], config: StudyConfig) -> list[Measurement]:

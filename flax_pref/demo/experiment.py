@@ -26,6 +26,7 @@ from flax_pref.diffusion.conditioning import chunks
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, pgd, tabulate
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.files import replacing
 from flax_pref.methods import DiffusionDPO, Method, PositiveNegative
 from flax_pref.models.lora import DEFAULT_TARGETS
 from flax_pref.training.export import ExportConfig
@@ -168,6 +169,7 @@ class Demo:
         self.train(pairs)
         sweep = self.choose_w()
         results = self.compare(sweep)
+        self.write_prompts()
         report = build_report(results, round(time.perf_counter() - started, 1))
         write_report(
             report,
@@ -180,6 +182,16 @@ class Demo:
             settings=dataclasses.asdict(config),
         )
         return report
+
+    def write_prompts(self) -> None:
+        """Writes the held-out and the validation prompts, for other programs to draw."""
+        counts: dict[world.Split, int] = {
+            "held_out": self.config.held_out_prompts,
+            "validation": self.config.validation_prompts,
+        }
+        for split, count in counts.items():
+            with replacing(self.config.output / "prompts" / f"{split}.txt") as unfinished:
+                unfinished.write_text("\n".join(self.prompts(split, count)) + "\n", encoding="utf-8")
 
     # Pairs
 
