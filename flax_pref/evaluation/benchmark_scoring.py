@@ -26,7 +26,7 @@ from flax_pref.files import difference
 from flax_pref.rewards.remote import Function, is_service, load_remote
 
 
-class Asked(NamedTuple):
+class NamedBenchmark(NamedTuple):
     """A benchmark, and where its answers come from.
 
     Attributes:
@@ -44,7 +44,7 @@ class Asked(NamedTuple):
         return is_service(self.path)
 
 
-def named_benchmarks(texts: Sequence[str], folders: Sequence[str]) -> list[Asked]:
+def named_benchmarks(texts: Sequence[str], folders: Sequence[str]) -> list[NamedBenchmark]:
     """The benchmarks that a flag gives as NAME, NAME=PATH or NAME=http://...
 
     Args:
@@ -54,7 +54,7 @@ def named_benchmarks(texts: Sequence[str], folders: Sequence[str]) -> list[Asked
     Raises:
         UserError: one is none of these or there twice, or names one file for several folders.
     """
-    asked: dict[str, Asked] = {}
+    asked: dict[str, NamedBenchmark] = {}
     for text in texts:
         name, given, path = text.partition("=")
         if name not in BENCHMARKS or (given and not path):
@@ -71,12 +71,12 @@ def named_benchmarks(texts: Sequence[str], folders: Sequence[str]) -> list[Asked
                 )
             if not epath.Path(path).exists():
                 raise UserError(f"--benchmarks {text}: no file or folder {path}; correct the path")
-        asked[name] = Asked(BENCHMARKS[name], path or None)
+        asked[name] = NamedBenchmark(BENCHMARKS[name], path or None)
     return list(asked.values())
 
 
 def answer(
-    asked: Asked,
+    asked: NamedBenchmark,
     run: ImageRun,
     scores: Scores,
     *,
@@ -137,7 +137,7 @@ def _put(scores: Scores, benchmark: Benchmark, shown: Sequence[Shown], index: in
     scores.put(SCORE + benchmark.name, [index], np.array([score], np.float32))
 
 
-def _file_of(asked: Asked, folder: epath.Path, *, stored: bool) -> epath.Path | None:
+def _file_of(asked: NamedBenchmark, folder: epath.Path, *, stored: bool) -> epath.Path | None:
     """The file that is named, or the one in the folder of the images; None: there is none, but answers are stored."""
     if asked.path is not None:
         return epath.Path(asked.path)
@@ -164,7 +164,7 @@ def _file_of(asked: Asked, folder: epath.Path, *, stored: bool) -> epath.Path | 
 
 
 def _ask_service(
-    asked: Asked,
+    asked: NamedBenchmark,
     of: Mapping[str, Any],
     shown: Sequence[Shown],
     scores: Scores,
@@ -229,7 +229,7 @@ def _ask(function: Function, name: str, path: str, pixels: np.ndarray, questions
 # Telling
 
 
-def told(asked: Asked, run: ImageRun, scores: Scores) -> list[str]:
+def told(asked: NamedBenchmark, run: ImageRun, scores: Scores) -> list[str]:
     """What there is to tell about a benchmark of a folder, line by line."""
     benchmark = asked.benchmark
     every = scores.answers(ANSWERS + benchmark.name)

@@ -28,7 +28,7 @@ from flax_pref.evaluation.run_scoring import score_runs
 from flax_pref.evaluation.runs import SCORE, ImageFile, ImageRun, open_run, read_image
 from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.tables import text_table
-from flax_pref.images.cost import Cost, read_cost, write_cost
+from flax_pref.images.cost import ImageCost, read_cost, write_cost
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.images.set_drawing import draw_images, resolve_images
@@ -56,7 +56,7 @@ class Base(NamedTuple):
     folder: str
     flags: ImageFlags
     settings: dict[str, Any]
-    cost: Cost
+    cost: ImageCost
     prompts: list[Prompt]
     seeds: list[int]
 
@@ -107,7 +107,7 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
         )
     expected = [(prompt.id, prompt.text) for prompt in prompts]
     seeds: list[int] = []
-    costs: dict[str, Cost | None] = {}
+    costs: dict[str, ImageCost | None] = {}
     for name, folder in folders.items():
         run = open_run(folder)
         keys = list(zip(*(run.rows[column].to_pylist() for column in ("prompt_id", "prompt", "seed")), strict=True))
@@ -125,7 +125,7 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
     base_flags = _flags_of(open_run(folders[first]), flags, seeds)
     work = resolve_images(base_flags)
     found = costs[first]
-    cost = Cost(_predictions(base_flags)) if found is None else found
+    cost = ImageCost(_predictions(base_flags)) if found is None else found
     budget = flags.predictions
     if budget is None:
         known = {name: own for name in methods if (own := costs[name]) is not None}
@@ -239,7 +239,7 @@ def _best_of(flags: ControlFlags, base: Base, by: str, count: int) -> str:
         images.finish()
     cost = base.cost
     seconds = None if cost.seconds is None else count * cost.seconds
-    write_cost(images.folder, Cost(count * cost.predictions, seconds, cost.devices))
+    write_cost(images.folder, ImageCost(count * cost.predictions, seconds, cost.devices))
     return str(images.folder)
 
 

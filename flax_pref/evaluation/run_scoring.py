@@ -23,7 +23,7 @@ from flax_pref.checkpoints.hub import HUB_ID
 from flax_pref.checkpoints.modules import PICKLED, SAFE, fingerprint
 from flax_pref.config import UserError, check_file_systems
 from flax_pref.data.prompts import Prompt, read_prompts
-from flax_pref.evaluation.benchmark_scoring import Asked, answer, named_benchmarks, told
+from flax_pref.evaluation.benchmark_scoring import NamedBenchmark, answer, named_benchmarks, told
 from flax_pref.evaluation.pair_scoring import is_prepared_set, score_set
 from flax_pref.evaluation.runs import DISTANCE, FEATURES, PROBLEMS, SCORE, open_run, several
 from flax_pref.evaluation.score_flags import ScoreFlags
@@ -213,7 +213,7 @@ class ScoringWork(NamedTuple):
     folders: Sequence[str]
     prompts: Sequence[Prompt] | None
     prepared: bool = False
-    benchmarks: Sequence[Asked] = ()
+    benchmarks: Sequence[NamedBenchmark] = ()
 
 
 def resolve_scoring(flags: ScoreFlags) -> ScoringWork:

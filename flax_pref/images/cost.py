@@ -8,7 +8,7 @@ from etils import epath
 COST = "cost.json"
 
 
-class Cost(NamedTuple):
+class ImageCost(NamedTuple):
     """The cost of an image.
 
     Attributes:
@@ -22,7 +22,7 @@ class Cost(NamedTuple):
     devices: str = ""
 
 
-def write_cost(folder: epath.PathLike, cost: Cost) -> None:
+def write_cost(folder: epath.PathLike, cost: ImageCost) -> None:
     """Writes `cost.json` into an image set; a time that was measured before stays where there is no new one."""
     before = read_cost(folder)
     if cost.seconds is None and before is not None and before.predictions == cost.predictions:
@@ -30,11 +30,11 @@ def write_cost(folder: epath.PathLike, cost: Cost) -> None:
     (epath.Path(folder) / COST).write_text(json.dumps(cost._asdict(), indent=2) + "\n")
 
 
-def read_cost(folder: epath.PathLike) -> Cost | None:
+def read_cost(folder: epath.PathLike) -> ImageCost | None:
     """The cost of an image of a folder; None where it is unknown, as in folders that others have drawn."""
     try:
         told = json.loads((epath.Path(folder) / COST).read_text())
-        cost = Cost(int(told["predictions"]), told["seconds"] and float(told["seconds"]), str(told["devices"]))
+        cost = ImageCost(int(told["predictions"]), told["seconds"] and float(told["seconds"]), str(told["devices"]))
     except (OSError, LookupError, TypeError, ValueError):
         return None
     return cost if cost.predictions > 0 and (cost.seconds is None or cost.seconds > 0) else None

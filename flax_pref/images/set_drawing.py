@@ -25,7 +25,7 @@ from flax_pref.diffusion.guidance import tabulate
 from flax_pref.diffusion.prompt_syntax import check_prompts
 from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.text_to_image import TextToImage, to_bytes, watched_steps
-from flax_pref.images.cost import Cost, write_cost
+from flax_pref.images.cost import ImageCost, write_cost
 from flax_pref.images.image_flags import ImageFlags
 from flax_pref.images.image_set import ImageSet, Item, Layout, Writer, image_names
 from flax_pref.images.layouts import check_square
@@ -208,7 +208,7 @@ def _complete(images: ImageSet, work: ImageWork) -> bool:
     wait_for_others("all images are drawn")
     images.finish()
     if not images.process:
-        write_cost(out, Cost(tabulate(work.drawing.sampled, len(work.drawing.solver.timesteps), 1).evaluations))
+        write_cost(out, ImageCost(tabulate(work.drawing.sampled, len(work.drawing.solver.timesteps), 1).evaluations))
     return True
 
 
@@ -280,7 +280,7 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
     if images.process == 0 and drawn > first[1]:
         images_each = (drawn - first[1]) * images.processes
         devices = f"{jax.local_device_count() * images.processes} x {jax.local_devices()[0].device_kind}"
-        write_cost(flags.out, Cost(table.evaluations, round((ended - first[0]) / images_each, 4), devices))
+        write_cost(flags.out, ImageCost(table.evaluations, round((ended - first[0]) / images_each, 4), devices))
     seconds = ended - started
     print(f"drew {drawn} image{'s' * (drawn != 1)} in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
     return not anywhere(len(images.pending) > 0)

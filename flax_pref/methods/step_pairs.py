@@ -67,7 +67,7 @@ State = tuple[Latents, Latents]
 """Latents that a step begins with, and the policy's prediction for them."""
 
 
-class Offer(NamedTuple):
+class StepEnds(NamedTuple):
     """Where a trained step may end, before that is judged.
 
     Attributes:
@@ -199,7 +199,7 @@ class StepPairs(Preferences):
 
     def draw_offer(
         self, drawing: RolloutInputs, state: State, first: Int[jax.Array, ""], last: Int[jax.Array, ""]
-    ) -> tuple[Offer, DrawnLatents]:
+    ) -> tuple[StepEnds, DrawnLatents]:
         """Candidates for the end of a trained step.
 
         Args:
@@ -216,7 +216,7 @@ class StepPairs(Preferences):
         return offer, candidates.promised(offer, last)
 
     def judge_offer(
-        self, drawing: RolloutInputs, offer: Offer, rewards: CandidateRewards, number: Int[jax.Array, ""]
+        self, drawing: RolloutInputs, offer: StepEnds, rewards: CandidateRewards, number: Int[jax.Array, ""]
     ) -> tuple[State, dict[str, jax.Array]]:
         """What the next step begins with, and the experience of a trained one, without an axis of steps."""
         return CandidateSteps(drawing, self).judge(offer, rewards, number)
@@ -281,11 +281,11 @@ class CandidateSteps:
         offer = self.offer(state, number)
         return self.judge(offer, self.rewards(offer, number), number)
 
-    def offer(self, state: State, number: Any) -> Offer:
+    def offer(self, state: State, number: Any) -> StepEnds:
         """The candidates of a step that is learned from."""
-        return Offer(state[0], *self.candidates(state, number, self.choice.pool))
+        return StepEnds(state[0], *self.candidates(state, number, self.choice.pool))
 
-    def judge(self, offer: Offer, rewards: CandidateRewards, number: Any) -> tuple[State, dict[str, jax.Array]]:
+    def judge(self, offer: StepEnds, rewards: CandidateRewards, number: Any) -> tuple[State, dict[str, jax.Array]]:
         """What the rewards of candidates make of them; see `choose`."""
         pool, follow, ascent = self.choice
         latents, candidates, predicted = offer
@@ -300,12 +300,12 @@ class CandidateSteps:
         pair |= {"winner": found["winner"][0], "rewards": jnp.stack([best, rewards.min(axis=1)], axis=1)}
         return found[follow], pair
 
-    def promised(self, offer: Offer, number: Any) -> DrawnLatents:
+    def promised(self, offer: StepEnds, number: Any) -> DrawnLatents:
         """Clean latents of the images that candidates for the end of a step promise, `[B * K, H, W, C]`."""
         clean = self.r[number] * offer.candidates + self.u[number] * offer.predicted
         return clean.reshape(-1, *self.drawing.shape)
 
-    def rewards(self, offer: Offer, number: Any) -> CandidateRewards:
+    def rewards(self, offer: StepEnds, number: Any) -> CandidateRewards:
         """Of these images."""
         return self.drawing.score(self.promised(offer, number)).reshape(offer.candidates.shape[:2])
 
@@ -326,7 +326,7 @@ class CandidateSteps:
         (gradient,) = pull_back(self.drawing.ascent(clean))
         moved = winner + jnp.asarray(ascent.rates, jnp.float32)[number] * gradient
         moved_predicted = self.predict(moved[:, None], number + 1)
-        moved_reward = self.rewards(Offer(winner, moved[:, None], moved_predicted), number)[:, 0]
+        moved_reward = self.rewards(StepEnds(winner, moved[:, None], moved_predicted), number)[:, 0]
         raised = moved_reward > reward
 
         def kept(after, before):

@@ -17,7 +17,7 @@ from flax_pref.evaluation.report_flags import ReportFlags
 from flax_pref.evaluation.run_report import report_runs
 from flax_pref.evaluation.statistics import holm, near_duplicates
 from flax_pref.evaluation.tables import latex_table
-from flax_pref.images.cost import Cost, read_cost, write_cost
+from flax_pref.images.cost import ImageCost, read_cost, write_cost
 
 NAMES = ("base", "dpo_1", "more & steps", "best-of-3")
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
     for i, name in enumerate(NAMES):
         settings = {"rule": "cfg" if i != 1 else "cpgd", "w": str(i)}
         write_run(folder / name, scores_of(i), settings=settings)
-        write_cost(folder / name, Cost((100, 300, 300, 300)[i], 0.5 * (i + 1), "2 x cpu"))
+        write_cost(folder / name, ImageCost((100, 300, 300, 300)[i], 0.5 * (i + 1), "2 x cpu"))
     return [str(folder / name) for name in NAMES]
 
 
@@ -139,9 +139,9 @@ def test_a_cost_that_is_damaged_or_missing_is_unknown(tmp_path):
     for content in ("", "[]", "{}", json.dumps({"predictions": 0, "seconds": None, "devices": ""})):
         (tmp_path / "cost.json").write_text(content)
         assert read_cost(tmp_path) is None
-    write_cost(tmp_path, Cost(100, 2.0, "cpu"))
-    write_cost(tmp_path, Cost(100))  # nothing was drawn: the time stays
-    assert read_cost(tmp_path) == Cost(100, 2.0, "cpu")
+    write_cost(tmp_path, ImageCost(100, 2.0, "cpu"))
+    write_cost(tmp_path, ImageCost(100))  # nothing was drawn: the time stays
+    assert read_cost(tmp_path) == ImageCost(100, 2.0, "cpu")
 
 
 def test_near_duplicates_are_those_of_a_loop_over_pairs():
