@@ -33,7 +33,7 @@ def merge_reports(flags: LeaderboardFlags) -> Path:
     if (out / REPORT).exists():
         raise UserError(f"--out {out}: is the folder of a report; expected one for the leaderboard alone")
     with replacing(out / "leaderboard.html") as unfinished:
-        page = page_of("leaderboard", flags.title, {"board": board}, board=board)
+        page = page_of("leaderboard", flags.title, {"data": board}, board=board)
         unfinished.write_text(page, encoding="utf-8", newline="\n")
     with replacing(out / "leaderboard.json") as unfinished:
         text = json.dumps(board, indent=2, ensure_ascii=False, allow_nan=False)

@@ -12,6 +12,8 @@ from PIL import Image
 from test_pages import HOSTILE, comparison_of, picture
 
 from flax_pref.evaluation.comparison import read_votes
+from flax_pref.evaluation.leaderboard import merge_reports
+from flax_pref.evaluation.leaderboard_flags import LeaderboardFlags
 from flax_pref.evaluation.pages import write_pages
 
 NONE = "\u2013"  # what stands where there is no number
@@ -301,11 +303,11 @@ def test_a_page_is_as_wide_as_its_window(visit, width):
     assert vote.evaluate(fits)
 
 
-def test_thousands_of_prompts_open_at_once(visit, tmp_path):
+def test_thousands_of_prompts_under_twenty_methods_open_at_once(visit, tmp_path):
     drawing = picture((64, 64), 0)
     prompts = [f"a prompt like those of PartiPrompts, with number {number}" for number in range(3200)]
     report, items = comparison_of(
-        tmp_path, prompts, methods=("base", "dpo", "pgd", "cpgd"), rewards=("pickscore", "hpsv2", "aesthetic"),
+        tmp_path, prompts, methods=[f"method {number}" for number in range(20)], rewards=("pickscore", "hpsv2"),
         content=lambda place, number: drawing, name="0.png",
         records=lambda number: {"Category": f"category {number % 4}"},
     )  # fmt: skip
@@ -320,6 +322,65 @@ def test_thousands_of_prompts_open_at_once(visit, tmp_path):
     page.keyboard.press("j")
     assert page.locator(".row").count() < 12
     assert page.evaluate("document.images.length") < 50
+
+
+def test_controls_and_hacking_have_their_tables_and_charts(visit, tmp_path):
+    report, items = comparison_of(tmp_path, PROMPTS, methods=METHODS)
+    reward = report["rewards"][0]
+    interval = {"value": 0.3, "low": 0.2, "high": 0.4}
+    report["methods"][1]["cost"] = {"predictions": 96, "seconds": 0.25, "devices": "1 x cpu"}
+    own = next(row for row in report["overall"] if row["method"] == "dpo")
+    report |= {
+        "control_runs": ["cpgd"],
+        "controls": [{**own, "control": "cpgd", "gain": interval}],
+        "verdicts": ["<b>judge</b>: dpo is above cpgd"],
+        "looks": [{**own, "reward": "contrast"}],
+        "trained_on": reward,
+        "standardised": [{"method": m, "reward": r, "gain": interval} for m in METHODS[1:] for r in (reward, "other")],
+    }
+    report["rewards"] = [reward, "other"]
+    report["overall"] = [*report["overall"], *({**row, "reward": "other"} for row in report["overall"])]
+    items.scores["other"] = items.scores[reward]
+    write_pages(tmp_path / "out", report, items)
+    page = visit("report.html", folder=tmp_path / "out")
+    rows = page.locator("#fair-table tbody tr").all_inner_texts()
+    assert len(rows) == 2 * len(METHODS) and "96" in rows[1] and "0.25" in rows[1] and "+0.30" in rows[1]
+    assert page.inner_text(".verdicts li") == "<b>judge</b>: dpo is above cpgd"
+    assert page.locator("#hacking-charts circle").count() == len(METHODS) - 1
+    assert "contrast" in page.inner_text("#looks-table")
+
+
+def test_a_leaderboard_sorts_and_filters(visit, tmp_path):
+    interval = lambda value: {"value": value, "low": value - 0.01, "high": value + 0.01}  # noqa: E731
+    for number, name in enumerate(("one", "two")):
+        gains = {"base": None, "<i>dpo</i>": 0.05 + number, "cpgd": 0.08 - number}
+        overall = [
+            {"method": m, "reward": "judge", "mean": interval(0.7 + (gain or 0)), "win_rate": gain and interval(0.6),
+             "gain": gain and interval(gain)}
+            for m, gain in gains.items()
+        ]  # fmt: skip
+        cost = {"predictions": 16, "seconds": None}
+        report = {"baseline": "base", "rewards": ["judge"], "weights": {"judge": ""}, "pairs_sha256": "same"}
+        report |= {"prompts": 40, "pairs": 80, "overall": overall, "control_runs": ["cpgd"]}
+        report |= {"methods": [{"name": m, "w": None, "cost": cost} for m in gains]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    merge_reports(LeaderboardFlags(reports=(str(tmp_path / "one"), str(tmp_path / "two")), out=str(tmp_path / "out")))
+    page = visit("leaderboard.html", folder=tmp_path / "out")
+    names = lambda: [text.split("\t")[0] for text in page.locator("#board tbody tr").all_inner_texts()]  # noqa: E731
+    assert names() == ["base", "<i>dpo</i>", "cpgd control", "<i>dpo</i>", "cpgd control"]  # one row for the same base
+    page.click("#board thead button:text-is('judge')")
+    assert names() == ["<i>dpo</i>", "cpgd control", "<i>dpo</i>", "cpgd control", "base"]
+    page.fill("input[type=search]", "two")
+    assert names() == ["<i>dpo</i>", "cpgd control"]
+    page.uncheck("input[type=checkbox]")
+    assert names() == ["<i>dpo</i>"]
+    page.fill("input[type=search]", "nothing")
+    page.click("#clear")
+    assert len(names()) == 5
+    page.select_option("select", label="Mean")
+    page.uncheck("input[type=checkbox]")
+    assert "0.700" in page.locator("#board tbody tr").all_inner_texts()[-1]
 
 
 def test_a_single_method_and_a_single_prompt_are_enough_to_look_at(visit, tmp_path):

@@ -1,4 +1,4 @@
-const board = readJSON("board");
+const board = readJSON("data");
 const MEASURES = { gain: "Gain over the baseline", mean: "Mean", win_rate: "Win rate, %" };
 const several = new Set(board.rows.map((row) => row.report)).size > 1;
 const state = { set: 0, measure: "gain", text: "", controls: true, sort: null, ascending: false };
