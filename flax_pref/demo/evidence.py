@@ -233,8 +233,8 @@ def _controls(results: Path) -> list[str]:
         "The demo's modules, drawn by the programs that users have, beside controls of the base model that use no "
         "preferences and spend as much: its guidance scale tuned on the validation prompts, more steps, and the best "
         "of several images by the judge itself, which no other way here may ask. One training seed; intervals over "
-        f"prompts. Drawn on {report['created']} on {report['methods'][0]['cost']['devices']}, beside other work: seconds "
-        "are upper bounds."
+        f"prompts. Drawn on {report['created']} on {report['methods'][0]['cost']['devices']}, beside other work: "
+        "seconds are upper bounds."
     )
     adapters = "--module pos=runs/demo/pos.safetensors --module neg=runs/demo/neg.safetensors"
     draw = "python -m sample.images --model demo --prompts runs/demo/prompts/held_out.txt --steps 8 --guidance-scale 3"
