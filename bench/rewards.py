@@ -76,6 +76,8 @@ class Rewards:
     """Prompts drawn at a time."""
     latency: float = 0.5
     """Seconds that the service takes for an answer."""
+    serial: bool = False
+    """Take these seconds for each batch of the server, one after the other, and not for each request."""
     row_seconds: float = 0.005
     """Seconds that a simulated device takes for one prediction of one image."""
     json: Path | None = None
@@ -180,8 +182,8 @@ def gradient_memory(bench: Rewards) -> dict:
 class Device:
     """A simulated device, which takes its time for predictions and does one thing at a time."""
 
-    def __init__(self, row_seconds: float):
-        self.busy, self.row_seconds, self._lock = 0.0, row_seconds, threading.Lock()
+    def __init__(self):
+        self.busy, self.row_seconds, self._lock = 0.0, 0.0, threading.Lock()
 
     def predict_of(self, params: Any, frozen: Any) -> Predict:
         """As `Rollouts` takes it: a network that is no more than its time."""
@@ -199,6 +201,18 @@ class Device:
             time.sleep(rows * self.row_seconds)
             self.busy += time.perf_counter() - begun
         return np.float32(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Late(Service):
+    """A service whose answers are on their way for some time."""
+
+    latency: float = 0.0
+
+    def _ask_once(self, body: bytes) -> bytes:
+        answer = super()._ask_once(body)
+        time.sleep(self.latency)
+        return answer
 
 
 @jax.tree_util.register_dataclass
@@ -235,8 +249,9 @@ def waiting(bench: Rewards) -> dict:
         **{"prompts": bench.prompts, "at_once": bench.at_once, "rounds": bench.rounds},
     }
     vae = random_network("vae", SMALL_VAE)
-    with reward_server(bench.latency) as slow, reward_server(1e-9) as prompt:
-        late, now = Remote("mock", Service(slow)), Remote("mock", Service(prompt))
+    with reward_server(bench.latency if bench.serial else 0.0) as slow, reward_server(0.0) as prompt:
+        late = Remote("mock", Late(slow, latency=0.0 if bench.serial else bench.latency))
+        now = Remote("mock", Service(prompt))
         rewards = {"before": InJittedCode(late), "after": late, "after_without_latency": now}
         for name in bench.methods:
             figures[name] = {when: drawing(bench, name, vae, reward) for when, reward in rewards.items()}
@@ -246,7 +261,7 @@ def waiting(bench: Rewards) -> dict:
 
 def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
     """Medians over iterations, after one that compiles: seconds, and the share in which the device waits."""
-    method, device = METHODS[name], Device(0.0)
+    method, device = METHODS[name], Device()
     within = name == "tailorpo-step"
     config = RolloutConfig(
         prompts=bench.prompts, at_once=bench.at_once, batch_size=bench.prompts, update="step" if within else "iteration"
@@ -278,18 +293,8 @@ def drawing(bench: Rewards, name: Name, vae: Network, reward: Reward) -> dict:
 def reward_server(latency: float) -> Iterator[str]:
     """The address of a server that takes so long for each answer."""
     serve = INTEGRATIONS / "reward_server" / "serve.py"
-    flags = [
-        "--scorer",
-        "mock",
-        "--mock-seconds",
-        str(latency),
-        "--port",
-        "0",
-        "--batch-size",
-        "4096",
-        "--queue",
-        "4096",
-    ]
+    flags = ["--scorer", "mock", "--port", "0", "--batch-size", "4096", "--queue", "4096"]
+    flags += ["--mock-seconds", str(latency)] if latency else []
     with subprocess.Popen([sys.executable, serve, *flags], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
