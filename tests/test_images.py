@@ -132,6 +132,7 @@ def test_a_set_is_drawn_with_modules_into_shards_with_a_manifest(modules, prompt
     assert contents(out) == before
 
 
+@pytest.mark.program
 def test_the_modules_and_their_strength_are_in_the_images(modules, tmp_path):
     pos, neg = f"pos={modules}/pos.safetensors", f"neg={modules}/neg.safetensors"
     runs = {

@@ -49,6 +49,10 @@ FLAGS = {
     "gcloud container clusters get-credentials": "--location",
     "gcloud artifacts repositories create": "--location --repository-format",
     "gcloud auth configure-docker": "",
+    "python evaluation/evaluate_images.py": "--outfile --model-path",  # of GenEval
+    "python integrations/reward_server/serve.py": (
+        "--scorer --model --repository --device --host --port --batch-size --wait --queue"
+    ),
     "docker build": "--file --tag",
     "docker push": "",
     "docker run": "--rm --privileged --net --ulimit --gpus --volume --env",

@@ -545,6 +545,7 @@ class Kill(BaseException):
     """Ends a run as a signal would, as far as one process can."""
 
 
+@pytest.mark.program
 def test_killed_before_any_file_appears_and_begun_again_a_run_gives_the_same_files(tmp_path, encoder, monkeypatch):
     file = write_set(tmp_path / "a.parquet", count=9, damaged=(5,), ties=(4,))
     prepare(tmp_path / "calm", file, encoder, shard_size=4)

@@ -223,6 +223,7 @@ def test_killed_at_any_step_and_repeated_a_run_gives_the_files_of_an_undisturbed
     assert {"os.remove .parts/0-0.json", "os.rmdir .parts", "open .parts/unfinished"} <= seen
 
 
+@pytest.mark.program
 def test_killed_at_random_moments_with_changing_batches_a_run_gives_the_same_files(program, tmp_path):
     chance = random.Random(0)
     started = time.monotonic()
