@@ -56,6 +56,8 @@ SMALL_SCORE = (
 DRAW = "flax-pref sample --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.tsv --seeds 0-3"
 SMALL_DRAW = "{python} -m flax_pref.cli sample --model demo --prompts {tmp}/prompts.tsv --seeds 0-1 --steps 2"
 
+CONTROLS = "flax-pref controls runs/base runs/cpgd --prompts prompts.tsv"
+
 # Each command of these pages, and how it is run here: the same program and config, less work.
 COMMANDS = {
     "make demo": (
@@ -83,6 +85,12 @@ COMMANDS = {
     f"{SCORE} --rewards pickscore hpsv2.1 --features clip": SMALL_SCORE,
     "flax-pref report runs/base runs/cpgd --out runs/report": (
         f"{SMALL_SCORE} && {{python}} -m flax_pref.cli report {{tmp}}/runs/base {{tmp}}/runs/cpgd --out {{tmp}}/report"
+    ),
+    f"{CONTROLS} --validation others.txt --rewards pickscore hpsv2.1": (
+        f"{SMALL_DRAW} --out {{tmp}}/base && {SMALL_DRAW} --module pos={{tmp}}/pos.safetensors --module"
+        " neg={tmp}/neg.safetensors --rule cpgd --w 4 --out {tmp}/cpgd && {python} -m flax_pref.cli controls {tmp}/base"
+        " {tmp}/cpgd --prompts {tmp}/prompts.tsv --validation {tmp}/others.txt --rewards pickscore={tmp}/scorer"
+        " hpsv2.1={tmp}/scorer --guidance-scales 2 3 4 --out {tmp}/controls"
     ),
     ".venv/bin/python -m train.encode configs/demo/encode.py": (
         "{python} -m train.encode configs/demo/encode.py --source.path {tmp}/pairs --output {tmp}/prepared"
@@ -117,7 +125,8 @@ def test_a_command_of_the_pages_runs(command, tmp_path):
     (tmp_path / "prompts.tsv").write_text("Prompt\tCategory\na red circle\tAbstract\na blue cross\tAbstract\n")
     save_modules(tmp_path)
     save_pairs(tmp_path / "pairs" / "train-00000-of-00001.parquet")
-    if "flax-pref score" in command or "flax-pref report" in command:
+    (tmp_path / "others.txt").write_text("a green ring\n")
+    if any(f"flax-pref {program}" in command for program in ("score", "report", "controls")):
         save_runs(tmp_path)
     if "train.modules" in command or "flax-pref train" in command:
         tiny_checkpoint(tmp_path / "tiny", "sd15")
@@ -138,6 +147,9 @@ def test_a_command_of_the_pages_runs(command, tmp_path):
         assert (evidence.parent / "evidence" / "measurements.parquet").is_file()
     if "train.modules" in command or "flax-pref train" in command:
         assert list((tmp_path / "run" / "modules").iterdir()) and "step/s" in done.stderr
+    if "flax-pref controls" in command:
+        assert (tmp_path / "controls" / "report" / "report.html").is_file()
+        assert len(re.findall(r"^(pickscore|hpsv2.1): cpgd is ", done.stdout, re.MULTILINE)) == 2
     if "flax-pref report" in command:
         assert (tmp_path / "report" / "report.html").is_file() and "4 pairs (prompt, seed) of 2 prompts" in done.stdout
     if "train.encode" in command or "flax-pref encode" in command:
