@@ -56,7 +56,7 @@ class Rewards:
     """Times PickScore, counts the memory of its gradient, and measures how long devices wait for a service."""
 
     parts: tuple[Literal["gradient", "pickscore", "service"], ...] = ("gradient", "pickscore", "service")
-    """What is measured."""
+    """Parts to measure."""
     batch_size: int = 8
     """Images that are scored at the same time."""
     rounds: int = 3

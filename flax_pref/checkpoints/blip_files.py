@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from flax_pref.checkpoints.hub import HUB_ID, find_file
+from flax_pref.checkpoints.hub import find_weights
 from flax_pref.checkpoints.weights import Component, Tensors, fill, open_tensors
 from flax_pref.models.blip import ImageRewardConfig, ImageRewardModel
 from flax_pref.models.network import Network
@@ -55,14 +55,7 @@ def find_image_reward(path_or_id: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: it is none of these, or it can be neither reached nor found in the cache.
     """
-    name = PUBLISHED if path_or_id is None else str(path_or_id)
-    path = Path(name).expanduser()
-    file = path / FILE if path.is_dir() else path
-    if file.is_file():
-        return file
-    if path.exists() or not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"{file}: no such file; {EXPECTED}")
-    return find_file(name, FILE)
+    return find_weights(PUBLISHED if path_or_id is None else path_or_id, FILE, expected=EXPECTED)
 
 
 def load_image_reward_model(file: str | Path, dtype=jnp.float32) -> Network:

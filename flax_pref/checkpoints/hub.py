@@ -139,6 +139,26 @@ def find_file(repository: str, name: str) -> Path:
     return _downloaded(f"{repository}/{name}", lambda: hf_hub_download(repository, name))
 
 
+def find_weights(path_or_id: str | Path, name: str, *, expected: str) -> Path:
+    """A file of weights: the path, the file of this name in a folder, or that of a Hub repository.
+
+    Args:
+        path_or_id: the file, a folder, or `owner/name`. What exists locally is never looked for on the Hub.
+        name: of the file in a folder or repository.
+        expected: ends the message where there is none.
+
+    Raises:
+        FileNotFoundError: it is none of these, or it can be neither reached nor found in the cache.
+    """
+    path = Path(path_or_id).expanduser()
+    file = path / name if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.exists() or not HUB_ID.fullmatch(str(path_or_id)):
+        raise FileNotFoundError(f"{file}: no such file; {expected}")
+    return find_file(str(path_or_id), name)
+
+
 def _downloaded(name: str, download: Callable[[], str]) -> Path:
     nowhere = f"{name}: no such file or folder"
     unreachable = (

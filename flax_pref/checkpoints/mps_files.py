@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.clip_files import HEAD_WIDTHS, TEXT_HEAD_WIDTH
-from flax_pref.checkpoints.hub import HUB_ID, find_file
+from flax_pref.checkpoints.hub import find_weights
 from flax_pref.checkpoints.torch_files import read_torch_module
 from flax_pref.checkpoints.weights import Component, Tensors, TorchTensors, fill, open_tensors
 from flax_pref.models.clip import CLIPTextConfig
@@ -45,19 +45,13 @@ def find_mps(path_or_id: str | Path | None = None) -> Path:
     """The file of the weights.
 
     Args:
-        path_or_id: the file, or the id of a Hub repository with `model.safetensors`; None: the conversion of the
+        path_or_id: the file, or a folder or Hub repository with `model.safetensors`; None: the conversion of the
             authors' file that is on the Hub.
 
     Raises:
-        FileNotFoundError: it is neither, or it can be neither reached nor found in the cache.
+        FileNotFoundError: it is none of these, or it can be neither reached nor found in the cache.
     """
-    name = PUBLISHED if path_or_id is None else str(path_or_id)
-    file = Path(name).expanduser()
-    if file.is_file():
-        return file
-    if file.exists() or not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"{file}: no such file; {EXPECTED}")
-    return find_file(name, FILE)
+    return find_weights(PUBLISHED if path_or_id is None else path_or_id, FILE, expected=EXPECTED)
 
 
 def _open(file: Path) -> Tensors:

@@ -273,7 +273,7 @@ def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _run(stream: BinaryIO, storage: Callable[[tuple], Storage], objects: bool) -> Any:
-    """What a pickle describes; `storage` makes one of what the pickle says of it. The stream is left at its end.
+    """Interprets a pickle; `storage` makes one of what the pickle says of it. The stream is left at its end.
 
     With `objects`, whatever is neither a tensor nor plain data comes back as `Saved`; without, it is refused.
     """
@@ -436,12 +436,12 @@ def _weights(network: Saved) -> dict[str, StoredTensor]:
 
 
 def _parts(module: Saved) -> dict[str, Any]:
-    """What a module of a TorchScript program holds: its attributes."""
+    """Attributes of a module of a TorchScript program, by name."""
     return {part: held for part, held in module.attributes.items() if type(part) is str}
 
 
 def _parts_of_module(module: Saved) -> dict[str, Any]:
-    """What an `nn.Module` holds, by the attributes that all of them have."""
+    """Parameters, buffers that its state dict has, and modules of an `nn.Module`, by name."""
     told = module.attributes
     unsaved = told.get("_non_persistent_buffers_set") or ()
     buffers = {name: tensor for name, tensor in told["_buffers"].items() if name not in unsaved}

@@ -230,7 +230,7 @@ def _ask(function: Function, name: str, path: str, pixels: np.ndarray, questions
 
 
 def told(asked: NamedBenchmark, run: ImageRun, scores: Scores) -> list[str]:
-    """What there is to tell about a benchmark of a folder, line by line."""
+    """Lines for the user about a benchmark of a folder."""
     benchmark = asked.benchmark
     every = scores.answers(ANSWERS + benchmark.name)
     shown = shown_in(run.rows)

@@ -411,7 +411,7 @@ def features_of(run: ScoredRun, name: str, places: Sequence[int]) -> np.ndarray:
 
 
 def _distances(runs: Sequence[ScoredRun], name: str, places: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Of the pairs of images of a prompt among these places, whose order is that of prompts."""
+    """Distances of the pairs of images of a prompt among these places, whose order is that of prompts."""
     found = {}
     for run in runs:
         lists = run.table[f"{DISTANCE}{name}"].to_pylist()
@@ -670,7 +670,7 @@ def _diversity(items: Items, baseline: str) -> list[dict[str, Any]]:
 
 
 def _vendi_scores(features: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """Of the images of each prompt, float64 `[prompts]`."""
+    """Vendi scores of the images of each prompt, float64 `[prompts]`."""
     ends = np.flatnonzero(np.diff(prompts)) + 1
     return np.array([vendi_score(part) for part in np.split(features, ends)])
 

@@ -19,7 +19,6 @@ from etils import epath
 
 from flax_pref.config import UserError
 from flax_pref.data.prompts import Prompt, read_prompts
-from flax_pref.diffusion.guidance import tabulate
 from flax_pref.evaluation.comparison import read_run
 from flax_pref.evaluation.control_flags import ControlFlags
 from flax_pref.evaluation.report_flags import ReportFlags
@@ -30,8 +29,9 @@ from flax_pref.evaluation.score_flags import ScoreFlags
 from flax_pref.evaluation.tables import text_table
 from flax_pref.images.cost import ImageCost, read_cost, write_cost
 from flax_pref.images.image_flags import ImageFlags
-from flax_pref.images.image_set import ImageSet, Item
-from flax_pref.images.set_drawing import draw_images, resolve_images
+from flax_pref.images.image_set import ImageSet
+from flax_pref.images.layouts import Item
+from flax_pref.images.set_drawing import ImageWork, draw_images, resolve_images
 from flax_pref.programs import title
 
 WRITTEN_AT_ONCE = 64  # images of the best
@@ -122,10 +122,8 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
             raise UserError(f"{folder}: has seeds {own[:5]}, and {first} {seeds[:5]}; draw it with the same")
         seeds, costs[name] = own, read_cost(folder)
     first, *methods = folders
-    base_flags = _flags_of(open_run(folders[first]), flags, seeds)
-    work = resolve_images(base_flags)
-    found = costs[first]
-    cost = ImageCost(_predictions(base_flags)) if found is None else found
+    work = _work_of(open_run(folders[first]), flags, seeds)
+    cost = costs[first] or ImageCost(work.predictions)
     budget = flags.predictions
     if budget is None:
         known = {name: own for name in methods if (own := costs[name]) is not None}
@@ -135,11 +133,11 @@ def _check(flags: ControlFlags, folders: dict[str, str]) -> tuple[Base, int]:
                 "the UNet predictions per image, or draw it again"
             )
         budget = max(own.predictions for own in known.values())
-    return Base(folders[first], base_flags, dict(work.settings), cost, prompts, seeds), budget
+    return Base(folders[first], work.flags, dict(work.settings), cost, prompts, seeds), budget
 
 
-def _flags_of(run: ImageRun, flags: ControlFlags, seeds: Sequence[int]) -> ImageFlags:
-    """The flags that the base model's run was drawn with, from the settings that its manifest tells."""
+def _work_of(run: ImageRun, flags: ControlFlags, seeds: Sequence[int]) -> ImageWork:
+    """The work that the base model's run was, from the settings that its manifest tells."""
     settings = json.loads(run.rows["settings"][0].as_py())
     names = {field.name for field in dataclasses.fields(ImageFlags)}
     given: dict[str, Any] = {
@@ -152,20 +150,14 @@ def _flags_of(run: ImageRun, flags: ControlFlags, seeds: Sequence[int]) -> Image
         )
     given |= {"prompts": flags.prompts, "seeds": ",".join(map(str, seeds))}
     given |= {"batch_size": flags.batch_size, "mesh": flags.mesh, "hosts": "none", "column": flags.column}
-    base = ImageFlags(**given)
-    drawn, now = run.rows["model_sha256"][0].as_py(), resolve_images(base).settings.get("model_sha256", "")
+    work = resolve_images(ImageFlags(**given))
+    drawn, now = run.rows["model_sha256"][0].as_py(), work.settings.get("model_sha256", "")
     if drawn != now:
         raise UserError(
-            f"{run.folder}: was drawn with other weights ({drawn[:8]}) than {base.model} has now ({now[:8]}); draw it "
-            "again"
+            f"{run.folder}: was drawn with other weights ({drawn[:8]}) than {work.flags.model} has now ({now[:8]}); "
+            "draw it again"
         )
-    return base
-
-
-def _predictions(flags: ImageFlags) -> int:
-    """Of an image that is drawn with these flags."""
-    drawing = resolve_images(flags).drawing
-    return tabulate(drawing.sampled, len(drawing.solver.timesteps), 1).evaluations
+    return work
 
 
 def _drawn(base: Base, folder: Path, **changes: Any) -> str:
@@ -212,7 +204,7 @@ def _tuned(flags: ControlFlags, base: Base, by: str) -> str:
 
 
 def _best_of(flags: ControlFlags, base: Base, by: str, count: int) -> str:
-    """Of the base model's image and `count` - 1 others of the same prompt, the best by a reward, as a run."""
+    """Writes a run of the best by a reward of the base model's image and `count` - 1 others of the same prompt."""
     chosen = [reward for reward in flags.rewards if reward.partition("=")[0] == by]
     unused = [seed for seed in range(count * len(base.seeds) + max(base.seeds) + 1) if seed not in base.seeds]
     more = unused[: (count - 1) * len(base.seeds)]
@@ -244,15 +236,16 @@ def _best_of(flags: ControlFlags, base: Base, by: str, count: int) -> str:
 
 
 def _scored_rows(folder: str, by: str) -> list[dict[str, Any]]:
-    """Rows of a scored run with "score", NaN as the worst."""
+    """Rows of a scored run with "score"; one that is not a finite number is the worst."""
     rows = read_run(folder, folder).table.to_pylist()
     for row in rows:
         score = row[f"{SCORE}{by}"]
-        row["score"] = -math.inf if score is None or math.isnan(score) else score
+        row["score"] = score if score is not None and math.isfinite(score) else -math.inf
     return rows
 
 
 def _read(folder: str, image: ImageFile) -> np.ndarray:
+    """Pixels of an image, uint8 `[H, W, 3]`."""
     pixels = read_image(epath.Path(folder), image)
     if isinstance(pixels, str):
         raise UserError(f"{folder}: {image.file} is {pixels}; draw the run again with --verify")

@@ -107,6 +107,11 @@ class ImageWork:
     layout: Layout
     settings: Mapping[str, Any]
 
+    @property
+    def predictions(self) -> int:
+        """Predictions of the UNet for an image."""
+        return tabulate(self.drawing.sampled, len(self.drawing.solver.timesteps), 1).evaluations
+
 
 def resolve_images(flags: ImageFlags) -> ImageWork:
     """Finds what the flags name and checks that it fits together; reads weights only for their hash.
@@ -208,7 +213,7 @@ def _complete(images: ImageSet, work: ImageWork) -> bool:
     wait_for_others("all images are drawn")
     images.finish()
     if not images.process:
-        write_cost(out, ImageCost(tabulate(work.drawing.sampled, len(work.drawing.solver.timesteps), 1).evaluations))
+        write_cost(out, ImageCost(work.predictions))
     return True
 
 
@@ -280,7 +285,7 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
     if images.process == 0 and drawn > first[1]:
         images_each = (drawn - first[1]) * images.processes
         devices = f"{jax.local_device_count() * images.processes} x {jax.local_devices()[0].device_kind}"
-        write_cost(flags.out, ImageCost(table.evaluations, round((ended - first[0]) / images_each, 4), devices))
+        write_cost(flags.out, ImageCost(work.predictions, round((ended - first[0]) / images_each, 4), devices))
     seconds = ended - started
     print(f"drew {drawn} image{'s' * (drawn != 1)} in {seconds:.0f} s, {drawn / seconds:.3g} images/s")
     return not anywhere(len(images.pending) > 0)

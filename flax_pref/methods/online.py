@@ -37,7 +37,7 @@ Candidates = Float[jax.Array, "images candidates height width channels"]
 DrawnLatents = Float[jax.Array, "drawn height width channels"]
 """Clean latents of images that were drawn, K of each prompt."""
 Rewards = Float[jax.Array, "prompts images"]
-"""Of K images of each prompt."""
+"""Rewards of K images of each prompt."""
 GivenCandidates = Float[Array, "images candidates height width channels"]
 """`Candidates` on a device or on the host."""
 

@@ -62,7 +62,7 @@ class CandidateChoice(NamedTuple):
 
 
 CandidateRewards = Float[jax.Array, "images candidates"]
-"""Of what K candidates promise."""
+"""Rewards of the clean images that K candidates promise."""
 State = tuple[Latents, Latents]
 """Latents that a step begins with, and the policy's prediction for them."""
 
@@ -197,7 +197,7 @@ class StepPairs(Preferences):
         """What step `first` begins with, where that is latents from elsewhere or of other weights."""
         return CandidateSteps(drawing, self).begin(latents, first)
 
-    def draw_offer(
+    def draw_ends(
         self, drawing: RolloutInputs, state: State, first: Int[jax.Array, ""], last: Int[jax.Array, ""]
     ) -> tuple[StepEnds, DrawnLatents]:
         """Candidates for the end of a trained step.
@@ -212,14 +212,14 @@ class StepPairs(Preferences):
             the candidates, and the clean latents that they promise, `[B * K, H, W, C]`.
         """
         candidates = CandidateSteps(drawing, self)
-        offer = candidates.offer(candidates.walk_to(state, first, last), last)
-        return offer, candidates.promised(offer, last)
+        ends = candidates.ends(candidates.walk_to(state, first, last), last)
+        return ends, candidates.promised(ends, last)
 
-    def judge_offer(
-        self, drawing: RolloutInputs, offer: StepEnds, rewards: CandidateRewards, number: Int[jax.Array, ""]
+    def judge_ends(
+        self, drawing: RolloutInputs, ends: StepEnds, rewards: CandidateRewards, number: Int[jax.Array, ""]
     ) -> tuple[State, dict[str, jax.Array]]:
         """What the next step begins with, and the experience of a trained one, without an axis of steps."""
-        return CandidateSteps(drawing, self).judge(offer, rewards, number)
+        return CandidateSteps(drawing, self).judge(ends, rewards, number)
 
 
 class CandidateSteps:
@@ -278,17 +278,17 @@ class CandidateSteps:
 
     def choose(self, state: State, number: Any) -> tuple[State, dict[str, jax.Array]]:
         """A step that is learned from: the best and the worst candidate, and where the trajectory continues."""
-        offer = self.offer(state, number)
-        return self.judge(offer, self.rewards(offer, number), number)
+        ends = self.ends(state, number)
+        return self.judge(ends, self.rewards(ends, number), number)
 
-    def offer(self, state: State, number: Any) -> StepEnds:
+    def ends(self, state: State, number: Any) -> StepEnds:
         """The candidates of a step that is learned from."""
         return StepEnds(state[0], *self.candidates(state, number, self.choice.pool))
 
-    def judge(self, offer: StepEnds, rewards: CandidateRewards, number: Any) -> tuple[State, dict[str, jax.Array]]:
+    def judge(self, ends: StepEnds, rewards: CandidateRewards, number: Any) -> tuple[State, dict[str, jax.Array]]:
         """What the rewards of candidates make of them; see `choose`."""
         pool, follow, ascent = self.choice
-        latents, candidates, predicted = offer
+        latents, candidates, predicted = ends
         places = {"winner": rewards.argmax(axis=1), "loser": rewards.argmin(axis=1)}
         dice = jax.vmap(lambda key: jax.random.fold_in(key, self.method.steps + number + 1))(self.drawing.keys)
         places["random"] = jax.vmap(lambda key: jax.random.randint(key, (), 0, pool))(dice)
@@ -300,14 +300,14 @@ class CandidateSteps:
         pair |= {"winner": found["winner"][0], "rewards": jnp.stack([best, rewards.min(axis=1)], axis=1)}
         return found[follow], pair
 
-    def promised(self, offer: StepEnds, number: Any) -> DrawnLatents:
+    def promised(self, ends: StepEnds, number: Any) -> DrawnLatents:
         """Clean latents of the images that candidates for the end of a step promise, `[B * K, H, W, C]`."""
-        clean = self.r[number] * offer.candidates + self.u[number] * offer.predicted
+        clean = self.r[number] * ends.candidates + self.u[number] * ends.predicted
         return clean.reshape(-1, *self.drawing.shape)
 
-    def rewards(self, offer: StepEnds, number: Any) -> CandidateRewards:
+    def rewards(self, ends: StepEnds, number: Any) -> CandidateRewards:
         """Of these images."""
-        return self.drawing.score(self.promised(offer, number)).reshape(offer.candidates.shape[:2])
+        return self.drawing.score(self.promised(ends, number)).reshape(ends.candidates.shape[:2])
 
     def climb(
         self, winner: Latents, predicted: Latents, reward: PerImage, number: Any, ascent: Ascent

@@ -195,7 +195,7 @@ class Rollouts:
         }
         self._draw, self._draw_start, self._draw_step = map(jax.jit, (self._whole, self._start, self._part))
         self._draw_images, self._judge_images = map(jax.jit, (self._images, self._judged))
-        self._draw_state, self._draw_offer, self._judge_offer = map(jax.jit, (self._state, self._offer, self._chosen))
+        self._draw_state, self._draw_ends, self._judge_ends = map(jax.jit, (self._state, self._ends, self._chosen))
         self._stack = jax.jit(_stacked)
         self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
         self._take = jax.jit(partial(take_batch, method), out_shardings=sharding)
@@ -388,9 +388,9 @@ class Rollouts:
         state = self._draw_state(*part.common, latents, np.int32(first))
         pairs = []
         for last in trained:
-            outputs = list(self._draw_offer(*part.common, state, np.int32(first), np.int32(last)))
+            outputs = list(self._draw_ends(*part.common, state, np.int32(first), np.int32(last)))
             given = yield part, outputs.pop()
-            state, pair = self._judge_offer(*part.common, *outputs, given, np.int32(last))
+            state, pair = self._judge_ends(*part.common, *outputs, given, np.int32(last))
             pairs.append(pair)
             first = last + 1
         return {**self._stack(*pairs), **({STATE: state[0]} if self._within else {})}
@@ -424,18 +424,18 @@ class Rollouts:
         *common, latents, first = inputs
         return self._method.draw_state(self._inputs(*common), latents, first)
 
-    def _offer(self, *inputs: Any) -> Any:
+    def _ends(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)
         *common, state, first, last = inputs
-        offer, clean = self._method.draw_offer(self._inputs(*common), state, first, last)
+        ends, clean = self._method.draw_ends(self._inputs(*common), state, first, last)
         images, known = self._of_latents(common, decode_and_score, clean)
-        return offer, known, images
+        return ends, known, images
 
     def _chosen(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)
-        *common, offer, known, given, number = inputs
-        rewards = self._total(len(offer.latents), known, given)
-        return self._method.judge_offer(self._inputs(*common), offer, rewards, number)
+        *common, ends, known, given, number = inputs
+        rewards = self._total(len(ends.latents), known, given)
+        return self._method.judge_ends(self._inputs(*common), ends, rewards, number)
 
     def _total(self, count: int, known: Any, given: Any) -> jax.Array:
         """Rewards `[count, K]`."""

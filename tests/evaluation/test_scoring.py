@@ -4,7 +4,6 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -39,6 +38,7 @@ from flax_pref.images.image_set import ImageSet, Item
 from flax_pref.parallel.mesh import make_mesh
 from flax_pref.rewards.jpeg import JpegSize
 from flax_pref.rewards.remote import Remote, Service
+from tests.services import LocalService
 
 OF = {"name": "brightness", "sha256": "ab", "dtype": "float32"}
 
@@ -797,42 +797,36 @@ if __name__ == "__main__":
 MOVED, DRIP = b"moved", b"drip"
 
 
-class Blue:
+class Blue(LocalService):
     """A service that scores images by their mean blue, slowly, and fails where it is told to."""
 
     def __init__(self, seconds=0.0, fails=lambda prompts: None):
-        self.now, self.most, self.prompts, lock = 0, 0, [], threading.Lock()
+        self.now, self.most, self.prompts, self.lock = 0, 0, [], threading.Lock()
+        self.seconds, self.fails = seconds, fails
+        super().__init__(self.answer)
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    self.now += 1
-                    self.most = max(self.most, self.now)
-                    self.prompts += body["prompts"]
-                time.sleep(seconds)
-                with lock:
-                    self.now -= 1
-                files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
-                scores = [float(np.asarray(file)[..., 2].mean()) for file in files]
-                content = fails(body["prompts"]) or json.dumps({"scores": scores}).encode()
-                status, content = (302, content[len(MOVED) :]) if content.startswith(MOVED) else (200, content)
-                handler.send_response(status)
-                if status == 302:
-                    handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
-                handler.end_headers()
-                pieces = [content] if content != DRIP else itertools.repeat(b" ", 100)
-                with contextlib.suppress(OSError):  # whoever asked has gone
-                    for piece in pieces:
-                        handler.wfile.write(piece)
-                        time.sleep(0.5 * (content == DRIP))
-
-            def log_message(handler, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+    def answer(self, handler, body):
+        body = json.loads(body)
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.prompts += body["prompts"]
+        time.sleep(self.seconds)
+        with self.lock:
+            self.now -= 1
+        files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+        scores = [float(np.asarray(file)[..., 2].mean()) for file in files]
+        content = self.fails(body["prompts"]) or json.dumps({"scores": scores}).encode()
+        status, content = (302, content[len(MOVED) :]) if content.startswith(MOVED) else (200, content)
+        handler.send_response(status)
+        if status == 302:
+            handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
+        handler.end_headers()
+        pieces = [content] if content != DRIP else itertools.repeat(b" ", 100)
+        with contextlib.suppress(OSError):  # whoever asked has gone
+            for piece in pieces:
+                handler.wfile.write(piece)
+                time.sleep(0.5 * (content == DRIP))
 
 
 @pytest.fixture
@@ -845,8 +839,7 @@ def blue():
 
     yield make
     for each in made:
-        each.server.shutdown()
-        each.server.server_close()
+        each.close()
 
 
 def service_scorer(url, **settings):

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import http.server
 import io
 import json
 import socketserver
@@ -18,6 +17,7 @@ from flax_pref.config import UserError
 from flax_pref.rewards import remote
 from flax_pref.rewards.remote import Service, remote_errors
 from flax_pref.rewards.reward import Weighted, load_reward, make_reward
+from tests.services import LocalService
 
 CAPTIONS = ["a", "", "ein Fuchs über 狐 \0 und mehr" * 40]
 
@@ -32,29 +32,23 @@ def score(reward, images, prepared):
     return reward.score(reward.view(images), prepared)
 
 
-class Place:
+class Place(LocalService):
     """A service: answers in turn what it is given, or what a function makes of the request."""
 
     def __init__(self, *answers):
-        self.requests, left = [], list(answers)
+        self.requests, self.left = [], list(answers)
+        super().__init__(self.answer)
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                self.requests.append(body)
-                answer = left.pop(0) if len(left) > 1 else left[0]
-                answer = answer if isinstance(answer, tuple) else answer(body)
-                status, content = answer if isinstance(answer, tuple) else (200, answer)
-                handler.send_response(status)
-                handler.end_headers()
-                handler.wfile.write(content.encode())
-
-            def log_message(handler, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+    def answer(self, handler, body):
+        body = json.loads(body)
+        self.requests.append(body)
+        answer = self.left.pop(0) if len(self.left) > 1 else self.left[0]
+        answer = answer if isinstance(answer, tuple) else answer(body)
+        status, content = answer if isinstance(answer, tuple) else (200, answer)
+        handler.send_response(status)
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # whoever asked has gone
+            handler.wfile.write(content.encode())
 
 
 @pytest.fixture
@@ -67,8 +61,7 @@ def place():
 
     yield serve
     for each in places:
-        each.server.shutdown()
-        each.server.server_close()
+        each.close()
 
 
 @pytest.fixture

@@ -65,6 +65,17 @@ def server():
         yield url
 
 
+def until(true, seconds=20):
+    """Whether something becomes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(urllib.error.URLError, ValueError):
+            if true():
+                return True
+        time.sleep(0.02)
+    return False
+
+
 def pictures(count, seed=0, size=(8, 6)):
     return np.random.default_rng(seed).random((count, *size, 3), np.float32)
 
@@ -182,24 +193,24 @@ def test_a_full_queue_answers_429_and_the_client_asks_again():
 
 
 def test_more_connections_than_there_may_be_are_refused():
-    with started("--connections", 1, "--mock-seconds", 1) as (_, url):
-        body = json.dumps({"prompts": ["a"], "images": [GOOD]}).encode()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            first = pool.submit(asked, url, body)
-            time.sleep(0.4)
+    with started("--connections", 1) as (_, url):
+        host, port = url.removeprefix("http://").partition("/")[0].split(":")
+        health = url.replace("score", "health")
+        # Connections are taken in their order, and the first says nothing yet.
+        with socket.create_connection((host, int(port)), timeout=20):
             with pytest.raises(urllib.error.HTTPError, match="503") as refused:
-                urllib.request.urlopen(url.replace("score", "health"), timeout=20)
+                urllib.request.urlopen(health, timeout=20)
             assert refused.value.headers["Retry-After"] == "1"
             refused.value.close()
-            assert first.result()[0] == 200
+        assert until(lambda: asked(health)[0] == 200)  # its place is free again
 
 
 def test_sigterm_answers_what_waits_and_ends_with_0():
-    with started("--mock-seconds", 1) as (process, url):
-        body = json.dumps({"prompts": ["a"], "images": [GOOD]}).encode()
+    with started("--batch-size", 1, "--mock-seconds", 1) as (process, url):
+        body = json.dumps({"prompts": ["a"] * 2, "images": [GOOD] * 2}).encode()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             first = pool.submit(asked, url, body)
-            time.sleep(0.4)
+            assert until(lambda: asked(url.replace("score", "health"))[1]["waiting"] > 0)
             process.send_signal(signal.SIGTERM)
             assert first.result()[0] == 200
         _, err = process.communicate(timeout=20)

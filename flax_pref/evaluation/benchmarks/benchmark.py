@@ -1,4 +1,4 @@
-"""What the benchmarks share: answers about images, and scores of prompts that are summed up as published.
+"""Parts that the benchmarks share: answers about images, and scores of prompts that are summed up as published.
 
 An answer is a number that a detector, a vision-language model or a rule gave about one image: whether GenEval's
 detector saw what the prompt asks for, the probability of "yes" to a question, a score. A benchmark reads the answers

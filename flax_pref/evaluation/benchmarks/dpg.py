@@ -86,7 +86,7 @@ def read(file: epath.Path, shown: Sequence[Shown]) -> list[Answers]:
 
 
 def _questions(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of questions with the same number, the last one, in the first one's place."""
+    """Keeps the last of questions with the same number, in the first one's place."""
     return list({question["id"]: question for question in record["questions"]}.values())
 
 

@@ -2,12 +2,10 @@
 
 import base64
 import hashlib
-import http.server
 import io
 import json
 import os
 import signal
-import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +19,7 @@ from flax_pref.evaluation.benchmarks.geneval2 import GENEVAL2
 from sample import score
 from tests.evaluation.benchmarks.drawn_runs import HERE, draw, told_scores
 from tests.evaluation.benchmarks.test_dpg import DETAIL, PUBLISHED, TABLE
+from tests.services import LocalService
 
 asked = []
 
@@ -50,27 +49,20 @@ def usual(monkeypatch):
     monkeypatch.setattr(model, "answers", lambda found: found, raising=False)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in request["images"]]
-        yes = [says_yes(image, text) for image, text in zip(images, request["prompts"], strict=True)]
-        body = json.dumps({"scores": [float(answer) for answer in yes]}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+def respond(handler, body):
+    request = json.loads(body)
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in request["images"]]
+    yes = [says_yes(image, text) for image, text in zip(images, request["prompts"], strict=True)]
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(json.dumps({"scores": [float(answer) for answer in yes]}).encode())
 
 
 @pytest.fixture
 def service():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/score"
-    server.shutdown()
-    server.server_close()
+    service = LocalService(respond)
+    yield service.url
+    service.close()
 
 
 def column(folder, name):
