@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.hub import find_weights
-from flax_pref.checkpoints.weights import Component, Tensors, fill, open_tensors
+from flax_pref.checkpoints.weights import Component, Placement, Tensors, fill, open_tensors
 from flax_pref.models.blip import ImageRewardConfig, ImageRewardModel
 from flax_pref.models.network import Network
 
@@ -58,12 +58,13 @@ def find_image_reward(path_or_id: str | Path | None = None) -> Path:
     return find_weights(PUBLISHED if path_or_id is None else path_or_id, FILE, expected=EXPECTED)
 
 
-def load_image_reward_model(file: str | Path, dtype=jnp.float32) -> Network:
+def load_image_reward_model(file: str | Path, dtype=jnp.float32, place: Placement | None = None) -> Network:
     """Reads the weights, one by one; the sizes of the network are those of the weights.
 
     Args:
         file: `.pt`, or `.safetensors` with the same names.
         dtype: what the transformers compute in and keep their weights in; the head is float32.
+        place: says where each weight goes; None: the default device.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,7 +77,7 @@ def load_image_reward_model(file: str | Path, dtype=jnp.float32) -> Network:
             network = IMAGE_REWARD.abstract(_config(tensors), dtype)
         except (ArithmeticError, ValueError) as error:
             raise ValueError(f"{file}: {error}; {EXPECTED}") from error
-    fill(network.params, IMAGE_REWARD, dict.fromkeys(names, file), file)
+    fill(network.params, IMAGE_REWARD, dict.fromkeys(names, file), file, place)
     return network
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax_pref.checkpoints.hub import find_files
 from flax_pref.checkpoints.weights import (
     COMPONENTS,
+    Placement,
     Tensors,
     abstract_network,
     fill,
@@ -26,7 +27,9 @@ from flax_pref.models.network import Network
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def load_clip(path: str | Path, *, hidden_act: str = "gelu", dtype=jnp.float32) -> Network:
+def load_clip(
+    path: str | Path, *, hidden_act: str = "gelu", dtype=jnp.float32, place: Placement | None = None
+) -> Network:
     """Reads a CLIP model; its module is `models.clip_vision.CLIPModel`.
 
     Args:
@@ -34,28 +37,31 @@ def load_clip(path: str | Path, *, hidden_act: str = "gelu", dtype=jnp.float32) 
             same, or a file of OpenCLIP (`.pt`, `.bin`, `.safetensors`).
         hidden_act: of an OpenCLIP file, which does not say: "gelu", or "quick_gelu" for weights that OpenAI trained.
         dtype: what it computes in and keeps its weights in.
+        place: says where each weight goes; None: the default device.
 
     Raises:
         FileNotFoundError: there is nothing at this path, or a file is missing.
         ValueError: a config field or a weight is not what the network needs, or a file is damaged.
     """
-    return _load("clip", path, hidden_act, dtype)
+    return _load("clip", path, hidden_act, dtype, place)
 
 
-def load_clip_vision(path: str | Path, *, hidden_act: str = "gelu", dtype=jnp.float32) -> Network:
+def load_clip_vision(
+    path: str | Path, *, hidden_act: str = "gelu", dtype=jnp.float32, place: Placement | None = None
+) -> Network:
     """Reads the image encoder of a CLIP model, a `CLIPVisionModel`; arguments and errors as in `load_clip`."""
-    return _load("clip_vision", path, hidden_act, dtype)
+    return _load("clip_vision", path, hidden_act, dtype, place)
 
 
-def _load(kind: str, path: str | Path, hidden_act: str, dtype) -> Network:
+def _load(kind: str, path: str | Path, hidden_act: str, dtype, place: Placement | None) -> Network:
     path = find_clip(path)
     if path.is_file():
-        return _load_openclip(kind, path, hidden_act, dtype)
+        return _load_openclip(kind, path, hidden_act, dtype, place)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path}: no config.json; expected a CLIP folder of transformers, or the path of an OpenCLIP file"
         )
-    return load_network(kind, path, dtype)
+    return load_network(kind, path, dtype, place=place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +172,7 @@ def _open_openclip(file: Path) -> OpenClipTensors:
     return OpenClipTensors(open_tensors(file))
 
 
-def _load_openclip(kind: str, file: Path, hidden_act: str, dtype) -> Network:
+def _load_openclip(kind: str, file: Path, hidden_act: str, dtype, place: Placement | None) -> Network:
     with _open_openclip(file) as tensors:
         names = tensors.keys()
         try:
@@ -174,7 +180,7 @@ def _load_openclip(kind: str, file: Path, hidden_act: str, dtype) -> Network:
         except (LookupError, ValueError) as error:
             raise ValueError(f"{file}: {error}; expected a CLIP of OpenCLIP with a vision transformer") from error
     network = abstract_network(kind, config, dtype)
-    fill(network.params, OPENCLIP[kind], dict.fromkeys(names, file), file, open_file=_open_openclip)
+    fill(network.params, OPENCLIP[kind], dict.fromkeys(names, file), file, place, open_file=_open_openclip)
     return network
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax_pref.checkpoints.clip_files import HEAD_WIDTHS, TEXT_HEAD_WIDTH
 from flax_pref.checkpoints.hub import find_weights
 from flax_pref.checkpoints.torch_files import read_torch_module
-from flax_pref.checkpoints.weights import Component, Tensors, TorchTensors, fill, open_tensors
+from flax_pref.checkpoints.weights import Component, Placement, Tensors, TorchTensors, fill, open_tensors
 from flax_pref.models.clip import CLIPTextConfig
 from flax_pref.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from flax_pref.models.mps import MPSConfig, MPSModel
@@ -59,12 +59,13 @@ def _open(file: Path) -> Tensors:
     return open_tensors(file) if file.suffix == ".safetensors" else TorchTensors(file, read_torch_module(file))
 
 
-def load_mps_model(file: str | Path, dtype=jnp.float32) -> Network:
+def load_mps_model(file: str | Path, dtype=jnp.float32, place: Placement | None = None) -> Network:
     """Reads the weights, one by one; the sizes of the network are those of the weights.
 
     Args:
         file: of the authors, or `.safetensors` with the same names.
         dtype: what the network computes in and keeps its weights in.
+        place: says where each weight goes; None: the default device.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,7 +78,7 @@ def load_mps_model(file: str | Path, dtype=jnp.float32) -> Network:
             network = MPS.abstract(_config(tensors), dtype)
         except (ArithmeticError, LookupError, ValueError) as error:
             raise ValueError(f"{file}: {error}; {EXPECTED}") from error
-    fill(network.params, MPS, dict.fromkeys(names, file), file, open_file=_open)
+    fill(network.params, MPS, dict.fromkeys(names, file), file, place, open_file=_open)
     return network
 
 

@@ -31,7 +31,8 @@ from flax_pref.evaluation.scoring import Scorer, Scores, locked, score_images
 from flax_pref.files import difference
 from flax_pref.parallel.agreement import Content, Fact, agree, begin_together, flat
 from flax_pref.parallel.hosts import join, watched
-from flax_pref.parallel.mesh import make_mesh
+from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
+from flax_pref.parallel.pieces import in_pieces
 from flax_pref.parallel.signals import stopped_by
 from flax_pref.programs import title
 from flax_pref.rewards.clip import RESIZED
@@ -230,7 +231,7 @@ def resolve_scoring(flags: ScoreFlags) -> ScoringWork:
     if flags.clip is not None:
         _check_place("--clip", flags.clip, flags.clip)
     check_file_systems(*flags.runs, flags.prompts)
-    make_mesh(flags.mesh, jax.local_devices())
+    make_mesh(flags.mesh, jax.local_devices(), TRAINING_AXES)
     if missing := [folder for folder in flags.runs if not epath.Path(folder).is_dir()]:
         raise UserError(
             f"{missing[0]}: no such folder; expected a finished one of {title('sample')}, or one with images"
@@ -398,13 +399,14 @@ def _scorer(wanted: ScoreColumn, work: ScoringWork) -> Scorer:
     """Loads a reward onto the devices."""
     devices = jax.local_devices()
     print(f"loading {wanted.name} on {len(devices)} x {devices[0].device_kind} in {wanted.of['dtype']}")
-    files = {"clip": work.flags.clip, "tokenizer": wanted.tokenizer, "dtype": jnp.dtype(wanted.of["dtype"])}
+    mesh, dtype = make_mesh(work.flags.mesh, devices, TRAINING_AXES), jnp.dtype(wanted.of["dtype"])
+    beside = {"clip": work.flags.clip, "tokenizer": wanted.tokenizer}
     if wanted.column.startswith(DISTANCE):
-        reward = load_distance(wanted.name, wanted.path, dtype=files["dtype"])
+        reward = load_distance(wanted.name, wanted.path, dtype=dtype)
+    elif wanted.column.startswith(FEATURES):
+        reward = load_features(wanted.name, wanted.path, **beside, dtype=dtype)
     else:
-        load = load_features if wanted.column.startswith(FEATURES) else load_reward
-        reward = load(wanted.name, wanted.path, **files)
-    mesh = make_mesh(work.flags.mesh, devices)
+        reward = load_reward(wanted.name, wanted.path, **beside, dtype=dtype, place=in_pieces(mesh))
     return Scorer(reward, mesh, batch_size=work.flags.batch_size, column=wanted.column)
 
 

@@ -40,7 +40,8 @@ class ScoreFlags:
     batch_size: int = 8
     """Images per device and batch; questions per request to a service of --benchmarks."""
     mesh: str = "data=-1"
-    """Device mesh; data=-1 divides the images over all devices."""
+    """Device mesh. Every axis divides the images; fsdp and tensor divide the weights of a reward too, so that fsdp=-1
+    scores with one that is too large for a device."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Compute precision. In float32, TPUs and GPUs multiply in full precision instead of their fastest mode."""
     hosts: str | None = None

@@ -40,6 +40,7 @@ from flax_pref.evaluation.runs import (
 )
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA, read_table
+from flax_pref.parallel.pieces import gathered, piece_specs, put_in_pieces
 from flax_pref.programs import title
 from flax_pref.rewards.features import Distance, Features
 from flax_pref.rewards.remote import Answer, Remote, Service, remote_errors
@@ -300,7 +301,9 @@ class Batch(NamedTuple):
 
 
 class Scorer:
-    """A network on the devices of a mesh, each of which has its weights and scores its part of a batch.
+    """A network on the devices of a mesh, each of which scores its part of a batch.
+
+    The axes "fsdp" and "tensor" also divide the weights, see `parallel.pieces`; scores are the same to the last bit.
 
     A `Reward` gives scores, `Features` vectors, and a `Distance` a number for each pair of images.
 
@@ -331,14 +334,14 @@ class Scorer:
         if not getattr(reward, "differentiable", True) and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
             # Such rewards call the host; from as many CPU devices as there are threads, JAX would wait for itself.
             mesh = Mesh(mesh.devices.flatten()[:1], ("data",))
-        whole, divided = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        divided = PartitionSpec(mesh.axis_names)
         self.batch_size, self.ahead, self.fixed = batch_size * mesh.size, 1, True
         self._service: Remote | None = None
         if isinstance(reward, Remote) and isinstance(reward.function, Service):
             self._service, service, self.fixed = reward, reward.function, False
             self.ahead = 1 + -(-service.connections * service.request_images // self.batch_size)
         self._divided = NamedSharding(mesh, divided)
-        self._reward = jax.device_put(reward, NamedSharding(mesh, whole))
+        self._reward, specs = put_in_pieces(reward, mesh), piece_specs(reward, mesh)
 
         def view(reward, pixels):
             return reward.view(pixels.astype(jnp.float32) / 255)
@@ -353,9 +356,12 @@ class Scorer:
                 return scores_of(reward, view, prepared)
 
         def on_each_device(function, arguments):
+            def local(pieces, *arrays):
+                return function(gathered(pieces, specs), *arrays)
+
             # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do.
-            specs = (whole, *[divided] * arguments)
-            return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False))
+            in_specs = (specs, *[divided] * arguments)
+            return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=divided, check_vma=False))
 
         self._view_one = jax.jit(view)
         self._view, self._score = on_each_device(view, 1), on_each_device(score, 2)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from flax_pref.checkpoints.clip_files import load_clip_vision
 from flax_pref.checkpoints.torch_files import read_torch_file
-from flax_pref.checkpoints.weights import TorchTensors
+from flax_pref.checkpoints.weights import Placement, TorchTensors
 from flax_pref.rewards.clip import normalised
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, square_view
 from flax_pref.shapes import Float, PerImage, Pixels, Squares
@@ -64,7 +64,11 @@ class AestheticScore:
 
 
 def load_aesthetic_reward(
-    head_path: str | Path | None, clip_path: str | Path | None = None, *, dtype: Any = jnp.float32
+    head_path: str | Path | None,
+    clip_path: str | Path | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    place: Placement | None = None,
 ) -> AestheticScore:
     """Reads the layers and the image encoder.
 
@@ -72,6 +76,7 @@ def load_aesthetic_reward(
         head_path: the authors' `sac+logos+ava1-l14-linearMSE.pth`, or another with the same layers.
         clip_path: of OpenAI's CLIP ViT-L/14, see `checkpoints.clip_files.load_clip`; None: that of the Hub.
         dtype: what the image encoder computes in and keeps its weights in; the layers are float32.
+        place: says where each weight of the network goes, see `parallel.pieces`; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -83,10 +88,11 @@ def load_aesthetic_reward(
             "github.com/christophschuhmann/improved-aesthetic-predictor"
         )
     kernel, bias = read_head(head_path)
-    network = load_clip_vision(CLIP if clip_path is None else clip_path, hidden_act="quick_gelu", dtype=dtype)
+    clip = CLIP if clip_path is None else clip_path
+    network = load_clip_vision(clip, hidden_act="quick_gelu", dtype=dtype, place=place)
     if len(kernel) != network.config.projection_dim:
         raise ValueError(
-            f"{head_path}: takes embeddings of {len(kernel)} numbers, and those of {clip_path or CLIP} have "
+            f"{head_path}: takes embeddings of {len(kernel)} numbers, and those of {clip} have "
             f"{network.config.projection_dim}; expected CLIP ViT-L/14"
         )
     size = network.config.vision_config.image_size

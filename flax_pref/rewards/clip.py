@@ -16,6 +16,7 @@ from flax import nnx
 from flax_pref.checkpoints.clip_files import TOKENIZER_FILES, find_clip, load_clip
 from flax_pref.checkpoints.hub import find_file, find_files
 from flax_pref.checkpoints.tokenizer import CLIPTokenizer, load_tokenizer
+from flax_pref.checkpoints.weights import Placement
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, clip_view, padded_view
 from flax_pref.shapes import Float, Int, PerImage, Pixels, Squares, TokenIds
 
@@ -102,7 +103,12 @@ def normalised(features: Float[jax.Array, "images features"]) -> Float[jax.Array
 
 
 def load_clip_reward(
-    name: str, path: str | Path | None = None, *, tokenizer: str | Path | None = None, dtype: Any = jnp.float32
+    name: str,
+    path: str | Path | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: Any = jnp.float32,
+    place: Placement | None = None,
 ) -> ClipScore:
     """Reads a score's network and its tokenizer.
 
@@ -113,6 +119,7 @@ def load_clip_reward(
         tokenizer: folder of the tokenizer, or the id of a Hub repository; None: that beside the network, else that of
             OpenAI's CLIP on the Hub.
         dtype: what the network computes in and keeps its weights in.
+        place: says where each weight of the network goes, see `parallel.pieces`; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -122,11 +129,11 @@ def load_clip_reward(
         raise ValueError(f"rewards: no CLIP score {name!r}; expected one of {', '.join(CLIP_SCORES)}")
     kind = CLIP_SCORES[name]
     if path is not None:
-        place = find_clip(path)
+        there = find_clip(path)
     else:
-        place = find_clip(kind.repository) if kind.file is None else find_file(kind.repository, kind.file)
-    network = load_clip(place, dtype=dtype)
-    words = clip_tokenizer_of(place, tokenizer, network.config.text_config)
+        there = find_clip(kind.repository) if kind.file is None else find_file(kind.repository, kind.file)
+    network = load_clip(there, dtype=dtype, place=place)
+    words = clip_tokenizer_of(there, tokenizer, network.config.text_config)
     return ClipScore(network.params, name, network.graphdef, network.config.vision_config.image_size, words.__call__)
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.models.network import Network, with_remat
+from flax_pref.parallel.pieces import gathered, gathering_again, piece_specs
 from flax_pref.rewards.reward import Reward, scores_of
 from flax_pref.shapes import Latents, PerImage, Pixels, Tree
 
@@ -25,7 +26,7 @@ def score_latents(
         latents: scaled and clean.
         prepared: what the reward has made of the B captions.
         sharding: of the leading axis over the devices of a mesh, each of which decodes its own images and has the
-            autoencoder and the reward's weights to itself; None for one device.
+            autoencoder to itself, and a piece of the reward's weights, see `parallel.pieces`; None for one device.
 
     Returns:
         float32 scores.
@@ -51,7 +52,7 @@ def decode_and_score(
 
     def both(rewards, vae, latents, prepared):
         images = _decoded(vae, latents)
-        known = zip(rewards, prepared, strict=True)
+        known = zip(rewards(), prepared, strict=True)
         return images, tuple(scores_of(reward, reward.view(images), told) for reward, told in known)
 
     return _on_each_device(both, PIXELS, tuple(rewards), vae, latents, tuple(prepared), sharding)
@@ -68,12 +69,14 @@ def score_gradients(
     vae = with_remat(vae, "block")
 
     def gradients(reward, vae, latents, prepared):
-        return jax.grad(lambda latents: _score(reward, vae, latents, prepared).sum())(latents)
+        total = gathering_again(lambda latents: _score(reward, vae, latents, prepared).sum())
+        return jax.grad(total)(latents)
 
     return _on_each_device(gradients, PIXELS // 4, reward, vae, latents, prepared, sharding)
 
 
-def _score(reward: Reward, vae: Network, latents: Latents, prepared: Tree) -> PerImage:
+def _score(whole: Callable[[], Reward], vae: Network, latents: Latents, prepared: Tree) -> PerImage:
+    reward = whole()
     return scores_of(reward, reward.view(_decoded(vae, latents)), prepared)
 
 
@@ -85,21 +88,26 @@ def _decoded(vae: Network, latents: Latents) -> Pixels:
 def _on_each_device(
     score: Callable, pixels: int, reward: Any, vae: Network, latents: Latents, prepared: Tree, sharding
 ) -> Any:
-    """`score(reward, vae, latents, prepared)` of so many pixels at a time on each device."""
+    """`score(whole, vae, latents, prepared)` of so many pixels at a time on each device; `whole()` is the reward."""
     images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
 
-    def local(reward, params, latents, prepared):
+    specs = None if sharding is None else piece_specs(reward, sharding.mesh)
+
+    def local(pieces, params, latents, prepared):
+        def whole():
+            return pieces if specs is None else gathered(pieces, specs)
+
         own = vae._replace(params=params)
-        return in_turns(lambda group: score(reward, own, *group), (latents, prepared), images_at_once)
+        return in_turns(lambda group: score(whole, own, *group), (latents, prepared), images_at_once)
 
     if sharding is not None:
-        whole, divided = PartitionSpec(), sharding.spec
+        everywhere, divided = PartitionSpec(), sharding.spec
         # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do. What
         # kernels return does not say over which axes it varies, which the check would ask for.
         local = jax.shard_map(
             local,
             mesh=sharding.mesh,
-            in_specs=(whole, whole, divided, divided),
+            in_specs=(specs, everywhere, divided, divided),
             out_specs=divided,
             check_vma=False,
         )

@@ -11,6 +11,7 @@ from flax import nnx
 from flax_pref.checkpoints.bert_tokenizer import FILE as VOCABULARY
 from flax_pref.checkpoints.bert_tokenizer import BertTokenizer, load_bert_tokenizer
 from flax_pref.checkpoints.blip_files import find_image_reward, load_image_reward_model
+from flax_pref.checkpoints.weights import Placement
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, square_view
 from flax_pref.shapes import Array, Bool, Int, PerImage, Pixels, Squares, TokenIds
 
@@ -47,7 +48,9 @@ class ImageReward:
         return (scores - MEAN) / STD
 
 
-def load_image_reward(path: str | None = None, *, tokenizer: str | None = None, dtype=jnp.float32) -> ImageReward:
+def load_image_reward(
+    path: str | None = None, *, tokenizer: str | None = None, dtype=jnp.float32, place: Placement | None = None
+) -> ImageReward:
     """Reads the scorer.
 
     Args:
@@ -56,6 +59,7 @@ def load_image_reward(path: str | None = None, *, tokenizer: str | None = None, 
         tokenizer: vocab.txt of BERT, uncased, or a folder that holds it; None: the one beside the weights, else as
             published on the Hub.
         dtype: what the transformers compute in and keep their weights in; the head is float32.
+        place: says where each weight of the network goes, see `parallel.pieces`; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -64,7 +68,7 @@ def load_image_reward(path: str | None = None, *, tokenizer: str | None = None, 
     file = find_image_reward(path)
     beside = file.with_name(VOCABULARY)
     tokens = load_bert_tokenizer(beside if tokenizer is None and beside.is_file() else tokenizer, length=TOKENS)
-    network = load_image_reward_model(file, dtype)
+    network = load_image_reward_model(file, dtype, place)
     if tokens.vocab_size > network.config.vocab_size:
         raise ValueError(
             f"{tokenizer or beside}: {tokens.vocab_size} tokens, of which BLIP adds two, but {file} knows "

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from flax_pref.checkpoints.mps_files import find_mps, load_mps_model
+from flax_pref.checkpoints.weights import Placement
 from flax_pref.rewards.clip import clip_tokenizer_of, normalised
 from flax_pref.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, clip_view
 from flax_pref.shapes import Int, PerImage, Pixels, Squares, TokenIds
@@ -58,7 +59,9 @@ class MPSScore:
         return jnp.exp(network.logit_scale[...]) * (normalised(images) * normalised(texts)).sum(axis=-1)
 
 
-def load_mps_reward(path: str | None = None, *, tokenizer: str | None = None, dtype: Any = jnp.float32) -> MPSScore:
+def load_mps_reward(
+    path: str | None = None, *, tokenizer: str | None = None, dtype: Any = jnp.float32, place: Placement | None = None
+) -> MPSScore:
     """Reads the scorer.
 
     Args:
@@ -67,13 +70,14 @@ def load_mps_reward(path: str | None = None, *, tokenizer: str | None = None, dt
         tokenizer: folder of CLIP's tokenizer, or the id of a Hub repository; None: the one beside the weights, else
             OpenAI's on the Hub.
         dtype: what the network computes in and keeps its weights in.
+        place: says where each weight of the network goes, see `parallel.pieces`; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be.
     """
     file = find_mps(path)
-    network = load_mps_model(file, dtype)
+    network = load_mps_model(file, dtype, place)
     words = clip_tokenizer_of(file.parent, tokenizer, network.config.clip.text_config)
     condition = jnp.asarray(words([CONDITION])[0])
     size = network.config.clip.vision_config.image_size

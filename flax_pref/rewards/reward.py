@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_pref.checkpoints.hub import HUB_ID
+from flax_pref.checkpoints.weights import Placement
 from flax_pref.rewards.aesthetic import load_aesthetic_reward
 from flax_pref.rewards.appearance import MEASURES, Appearance
 from flax_pref.rewards.clip import load_clip_reward
@@ -131,11 +132,12 @@ class Files(NamedTuple):
     path: str | None
     clip: str | None
     tokenizer: str | None
-    dtype: Any
+    how: Mapping[str, Any]
+    """Arguments of every network: `dtype` and `place`."""
 
 
 def _clip(name: str, files: Files) -> Reward:
-    return load_clip_reward(name, files.path, tokenizer=files.tokenizer, dtype=files.dtype)
+    return load_clip_reward(name, files.path, tokenizer=files.tokenizer, **files.how)
 
 
 REWARDS: dict[str, Callable[[str, Files], Reward]] = {
@@ -143,9 +145,9 @@ REWARDS: dict[str, Callable[[str, Files], Reward]] = {
     "pickscore": _clip,
     "hpsv2": _clip,
     "hpsv2.1": _clip,
-    "aesthetic": lambda name, files: load_aesthetic_reward(files.path, files.clip, dtype=files.dtype),
-    "imagereward": lambda name, files: load_image_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
-    "mps": lambda name, files: load_mps_reward(files.path, tokenizer=files.tokenizer, dtype=files.dtype),
+    "aesthetic": lambda name, files: load_aesthetic_reward(files.path, files.clip, **files.how),
+    "imagereward": lambda name, files: load_image_reward(files.path, tokenizer=files.tokenizer, **files.how),
+    "mps": lambda name, files: load_mps_reward(files.path, tokenizer=files.tokenizer, **files.how),
     "compressibility": lambda name, files: JpegSize(name, -1.0),
     "incompressibility": lambda name, files: JpegSize(name, 1.0),
     **dict.fromkeys(MEASURES, lambda name, files: Appearance(name)),
@@ -168,6 +170,7 @@ def load_reward(
     clip: str | None = None,
     tokenizer: str | None = None,
     dtype: Any = jnp.float32,
+    place: Placement | None = None,
 ) -> Reward:
     """A reward by its name; arguments as in `Weighted`.
 
@@ -177,6 +180,7 @@ def load_reward(
         clip: see `Weighted`.
         tokenizer: see `Weighted`.
         dtype: what its networks compute in, and keep their weights in.
+        place: says where each weight goes, see `parallel.pieces`; None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -186,7 +190,7 @@ def load_reward(
         return load_remote(name, path)
     if name not in REWARDS:
         raise ValueError(f"rewards: no reward {name!r}; expected one of {', '.join(REWARDS)}")
-    return REWARDS[name](name, Files(path, clip, tokenizer, dtype))
+    return REWARDS[name](name, Files(path, clip, tokenizer, {"dtype": dtype, "place": place}))
 
 
 def check_rewards(rewards: Sequence[Weighted]) -> None:
@@ -208,8 +212,15 @@ def check_rewards(rewards: Sequence[Weighted]) -> None:
                 raise FileNotFoundError(f"rewards: {reward.name}: no file or folder {path}, and no Hub id (owner/name)")
 
 
-def make_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> WeightedSum:
+def make_reward(
+    rewards: Sequence[Weighted], *, dtype: Any = jnp.float32, place: Placement | None = None
+) -> WeightedSum:
     """The weighted sum of rewards, as configs have it: `(Weighted("judge"), Weighted("compressibility", 0.01))`.
+
+    Args:
+        rewards: see `Weighted`.
+        dtype: see `load_reward`.
+        place: see `load_reward`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -217,7 +228,7 @@ def make_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> Wei
     """
     check_rewards(rewards)
     parts = tuple(
-        load_reward(reward.name, reward.path, clip=reward.clip, tokenizer=reward.tokenizer, dtype=dtype)
+        load_reward(reward.name, reward.path, clip=reward.clip, tokenizer=reward.tokenizer, dtype=dtype, place=place)
         for reward in rewards
     )
     return WeightedSum(parts, tuple(reward.weight for reward in rewards))

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from flax_pref.data.pipeline import saved_step
 from flax_pref.diffusion.sampler import Predict, image_keys
@@ -27,6 +27,7 @@ from flax_pref.diffusion.solvers import clean_estimate
 from flax_pref.methods.online import OnlineMethod, RolloutInputs
 from flax_pref.methods.step_pairs import StepPairs
 from flax_pref.models.network import Network, replicated
+from flax_pref.parallel.pieces import put_in_pieces
 from flax_pref.rewards.decoded import decode_and_score, score_gradients, score_latents
 from flax_pref.rewards.elsewhere import HostScores, split_reward
 from flax_pref.rewards.remote import Answer, RemoteError
@@ -145,9 +146,9 @@ class Rollouts:
             method: says what is drawn.
             predict_of: `(params, frozen) -> Predict`, which knows the method's module; it is called while JAX traces.
             frozen: weights that are not trained, any pytree of arrays on the devices.
-            vae: the autoencoder; with a sharding, every device gets all of it, and of the reward's weights.
+            vae: the autoencoder; with a sharding, every device gets all of it.
             prompts: to draw.
-            reward: judges what is drawn.
+            reward: judges what is drawn; a sharding's mesh divides its weights, see `parallel.pieces`.
             scheduler_config: of the checkpoint.
             config: how much is drawn.
             size: height and width of the images in pixels.
@@ -168,7 +169,7 @@ class Rollouts:
             assert isinstance(sharding.mesh, Mesh)  # of devices, for arrays are put there
             self._mesh = sharding.mesh
             vae = replicated(vae, sharding.mesh)
-            placed = jax.device_put(placed, NamedSharding(sharding.mesh, PartitionSpec()))
+            placed = put_in_pieces(placed, sharding.mesh)
         self._vae, self._placed, self._prepare = vae, placed, (self._split or reward).prepare
         solver = solver_from_config(scheduler_config, method.steps, name=method.solver_name, eta=method.eta)
         self._solver = jax.tree.map(np.asarray, solver)  # of the host: what all processes know alike

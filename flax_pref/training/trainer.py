@@ -50,6 +50,7 @@ from flax_pref.parallel.agreement import Content, agree, begin_together, flat
 from flax_pref.parallel.memory import budget, memory_limit, total_text
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
 from flax_pref.parallel.peak import compile_and_count, peak_of
+from flax_pref.parallel.pieces import in_pieces
 from flax_pref.parallel.sharding import attention_heads, batch_sharding, like_params, partition, shardings
 from flax_pref.parallel.signals import PREEMPTED, StopTogether, exits_by, stopped_by
 from flax_pref.rewards.remote import remote_errors
@@ -572,7 +573,7 @@ class Run:
                 self.frozen,
                 self.encoders.vae,
                 encode_online_prompts(self.prompts, online, self.encoders, self.base.config),
-                make_reward(online.rewards),
+                make_reward(online.rewards, place=in_pieces(self.mesh)),
                 self.encoders.scheduler_config,
                 online.rollouts,
                 size=online.size,
