@@ -40,7 +40,7 @@ from flax_pref.evaluation.runs import (
 )
 from flax_pref.files import one_writer, remedy, replacing
 from flax_pref.images.image_set import MANIFEST_SCHEMA, read_table
-from flax_pref.parallel.pieces import gathered, piece_specs, put_in_pieces
+from flax_pref.parallel.pieces import piece_specs, put_in_pieces, with_gathered
 from flax_pref.programs import title
 from flax_pref.rewards.features import Distance, Features
 from flax_pref.rewards.remote import Answer, Remote, Service, remote_errors
@@ -357,7 +357,7 @@ class Scorer:
 
         def on_each_device(function, arguments):
             def local(pieces, *arrays):
-                return function(gathered(pieces, specs), *arrays)
+                return with_gathered(function, pieces, specs, *arrays)
 
             # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do.
             in_specs = (specs, *[divided] * arguments)

@@ -96,7 +96,7 @@ SDXL = Family(
     scheduler_config={"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
 )
 FAMILIES = {"sd15": SD15, "sdxl": SDXL}
-# Of CLIP score, PickScore and HPSv2.
+# Of CLIP score, PickScore, HPSv2 and MPS.
 CLIP_VIT_H = CLIPConfig(
     text_config=CLIPTextConfig(
         hidden_size=1024,
@@ -115,4 +115,12 @@ CLIP_VIT_H = CLIPConfig(
         hidden_act="gelu",
     ),
     projection_dim=1024,
+)
+# OpenAI's, of the aesthetic score.
+CLIP_VIT_L = CLIPConfig(
+    text_config=CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12),
+    vision_config=CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    ),
+    projection_dim=768,
 )

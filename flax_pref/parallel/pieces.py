@@ -44,13 +44,19 @@ def put_in_pieces(weights: Any, mesh: Mesh) -> Any:
     return jax.device_put(weights, shardings)
 
 
-def gathered(pieces: Any, specs: Any) -> Any:
-    """The whole weights; to be called inside of `jax.shard_map`, where they are used.
+def with_gathered(function: Callable, pieces: Any, specs: Any, *arrays: Any) -> Any:
+    """`function(weights, *arrays)`, to be called inside of `jax.shard_map`.
+
+    Its backward pass gathers weights again, and keeps all else that it would keep.
 
     Args:
-        pieces: of this device.
-        specs: of the whole weights, by `piece_specs`.
+        function: of whole weights.
+        pieces: of these weights, those of this device.
+        specs: of the weights, by `piece_specs`.
+        arrays: pytrees.
     """
+    if not any(len(spec) for spec in jax.tree.leaves(specs)):
+        return function(pieces, *arrays)
 
     def gather(piece, spec):
         for dimension, axes in enumerate(spec):
@@ -58,9 +64,7 @@ def gathered(pieces: Any, specs: Any) -> Any:
                 piece = jax.lax.all_gather(piece, axes, axis=dimension, tiled=True)
         return piece
 
-    return jax.tree.map(gather, pieces, specs)
+    def gathering(pieces, *arrays):
+        return function(jax.tree.map(gather, pieces, specs), *arrays)
 
-
-def gathering_again(function: Callable) -> Callable:
-    """The function, whose backward pass gathers weights again, and keeps all else that it would keep."""
-    return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
+    return jax.checkpoint(gathering, policy=lambda primitive, *_, **__: primitive.name != "all_gather")(pieces, *arrays)

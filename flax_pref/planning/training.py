@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -27,11 +26,12 @@ from flax_pref.models.platform import default_dtype
 from flax_pref.models.presets import Family
 from flax_pref.models.remat import Remat
 from flax_pref.parallel.mesh import TRAINING_AXES, make_mesh
+from flax_pref.parallel.pieces import piece_spec
 from flax_pref.parallel.sharding import batch_sharding
 from flax_pref.planning.plan import Job
+from flax_pref.planning.rewards import abstract_reward
 from flax_pref.planning.topologies import Topology, chips_of
 from flax_pref.rewards.decoded import score_gradients, score_latents
-from flax_pref.shapes import PerImage, Pixels
 from flax_pref.training.rollouts import empty_for_each, take_batch
 from flax_pref.training.trainer import Program, TrainConfig, check_data, held_by
 
@@ -107,35 +107,29 @@ def step_job(config: TrainConfig, mesh: Mesh) -> Job:
         name=name,
         program=program.step(objective),
         arguments=(program.shapes, program.frozen, batch),
-        held=held_by(program.shapes, program.frozen, batch),
+        held=held_by(program.shapes, program.frozen, batch) | judging_of(config, program),
         work=config.batch_size,
         unit="pair" if config.online is None else "example",
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MeanColour:
-    """A reward that costs nothing, in the place of those that a config names."""
-
-    name = "mean colour"
-    differentiable = True
-
-    def prepare(self, captions: Sequence[str]) -> tuple[()]:
-        """See `rewards.reward.Reward`."""
-        return ()
-
-    def view(self, images: Pixels) -> Pixels:
-        """See `rewards.reward.Reward`."""
-        return images
-
-    def score(self, view: Pixels, prepared: tuple[()]) -> PerImage:
-        """See `rewards.reward.Reward`."""
-        return view.mean(axis=(1, 2, 3))
+def judging_of(config: TrainConfig, program: Program) -> dict[str, Any]:
+    """What an online run judges its images with, by name; the networks of rewards are those that are published."""
+    if config.online is None:
+        return {}
+    mesh, whole = program.mesh, NamedSharding(program.mesh, PartitionSpec())
+    vae, reward = abstract_pipeline(config, program.dtype).vae.params, abstract_reward(config.online.rewards)
+    return {
+        "autoencoder": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), vae),
+        "rewards": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, piece_spec(x.shape, mesh))),
+            reward,
+        ),
+    }
 
 
 def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
-    """How an online run draws and judges the prompts that it takes at once, without the networks of its rewards."""
+    """How an online run draws and judges the prompts that it takes at once, with rewards as published."""
     method, online = config.method, config.online
     assert isinstance(method, OnlineMethod) and online is not None
     family, prompts = describe(config), online.rollouts.at_once
@@ -151,11 +145,13 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
     clean = clean_estimate(NoiseSchedule.from_dict(family.scheduler_config), np.asarray(solver.timesteps))
     height, width = (size // family.vae.downscale_factor for size in online.size)
     shape = (height, width, family.vae.latent_channels)
-    reward = MeanColour()
 
-    def draw(params, frozen, vae_params, solver, text, empty, keys, *part):
+    def draw(params, frozen, vae_params, reward, solver, text, empty, of_prompts, *part):
+        keys, prepared = of_prompts
+
         def judge(of_latents, latents):
-            return of_latents(reward, vae._replace(params=vae_params), latents, (), sharding=divided)
+            each = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // len(x), axis=0), prepared)
+            return of_latents(reward, vae._replace(params=vae_params), latents, each, sharding=divided)
 
         drawing = RolloutInputs(
             predict=program.trained.predict(params, frozen),
@@ -176,9 +172,11 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
     told = conditioning_shapes(family.unet, family.text_encoders, sizes=True)
     text = {name: given((prompts, *each), program.dtype, divided) for name, each in told.items()}
     empty = {name: given(each, program.dtype, whole) for name, each in told.items()}
-    decoder = jax.tree.map(lambda x: given(x.shape, x.dtype, whole), vae.params)
     rows = jax.tree.map(lambda x: given(x.shape, x.dtype, whole), solver)
-    keys = given((prompts, 2), jnp.uint32, divided)
+    judging = judging_of(config, program)
+    reward = judging["rewards"]
+    prepared = jax.tree.map(lambda x: given(x.shape, x.dtype, divided), reward.prepare([""] * prompts))
+    of_prompts = given((prompts, 2), jnp.uint32, divided), prepared
     part = ()
     if online.rollouts.update == "step":
         part = given((prompts, *shape), jnp.float32, divided), *(given((), jnp.int32, whole),) * 2
@@ -187,8 +185,8 @@ def rollout_job(config: TrainConfig, mesh: Mesh) -> Job:
     return Job(
         name="drawing of images" if not part else "drawing of a trained step",
         program=jax.jit(draw),
-        arguments=(params, program.frozen, decoder, rows, text, empty, keys, *part),
-        held=held_by(program.shapes, program.frozen, ()) | {"autoencoder": decoder},
+        arguments=(params, program.frozen, judging["autoencoder"], reward, rows, text, empty, of_prompts, *part),
+        held=held_by(program.shapes, program.frozen, ()) | judging,
         work=images,
         unit="image",
     )

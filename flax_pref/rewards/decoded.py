@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_pref.diffusion.latents import PIXELS
 from flax_pref.models.network import Network, with_remat
-from flax_pref.parallel.pieces import gathered, gathering_again, piece_specs
+from flax_pref.parallel.pieces import piece_specs, with_gathered
 from flax_pref.rewards.reward import Reward, scores_of
 from flax_pref.shapes import Latents, PerImage, Pixels, Tree
 
@@ -50,10 +50,12 @@ def decode_and_score(
         images in [0, 1], and float32 scores by each reward.
     """
 
-    def both(rewards, vae, latents, prepared):
+    def by_each(rewards, images, prepared):
+        return tuple(_scores(reward, images, told) for reward, told in zip(rewards, prepared, strict=True))
+
+    def both(judge, vae, latents, prepared):
         images = _decoded(vae, latents)
-        known = zip(rewards(), prepared, strict=True)
-        return images, tuple(scores_of(reward, reward.view(images), told) for reward, told in known)
+        return images, judge(by_each, images, prepared)
 
     return _on_each_device(both, PIXELS, tuple(rewards), vae, latents, tuple(prepared), sharding)
 
@@ -68,16 +70,18 @@ def score_gradients(
     """
     vae = with_remat(vae, "block")
 
-    def gradients(reward, vae, latents, prepared):
-        total = gathering_again(lambda latents: _score(reward, vae, latents, prepared).sum())
-        return jax.grad(total)(latents)
+    def gradients(judge, vae, latents, prepared):
+        return jax.grad(lambda latents: _score(judge, vae, latents, prepared).sum())(latents)
 
     return _on_each_device(gradients, PIXELS // 4, reward, vae, latents, prepared, sharding)
 
 
-def _score(whole: Callable[[], Reward], vae: Network, latents: Latents, prepared: Tree) -> PerImage:
-    reward = whole()
-    return scores_of(reward, reward.view(_decoded(vae, latents)), prepared)
+def _score(judge: Callable, vae: Network, latents: Latents, prepared: Tree) -> PerImage:
+    return judge(_scores, _decoded(vae, latents), prepared)
+
+
+def _scores(reward: Reward, images: Pixels, prepared: Tree) -> PerImage:
+    return scores_of(reward, reward.view(images), prepared)
 
 
 def _decoded(vae: Network, latents: Latents) -> Pixels:
@@ -88,17 +92,19 @@ def _decoded(vae: Network, latents: Latents) -> Pixels:
 def _on_each_device(
     score: Callable, pixels: int, reward: Any, vae: Network, latents: Latents, prepared: Tree, sharding
 ) -> Any:
-    """`score(whole, vae, latents, prepared)` of so many pixels at a time on each device; `whole()` is the reward."""
-    images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
+    """`score(judge, vae, latents, prepared)` of so many pixels at a time on each device.
 
-    specs = None if sharding is None else piece_specs(reward, sharding.mesh)
+    `judge(function, *arrays)` is `function(reward, *arrays)`.
+    """
+    images_at_once = pixels // (latents.shape[1] * latents.shape[2] * vae.config.downscale_factor**2)
+    specs = () if sharding is None else piece_specs(reward, sharding.mesh)
 
     def local(pieces, params, latents, prepared):
-        def whole():
-            return pieces if specs is None else gathered(pieces, specs)
+        def judge(function, *arrays):
+            return with_gathered(function, pieces, specs, *arrays)
 
         own = vae._replace(params=params)
-        return in_turns(lambda group: score(whole, own, *group), (latents, prepared), images_at_once)
+        return in_turns(lambda group: score(judge, own, *group), (latents, prepared), images_at_once)
 
     if sharding is not None:
         everywhere, divided = PartitionSpec(), sharding.spec

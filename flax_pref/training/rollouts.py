@@ -252,6 +252,11 @@ class Rollouts:
         *index, rows = self._put([x.astype(np.int32) for x in (*index, rows)])
         return index, rows
 
+    @property
+    def judging(self) -> dict[str, Any]:
+        """What lies on the devices to judge images with, by name."""
+        return {"autoencoder": self._vae.params, "rewards": self._placed}
+
     def position(self) -> dict[str, Any]:
         """Where the next minibatch lies, as JSON can hold it; `arrays` belong to it."""
         return {"step": self._step, **self._order}

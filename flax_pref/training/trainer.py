@@ -516,6 +516,7 @@ class Run:
         self.schedule = schedule_of(self.checkpoint)
         self.base = self._load_base()
         self.frozen = self.program.frozen_of(self.base.params)
+        self.judging: dict[str, Any] = {}  # what lies on the devices beside, in an online run
         self.steps: dict[tuple, tuple[Callable, float]] = {}  # that are compiled, by the shapes of their batch
 
     def _load_base(self) -> Network:
@@ -567,7 +568,7 @@ class Run:
                 yield Pairs(batches)
         else:
             assert isinstance(config.method, OnlineMethod)
-            yield Rollouts(
+            rollouts = Rollouts(
                 config.method,
                 self.program.trained.predict,
                 self.frozen,
@@ -581,6 +582,8 @@ class Run:
                 sharding=sharding,
                 tell=tell,
             )
+            self.judging = rollouts.judging
+            yield rollouts
 
     @cached_property
     def encoders(self) -> Pipeline:
@@ -613,7 +616,7 @@ class Run:
             arguments = state, self.frozen, batch
             compiled, flops = compile_and_count(jitted.lower(*arguments), jitted, *arguments)
             seconds = time.perf_counter() - started
-        held = held_by(state, self.frozen, batch), compiled.memory_analysis(), memory_limit(self.mesh)
+        held = held_by(state, self.frozen, batch) | self.judging, compiled.memory_analysis(), memory_limit(self.mesh)
         name = f"the step for {self._size_of(batch)}" if len(self.sizes) > 1 else "the step"
         if not self.steps:
             tell(budget(self.mesh, *held))

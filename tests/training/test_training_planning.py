@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from test_trainer import Pull, world  # noqa: F401
 from tiny import tiny_run, tiny_set
@@ -12,6 +13,7 @@ from flax_pref.checkpoints.hub import DEMO
 from flax_pref.data.pipeline import InputConfig
 from flax_pref.data.prepared import PreparedSet
 from flax_pref.methods import DDPO, TailorPO
+from flax_pref.planning.rewards import abstract_reward
 from flax_pref.planning.training import Blank, records_of, step_job
 from flax_pref.rewards.reward import Weighted
 from flax_pref.training.networks import LoRA
@@ -85,3 +87,17 @@ def test_examples_that_a_run_would_draw_are_planned_as_they_are(method, tmp_path
         batch = source.next(None)
     *_, planned = step_job(config, run.mesh).arguments
     assert shapes(planned) == shapes(batch)
+
+
+# Of the published weights: CLIP ViT-H/14's, ViT-L/14's images' and a head of 768 and 1, and 1.79 GB of float32.
+NUMBERS = {"pickscore": 986_109_441, "aesthetic": 303_966_208 + 769, "imagereward": 446_206_689, "judge": 0}
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "mps"])
+def test_rewards_are_planned_with_their_published_sizes(name):
+    reward = abstract_reward([Weighted(name)])
+    told = reward.prepare(["a", "b"])
+    images = jax.ShapeDtypeStruct((2, 512, 512, 3), np.float32)
+    scores = jax.eval_shape(lambda reward, images: reward.score(reward.view(images), told), reward, images)
+    assert (scores.shape, scores.dtype) == ((2,), np.float32)
+    assert name not in NUMBERS or sum(leaf.size for leaf in jax.tree.leaves(reward)) == NUMBERS[name]
