@@ -20,6 +20,7 @@ from flax_pref.data.prompts import Prompt
 from flax_pref.evaluation.distances import cmmd, frechet_distance, moments, vendi_score
 from flax_pref.images.image_set import ImageSet, Item
 from sample import report, score
+from tests.formats.reward_kinds import mps
 from tests.parity.clip_reference import small_clip
 from tests.parity.dinov2_reference import authors_weights
 from tests.parity.inception_reference import random_weights
@@ -192,22 +193,24 @@ main(sys.argv[2:])
 
 
 @pytest.mark.program
-def test_killed_within_each_network_a_run_has_the_features_of_an_undisturbed_one_bit_by_bit(scored, tmp_path):
+def test_killed_within_each_network_a_run_has_the_values_of_an_undisturbed_one_bit_by_bit(scored, tmp_path):
     folder, _, features = scored
+    (tmp_path / "mps").mkdir()
     draw_run(tmp_path / "killed", 5)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
-    flags = [*features, f"lpips={folder / 'lpips'}", f"inception-clean={folder / 'inception.pth'}", "--batch-size", "4"]
+    flags = [*features, f"lpips={folder / 'lpips'}", f"inception-clean={folder / 'inception.pth'}"]
+    flags += ["--rewards", f"mps={mps('mps.safetensors')(tmp_path / 'mps').path}", "--batch-size", "4"]
     score.main([str(tmp_path / "whole"), *flags])
     unfinished = set()
-    for kill in (2, 2, 2, 2, 2, -1):  # before the third time that the table is written
+    for kill in (2, 2, 2, 2, 2, 2, -1):  # before the third time that the table is written
         command = [sys.executable, "-c", KILLED, str(kill), str(tmp_path / "killed"), *flags]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == (0 if kill < 0 else -signal.SIGKILL), done.stderr
         if kill >= 0:
             stored = pq.read_table(tmp_path / "killed/scores.parquet")
-            unfinished |= {name for name in stored.column_names if name.startswith("features:")
+            unfinished |= {name for name in stored.column_names if name.startswith(("features:", "score:"))
                            and stored[name].null_count}  # fmt: skip
-    assert len(unfinished) >= 3
+    assert len(unfinished) >= 4 and "score:mps" in unfinished
     assert (tmp_path / "killed/scores.parquet").read_bytes() == (tmp_path / "whole/scores.parquet").read_bytes()
 
 

@@ -60,7 +60,7 @@ config = StudyConfig(
         Cell(name="online tuning", budget=Budget(0, 20_000), seeds=1, ways=("base", *TUNING), held_out_prompts=64),
         Cell(
             name="online",
-            budget=Budget(2_000, 60_000),
+            budget=Budget(2_000, 30_000),
             ways=("base", *ONLINE_WAYS),
             held_out_prompts=256,
             every_strength=("base", *ONLINE_WAYS),
