@@ -1,15 +1,21 @@
 """What keeps compiled programs cheap: JAX's persistent cache, and one copy of code for all equal blocks of a network.
+And what users see while they wait for the compiler.
 
 A program that was compiled once starts without compiling it again. Entries of the cache are loaded and executed: they
 are code, and whoever can write them can run anything as the user.
 """
 
 import os
+import re
 import stat
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
+
+from flax_pref.waits import PATIENCE, clock, say
 
 MAX_BYTES = 8 * 2**30
 """Size of the folder, beyond which the entries that were used least recently go."""
@@ -62,10 +68,81 @@ def share_code() -> None:
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{SHARED_CODE}=true".strip()
 
 
+TRACING, LOWERING, COMPILING = (
+    f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
+)
+FOUND = "/jax/compilation_cache/cache_hits"
+
+
+class _Compilations:
+    """Says what is compiled, where that takes long, by what JAX tells of its work.
+
+    A function is traced, lowered, and compiled or found in the cache, all in one thread.
+    """
+
+    def __init__(self):
+        self._own = threading.local()
+
+    def begun(self, event: str, value: float | int, **about: str | int) -> None:
+        """JAX begins a part of the work."""
+        if event == COMPILING:
+            own = self._own
+            own.name, own.began, own.found = _noun(str(about.get("fun_name", ""))), time.monotonic(), False
+            own.clock = clock(f"compiling {own.name}", self._next_start())
+            own.clock.__enter__()
+
+    def happened(self, event: str, **about: str | int) -> None:
+        """The cache has the function."""
+        if event == FOUND:
+            self._own.found = True
+
+    def done(self, event: str, duration_secs: float, **about: str | int) -> None:
+        """JAX has done a part of the work, or failed to."""
+        own = self._own
+        if event == TRACING:
+            own.traced = duration_secs
+        elif event == LOWERING:
+            own.before = getattr(own, "traced", 0.0) + duration_secs
+        elif event == COMPILING and getattr(own, "clock", None) is not None:
+            own.clock.__exit__(None, None, None)
+            own.clock = None
+            if (seconds := time.monotonic() - own.began) >= PATIENCE:
+                compiled = f"compiled {own.name} in {seconds:.0f} s{self._next_start()}"
+                say(f"{own.name} came from the cache in {seconds:.0f} s" if own.found else compiled)
+
+    def _next_start(self) -> str:
+        """The next start traces and lowers again, and reads the rest from the cache, if there is one."""
+        settings, before = jax.config.values, getattr(self._own, "before", None)
+        if before is None or not (settings["jax_enable_compilation_cache"] and settings["jax_compilation_cache_dir"]):
+            return ""
+        return f"; next start about {max(1, round(before))} s"
+
+
+def _noun(function: str) -> str:
+    """As `the training step`, of `jit(training_step)`."""
+    name = re.sub(r"^\w+\((.*)\)$", r"\1", function).strip("_")
+    return f"the {name.replace('_', ' ')}" if name.isidentifier() else "a function"
+
+
+_watched = False
+
+
+def watch_compilation() -> None:
+    """Has whatever JAX compiles from now on say so on stderr, where it takes longer than a few seconds."""
+    global _watched
+    if not _watched:
+        compilations = _Compilations()
+        jax.monitoring.register_scalar_listener(compilations.begun)
+        jax.monitoring.register_event_listener(compilations.happened)
+        jax.monitoring.register_event_duration_secs_listener(compilations.done)
+        _watched = True
+
+
 def set_up() -> None:
-    """`use_cache` and `share_code`: what programs do, and a library leaves to them."""
+    """`use_cache`, `share_code` and `watch_compilation`: what programs do, and a library leaves to them."""
     use_cache()
     share_code()
+    watch_compilation()
 
 
 def _make_private(folder: Path) -> None:

@@ -7,6 +7,7 @@ leaf names, transpositions, old names. Weights pass one by one, so a network nev
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from flax_pref.models.layers import Keys
 from flax_pref.models.network import Network
 from flax_pref.models.unet import UNet2DCondition, UNetConfig
 from flax_pref.models.vae import AutoencoderKL, VAEConfig
+from flax_pref.waits import clock
 
 LAYOUT = "a folder in the layout of diffusers"
 # `(path of a parameter, its shape) -> sharding`, e.g. from rules by path.
@@ -422,24 +424,27 @@ def fill(
             f"{source}: weight {stored[surplus[0]][1]!r} ({_count(surplus)} too many) has no place in the network that "
             f"{component.described_by} describes: check that config and weights belong together"
         )
-    for file in sorted({file for file, _ in stored.values()}):
-        names = {there: name for name, (holder, there) in stored.items() if holder == file}
-        for there, array in _read_tensors(open_file, file, list(names)):
-            path, abstract = wanted[names[there]]
-            shape = _to_torch_axes(path[-1], np.broadcast_to(0, abstract.shape)).shape
-            if array.shape != shape:
-                raise ValueError(
-                    f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from "
-                    f"{component.described_by}: check that config and weights belong together"
-                )
-            with np.errstate(over="ignore"):
-                array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
-            if not np.isfinite(array).all():
-                raise ValueError(
-                    f"{file}: weight {there!r} holds numbers too large for {array.dtype.name}; if the file is not "
-                    "damaged, load the network in another dtype"
-                )
-            _set(params, path, _put(array, place and place(path, abstract.shape)))
+    read, total = 0, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in wanted.values())
+    with clock(lambda: f"loading {folder.name}: {read / 1e9:.2f} of {total / 1e9:.2f} GB"):
+        for file in sorted({file for file, _ in stored.values()}):
+            names = {there: name for name, (holder, there) in stored.items() if holder == file}
+            for there, array in _read_tensors(open_file, file, list(names)):
+                path, abstract = wanted[names[there]]
+                shape = _to_torch_axes(path[-1], np.broadcast_to(0, abstract.shape)).shape
+                if array.shape != shape:
+                    raise ValueError(
+                        f"{file}: weight {there!r} has shape {list(array.shape)}, expected {list(shape)} from "
+                        f"{component.described_by}: check that config and weights belong together"
+                    )
+                with np.errstate(over="ignore"):
+                    array = _from_torch_axes(path[-1], array).astype(abstract.dtype)
+                if not np.isfinite(array).all():
+                    raise ValueError(
+                        f"{file}: weight {there!r} holds numbers too large for {array.dtype.name}; if the file is not "
+                        "damaged, load the network in another dtype"
+                    )
+                _set(params, path, _put(array, place and place(path, abstract.shape)))
+                read += array.nbytes
 
 
 def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -126,7 +126,7 @@ def _encode_each(pipeline: Pipeline, ids: Sequence[TokenIds]) -> list[list[jax.A
     normalised = len(pipeline.text_encoders) == 1
     layer = pipeline.clip_skip or len(pipeline.text_encoders)
     return [
-        _encode(encoder.graphdef, layer, normalised, encoder.params, own)
+        _text_encoder(encoder.graphdef, layer, normalised, encoder.params, own)
         for encoder, own in zip(pipeline.text_encoders, ids, strict=True)
     ]
 
@@ -244,7 +244,9 @@ def warn_of_cuts(pipeline: Pipeline, prompts: Sequence[str], advice: str = "") -
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(graphdef: nnx.GraphDef, layer: int, normalised: bool, params: dict, ids: jax.Array) -> list[jax.Array]:
+def _text_encoder(
+    graphdef: nnx.GraphDef, layer: int, normalised: bool, params: dict, ids: jax.Array
+) -> list[jax.Array]:
     """States after a layer, counted from the last, which is 1, and the pooled prompt where there is one."""
     encoder = nnx.merge(graphdef, params)
     output = encoder(ids)

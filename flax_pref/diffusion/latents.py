@@ -40,7 +40,7 @@ def encode_images(
     latents = []
     with tqdm(total=len(images), desc=label, unit="image") as progress:
         for chosen, n in chunks(len(images), min(len(images), _images_per_call(images.shape[1:3]))):
-            moments = _encode(vae.graphdef, vae.params, images[chosen])
+            moments = _image_encoder(vae.graphdef, vae.params, images[chosen])
             drawn = _mode(*moments) if keys is None else _draw(*moments, keys[chosen])
             latents.append(vae.config.scaling_factor * np.asarray(drawn)[:n])
             progress.update(n)
@@ -89,7 +89,7 @@ def decode_latents(vae: Network, latents: GivenLatents, *, shards: int = 1) -> D
     size = [side * vae.config.downscale_factor for side in latents.shape[1:3]]
     own = len(latents) // shards
     at_once = max(n for n in range(1, min(own, _images_per_call(size)) + 1) if own % n == 0)
-    return _decode_in_turn(vae.graphdef, vae.params, latents / vae.config.scaling_factor, shards, at_once)
+    return _decoder_in_turns(vae.graphdef, vae.params, latents / vae.config.scaling_factor, shards, at_once)
 
 
 def _images_per_call(size) -> int:
@@ -100,7 +100,7 @@ def _images_per_call(size) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(graphdef: nnx.GraphDef, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _image_encoder(graphdef: nnx.GraphDef, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     mean, logvar = nnx.merge(graphdef, params).encode(2 * images - 1)
     return mean.astype(jnp.float32), logvar.astype(jnp.float32)
 
@@ -116,16 +116,16 @@ def _draw(mean: jax.Array, logvar: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(graphdef: nnx.GraphDef, params: dict, latents: jax.Array) -> jax.Array:
+def _decoder(graphdef: nnx.GraphDef, params: dict, latents: jax.Array) -> jax.Array:
     images = nnx.merge(graphdef, params).decode(latents)
     return jnp.clip((images.astype(jnp.float32) + 1) / 2, 0, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def _decode_in_turn(graphdef: nnx.GraphDef, params: dict, latents: jax.Array, shards: int, at_once: int) -> jax.Array:
+def _decoder_in_turns(graphdef: nnx.GraphDef, params: dict, latents: jax.Array, shards: int, at_once: int) -> jax.Array:
     """`at_once` images of each shard at a time."""
     shape = latents.shape[1:]
     groups = latents.reshape(shards, -1, at_once, *shape).swapaxes(0, 1)  # [turns, shards, at_once, h, w, Z]
-    images = jax.lax.map(lambda group: _decode(graphdef, params, group.reshape(-1, *shape)), groups)
+    images = jax.lax.map(lambda group: _decoder(graphdef, params, group.reshape(-1, *shape)), groups)
     images = images.reshape(len(groups), shards, at_once, *images.shape[2:])
     return images.swapaxes(0, 1).reshape(-1, *images.shape[3:])

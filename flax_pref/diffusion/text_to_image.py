@@ -217,7 +217,7 @@ class TextToImage:
         keys = jax.device_put(keys, self.sharding)
         # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sample(self.bank, table, solver or self.solver, keys, text, empty, blank, own, shape, bar)
+            latents = _sampler(self.bank, table, solver or self.solver, keys, text, empty, blank, own, shape, bar)
         return decode_latents(vae, latents, shards=self.shards)
 
     def count_chunks(self, prompts: Sequence[str]) -> int:
@@ -380,7 +380,7 @@ def watched_steps(bar: StepBar, watch: bool) -> Iterator[np.ndarray | None]:
 
 
 @partial(jax.jit, static_argnums=8)
-def _sample(bank, table, solver, keys, text, empty, blank, own, shape, bar):
+def _sampler(bank, table, solver, keys, text, empty, blank, own, shape, bar):
     def update():
         def count(number) -> None:
             _bars[int(number)].update()

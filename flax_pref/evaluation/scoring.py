@@ -343,10 +343,10 @@ class Scorer:
         self._divided = NamedSharding(mesh, divided)
         self._reward, specs = put_in_pieces(reward, mesh), piece_specs(reward, mesh)
 
-        def view(reward, pixels):
+        def images_as_seen(reward, pixels):
             return reward.view(pixels.astype(jnp.float32) / 255)
 
-        def score(reward, view, prepared):
+        def scorer(reward, view, prepared):
             # On TPUs and GPUs what is called float32 would be multiplied in fewer bits.
             with jax.default_matmul_precision("highest"):
                 if self._kind == FEATURES:
@@ -359,12 +359,13 @@ class Scorer:
             def local(pieces, *arrays):
                 return with_gathered(function, pieces, specs, *arrays)
 
+            local.__name__ = function.__name__  # for those who wait for it to be compiled
             # By hand and not by the compiler: a reward may call the host, which the compiler would have one device do.
             in_specs = (specs, *[divided] * arguments)
             return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=divided, check_vma=False))
 
-        self._view_one = jax.jit(view)
-        self._view, self._score = on_each_device(view, 1), on_each_device(score, 2)
+        self._view_one = jax.jit(images_as_seen)
+        self._view, self._score = on_each_device(images_as_seen, 1), on_each_device(scorer, 2)
 
     def check_captions(self, captions: Iterable[str]) -> None:
         """Raises a ValueError that names the first caption which the reward does not take."""

@@ -25,8 +25,9 @@ from jax._src import distributed  # Orbax uses the service in the same way; JAX 
 
 import flax_pref
 from flax_pref.config import UserError
-from flax_pref.parallel.hosts import wait_for_others
+from flax_pref.parallel.hosts import hosts_text, wait_for_others
 from flax_pref.programs import program_name
+from flax_pref.waits import clock
 
 PACKAGES = (
     *("flax-pref", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "grain"),
@@ -120,7 +121,8 @@ def _compare(own: Mapping[str, Fact]) -> None:
 
     def read(what: str, of: int) -> str:
         try:
-            return client.blocking_key_value_get(f"{place}/{what}/{of}", 1000 * TIMEOUT)
+            with clock(f"waiting for host {of}, which has not said how it was started,"):
+                return client.blocking_key_value_get(f"{place}/{what}/{of}", 1000 * TIMEOUT)
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
                 f"host {of} does not say in {TIMEOUT} s how it was started; start the same command with the same code "
@@ -161,20 +163,12 @@ def _by_host(texts: Sequence[str]) -> str:
     hosts: dict[str, list[int]] = {}
     for host, text in enumerate(texts):
         hosts.setdefault(text, []).append(host)
-    return ", ".join(f"{_shortened(text)} on {_ranges(numbers)}" for text, numbers in hosts.items())
+    return ", ".join(f"{_shortened(text)} on {hosts_text(numbers)}" for text, numbers in hosts.items())
 
 
 def _shortened(text: str) -> str:
     """Without its middle where it is long: of a path with its hash, the end tells two apart."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 4]}...{text[3 + LONGEST // 4 - LONGEST :]}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """As `hosts 0-2, 5`."""
-    runs = itertools.groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0])
-    ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
-    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
-    return f"host{'s' if len(numbers) > 1 else ''} {shown}"
 
 
 def flat(value: Any, name: str = "", free: Collection[str] = ()) -> dict[str, Fact]:

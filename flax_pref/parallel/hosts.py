@@ -10,6 +10,7 @@ or by JAX's heartbeats, which do not come for the time that `join` is given; the
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -17,14 +18,16 @@ import sys
 import threading
 import traceback
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
+from jax._src import distributed  # Orbax uses the service in the same way; JAX has no public name for it
 from jax.experimental import multihost_utils
 
 from flax_pref.compilation import leave_default
 from flax_pref.config import run_main
+from flax_pref.waits import clock
 
 TIMEOUT = 120
 """Seconds after which a process that is silent counts as gone."""
@@ -57,7 +60,7 @@ def join(text: str | None = None, timeout: int = TIMEOUT) -> tuple[int, int]:
     addresses = {} if text == "auto" else _addresses(text, asked)
     late = f"error: {asked}: the others did not come in {timeout} s; start the same program on all hosts"
     try:
-        with _said_at_abort(late):
+        with clock(f"{asked}: waiting for the others"), _said_at_abort(late):
             jax.distributed.initialize(
                 **addresses,
                 initialization_timeout=timeout,
@@ -204,7 +207,29 @@ def _said_at_abort(message: str) -> Iterator[None]:
         set_handler(signal.SIGABRT, before)
 
 
+_WAITS = itertools.count()  # of all processes alike
+
+
 def wait_for_others(name: str) -> None:
-    """Returns when all processes have come here."""
-    if jax.process_count() > 1:
+    """Returns when all processes have come here; says for which it waits, where that takes long."""
+    if jax.process_count() == 1:
+        return
+    client, place = distributed.global_state.client, f"flax_pref/waits/{next(_WAITS)}/"
+    assert client is not None, "several processes are connected"
+    client.key_value_set(f"{place}{jax.process_index()}", name)
+
+    def waiting() -> str:
+        there = {int(key.removeprefix(place)) for key, _ in client.key_value_dir_get(place)}
+        missing = [host for host in range(jax.process_count()) if host not in there]
+        return f"{name}: waiting for {hosts_text(missing) if missing else 'the hosts'}"
+
+    with clock(waiting):
         multihost_utils.sync_global_devices(name)
+
+
+def hosts_text(numbers: Sequence[int]) -> str:
+    """As `hosts 0-2, 5`."""
+    runs = itertools.groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
+    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+    return f"host{'s' if len(numbers) > 1 else ''} {shown}"

@@ -194,9 +194,10 @@ class Rollouts:
             **{"seed": seed, "captions": len(prompts.captions), "fingerprint": prompts.fingerprint},
             **{"prompts": config.prompts, "batch_size": config.batch_size, "epochs": config.epochs},
         }
-        self._draw, self._draw_start, self._draw_step = map(jax.jit, (self._whole, self._start, self._part))
-        self._draw_images, self._judge_images = map(jax.jit, (self._images, self._judged))
-        self._draw_state, self._draw_ends, self._judge_ends = map(jax.jit, (self._state, self._ends, self._chosen))
+        self._draw, self._draw_start = map(jax.jit, (self._drawing, self._drawing_of_noise))
+        self._draw_step, self._draw_state = map(jax.jit, (self._drawing_of_a_step, self._drawing_to_a_step))
+        self._draw_images, self._judge_images = map(jax.jit, (self._drawing_of_images, self._judging))
+        self._draw_ends, self._judge_ends = map(jax.jit, (self._drawing_of_candidates, self._choice))
         self._stack = jax.jit(_stacked)
         self._join = jax.jit(lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=sharding)
         self._take = jax.jit(partial(take_batch, method), out_shardings=sharding)
@@ -403,41 +404,41 @@ class Rollouts:
 
     # What is jitted: the experience of some prompts, and parts of it.
 
-    def _whole(self, *common: Any) -> dict[str, jax.Array]:
+    def _drawing(self, *common: Any) -> dict[str, jax.Array]:
         return self._method.draw(self._inputs(*common))
 
-    def _start(self, *common: Any) -> jax.Array:
+    def _drawing_of_noise(self, *common: Any) -> jax.Array:
         assert isinstance(self._method, StepPairs)
         return self._method.draw_start(self._inputs(*common))
 
-    def _part(self, *inputs: Any) -> dict[str, jax.Array]:
+    def _drawing_of_a_step(self, *inputs: Any) -> dict[str, jax.Array]:
         assert isinstance(self._method, StepPairs)
         *common, latents, first, last = inputs
         latents, experience = self._method.draw_step(self._inputs(*common), latents, first, last)
         return {**experience, STATE: latents}
 
-    def _images(self, *common: Any) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], jax.Array]:
+    def _drawing_of_images(self, *common: Any) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], jax.Array]:
         drawn, clean = self._method.draw_images(self._inputs(*common))
         images, known = self._of_latents(common, decode_and_score, clean)
         return drawn, known, images
 
-    def _judged(self, drawn: dict[str, jax.Array], known: Any, given: Any) -> dict[str, jax.Array]:
+    def _judging(self, drawn: dict[str, jax.Array], known: Any, given: Any) -> dict[str, jax.Array]:
         count = len(jax.tree.leaves(drawn)[0])
         return self._method.judge_images(drawn, self._total(count, known, given))
 
-    def _state(self, *inputs: Any) -> Any:
+    def _drawing_to_a_step(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)
         *common, latents, first = inputs
         return self._method.draw_state(self._inputs(*common), latents, first)
 
-    def _ends(self, *inputs: Any) -> Any:
+    def _drawing_of_candidates(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)
         *common, state, first, last = inputs
         ends, clean = self._method.draw_ends(self._inputs(*common), state, first, last)
         images, known = self._of_latents(common, decode_and_score, clean)
         return ends, known, images
 
-    def _chosen(self, *inputs: Any) -> Any:
+    def _choice(self, *inputs: Any) -> Any:
         assert isinstance(self._method, StepPairs)
         *common, ends, known, given, number = inputs
         rewards = self._total(len(ends.latents), known, given)

@@ -124,7 +124,7 @@ def make_step(
         gradients = jax.tree.map(lambda total: total / accumulation, gradients)
         return gradients, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def training_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         given = (frozen, state.average) if sees_average else frozen
         gradients, metrics = gradients_of(state.params, given, batch, key)
@@ -162,7 +162,7 @@ def make_step(
         new = TrainState(params, optimizer_state, average, state.key, state.step + 1, skipped, in_a_row)
         return new, metrics
 
-    return step
+    return training_step
 
 
 def metrics_of_modules(told: Mapping[str, Any], modules: Sequence[str]) -> dict[str, jax.Array]:

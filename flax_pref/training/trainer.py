@@ -12,7 +12,6 @@ import hashlib
 import json
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -535,11 +534,11 @@ class Run:
             tell(f"{self.checkpoints.folder}: resumes from step {step}")
         else:
 
-            def first(params):  # the key begins in here, for JAX puts no key on the devices of other hosts
+            def initial_state(params):  # the key begins in here, for JAX puts no key on the devices of other hosts
                 return self.program.new_state(params, jax.random.key(config.seed))
 
             with jax.set_mesh(self.mesh):
-                state = jax.jit(first, out_shardings=self.program.shardings)(self.base.params)
+                state = jax.jit(initial_state, out_shardings=self.program.shardings)(self.base.params)
             if config.init_from is not None:
                 params = self._params_of(config.init_from)
                 average = None if state.average is None else jax.tree.map(jnp.copy, params)
@@ -612,17 +611,13 @@ class Run:
         """The step for this machine, and its floating-point operations; prints what it takes."""
         config, jitted = self.config, self._jitted
         with jax.set_mesh(self.mesh):
-            started = time.perf_counter()
             arguments = state, self.frozen, batch
             compiled, flops = compile_and_count(jitted.lower(*arguments), jitted, *arguments)
-            seconds = time.perf_counter() - started
         held = held_by(state, self.frozen, batch) | self.judging, compiled.memory_analysis(), memory_limit(self.mesh)
-        name = f"the step for {self._size_of(batch)}" if len(self.sizes) > 1 else "the step"
-        if not self.steps:
-            tell(budget(self.mesh, *held))
-            tell(f"{name} was compiled in {seconds:.1f} s")
+        if self.steps:
+            tell(f"the step for {self._size_of(batch)} takes {total_text(*held)}")
         else:
-            tell(f"{name} was compiled in {seconds:.1f} s; it takes {total_text(*held)}")
+            tell(budget(self.mesh, *held))
         return compiled, config.accumulation * flops  # XLA counts one of the parts that a batch is divided into
 
     def _size_of(self, batch: Any) -> str:

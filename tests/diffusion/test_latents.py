@@ -65,7 +65,7 @@ def test_a_larger_batch_does_not_need_more_memory_to_decode():
             return jnp.zeros((latents.shape[0], 1024, 1024, 3))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_decode", record)
+            patch.setattr(module, "_decoder", record)
             latents = jax.ShapeDtypeStruct((images, 512, 512, 4), np.float32)
             jax.eval_shape(
                 lambda params, latents: decode_latents(network._replace(params=params), latents, shards=shards),
