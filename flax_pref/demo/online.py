@@ -30,15 +30,22 @@ class OnlineArm(NamedTuple):
 
     Attributes:
         method: with its published settings, but for the steps, and with the demo's guidance scale.
-        learning_rate: the best of `RATES` on training prompts, see the cell "online tuning" of the study.
+        learning_rate: the best of `rates` on training prompts, see the cell "online tuning" of the study.
         prompts: of an iteration.
         within: whether weights change inside trajectories.
+        more: rates beside `RATES`, where the best of these was the first or the last.
     """
 
     method: TailorPO | SPO | D3PO | DDPO | DiffusionNFT
     learning_rate: float
     prompts: int = 32
     within: bool = False
+    more: tuple[float, ...] = ()
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from."""
+        return tuple(sorted((*RATES, *self.more)))
 
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -48,7 +55,7 @@ ONLINE = {
     "TailorPO, updates inside": OnlineArm(TailorPO(**_COMMON), 3e-4, within=True),
     "TailorPO-G": OnlineArm(TailorPO(**_COMMON, rate=(0.1, 0.2)), 3e-4),
     "TailorPO-G through UNet": OnlineArm(TailorPO(**_COMMON, rate=(0.1, 0.2), through_network=True), 3e-4),
-    "D3PO": OnlineArm(D3PO(**_COMMON), 3e-4),
+    "D3PO": OnlineArm(D3PO(**_COMMON), 3e-4, more=(3e-5, 1e-4)),
     "SPO": OnlineArm(SPO(**_COMMON, skip=2), 3e-4),
     "DDPO": OnlineArm(DDPO(**_COMMON, images_per_prompt=4), 3e-4, prompts=16),
     "DiffusionNFT": OnlineArm(DiffusionNFT(**_COMMON, images_per_prompt=4), 3e-4, prompts=16),

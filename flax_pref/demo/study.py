@@ -30,7 +30,7 @@ from flax_pref.checkpoints.modules import Guided, load_modules, merge_modules
 from flax_pref.config import check_least
 from flax_pref.data.prepared import Records
 from flax_pref.demo.experiment import EVALUATION_SEED, VALIDATION_SEED, Demo, DemoConfig, ModuleTraining
-from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, RATES, Budget, OnlineArm, curve, train_online
+from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS, Budget, OnlineArm, curve, train_online
 from flax_pref.demo.report import Sweep
 from flax_pref.diffusion.guidance import Rule, Schedule, cfg, chats, cpgd, cpgd_conditional, merge_weights, npo, pgd
 from flax_pref.diffusion.sampler import draw_normal, image_keys
@@ -217,7 +217,9 @@ def offline_way(name: str, rate: float | None = None) -> Way:
 
 ARMS |= {f"offline {name}": Arm(arm.method, _offline_training(arm)) for name, arm in OFFLINE.items()}
 WAYS |= {f"offline {name}": offline_way(name) for name in OFFLINE}
-TUNING = {f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name in ONLINE for rate in RATES}
+TUNING = {
+    f"{name}, rate {rate:g}": online_way(name, PREDICTIONS, rate) for name, arm in ONLINE.items() for rate in arm.rates
+}
 OFFLINE_TUNING = {
     f"offline {name}, rate {rate:g}": offline_way(name, rate)
     for name in OFFLINE

@@ -10,7 +10,7 @@ import pytest
 from flax_pref.config import shipped_config
 from flax_pref.demo import study
 from flax_pref.demo.evidence import Evidence, counted, predictions, write_page
-from flax_pref.demo.online import BATCH, CALLS, ONLINE, PREDICTIONS, RATES, Budget
+from flax_pref.demo.online import BATCH, CALLS, ONLINE, PREDICTIONS, Budget
 from flax_pref.demo.questions import QUESTIONS, rank_correlation
 from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
 from flax_pref.evaluation.statistics import crossed_interval
@@ -204,7 +204,7 @@ def test_a_budget_pays_for_the_same_number_of_scored_images_and_of_predictions(n
 def test_the_learning_rates_of_online_methods_are_those_that_the_measurements_choose():
     found = Evidence(read_measurements(ROOT / "docs" / "evidence" / study.TABLE), CONFIG)
     for name, arm in ONLINE.items():
-        ways = {rate: f"{name}, rate {rate:g}" for rate in RATES}
+        ways = {rate: f"{name}, rate {rate:g}" for rate in arm.rates}
         if found.has("online tuning", *ways.values()):
             gains = {rate: found.gain("online tuning", way, split="train").mean for rate, way in ways.items()}
             assert arm.learning_rate == max(gains, key=lambda rate: gains[rate])
