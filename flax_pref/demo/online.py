@@ -57,8 +57,8 @@ ONLINE = {
     "TailorPO-G through UNet": OnlineArm(TailorPO(**_COMMON, rate=(0.1, 0.2), through_network=True), 1e-3),
     "D3PO": OnlineArm(D3PO(**_COMMON), 3e-4, more=(3e-5, 1e-4)),
     "SPO": OnlineArm(SPO(**_COMMON, skip=2), 1e-3),
-    "DDPO": OnlineArm(DDPO(**_COMMON, images_per_prompt=4), 3e-4, prompts=16),
-    "DiffusionNFT": OnlineArm(DiffusionNFT(**_COMMON, images_per_prompt=4), 3e-4, prompts=16),
+    "DDPO": OnlineArm(DDPO(**_COMMON, images_per_prompt=4), 1e-3, prompts=16),
+    "DiffusionNFT": OnlineArm(DiffusionNFT(**_COMMON, images_per_prompt=4), 1e-3, prompts=16),
 }
 CALLS, PREDICTIONS = "equal calls", "equal predictions"
 BATCH, TRAINING_PROMPTS = 32, 256
