@@ -55,7 +55,7 @@ ONLINE = {
     "TailorPO, updates inside": OnlineArm(TailorPO(**_COMMON), 1e-3, within=True),
     "TailorPO-G": OnlineArm(TailorPO(**_COMMON, rate=(0.1, 0.2)), 1e-3),
     "TailorPO-G through UNet": OnlineArm(TailorPO(**_COMMON, rate=(0.1, 0.2), through_network=True), 1e-3),
-    "D3PO": OnlineArm(D3PO(**_COMMON), 3e-4, more=(3e-5, 1e-4)),
+    "D3PO": OnlineArm(D3PO(**_COMMON), 1e-4, more=(3e-5, 1e-4)),
     "SPO": OnlineArm(SPO(**_COMMON, skip=2), 1e-3),
     "DDPO": OnlineArm(DDPO(**_COMMON, images_per_prompt=4), 1e-3, prompts=16),
     "DiffusionNFT": OnlineArm(DiffusionNFT(**_COMMON, images_per_prompt=4), 1e-3, prompts=16),
