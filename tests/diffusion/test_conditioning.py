@@ -36,7 +36,7 @@ def calls(monkeypatch):
         states = np.repeat(ids[..., None], 3, -1).astype(np.float32)
         return [states] if normalised else [states, ids.sum(-1, keepdims=True).astype(np.float32)]
 
-    monkeypatch.setattr(conditioning, "_encode", encode)
+    monkeypatch.setattr(conditioning, "_text_encoder", encode)
     return counted
 
 

@@ -71,7 +71,7 @@ def test_a_larger_batch_does_not_need_more_memory_to_decode():
                 lambda params, latents: decode_latents(network._replace(params=params), latents, shards=shards),
                 *(network.params, latents),
             )
-        module._decode_in_turn.clear_cache()  # of programs made with the record
+        module._decoder_in_turns.clear_cache()  # of programs made with the record
         return max(calls)
 
     assert peak(1) == peak(8) == 1
