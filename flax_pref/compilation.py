@@ -77,18 +77,20 @@ FOUND = "/jax/compilation_cache/cache_hits"
 class _Compilations:
     """Says what is compiled, where that takes long, by what JAX tells of its work.
 
-    A function is traced, lowered, and compiled or found in the cache, all in one thread.
+    A function is traced and lowered in one thread, and then compiled or found in the cache, perhaps in another.
     """
 
     def __init__(self):
         self._own = threading.local()
+        self._before: dict[str, float] = {}  # seconds until a function was lowered
 
     def begun(self, event: str, value: float | int, **about: str | int) -> None:
         """JAX begins a part of the work."""
         if event == COMPILING:
-            own = self._own
-            own.name, own.began, own.found = _noun(str(about.get("fun_name", ""))), time.monotonic(), False
-            own.clock = clock(f"compiling {own.name}", self._next_start())
+            own, function = self._own, str(about.get("fun_name", ""))
+            own.name, own.began, own.found = _noun(function), time.monotonic(), False
+            own.then = self._next_start(function)
+            own.clock = clock(f"compiling {own.name}", own.then)
             own.clock.__enter__()
 
     def happened(self, event: str, **about: str | int) -> None:
@@ -102,20 +104,20 @@ class _Compilations:
         if event == TRACING:
             own.traced = duration_secs
         elif event == LOWERING:
-            own.before = getattr(own, "traced", 0.0) + duration_secs
+            self._before[str(about.get("fun_name", ""))] = getattr(own, "traced", 0.0) + duration_secs
         elif event == COMPILING and getattr(own, "clock", None) is not None:
             own.clock.__exit__(None, None, None)
             own.clock = None
             if (seconds := time.monotonic() - own.began) >= PATIENCE:
-                compiled = f"compiled {own.name} in {seconds:.0f} s{self._next_start()}"
+                compiled = f"compiled {own.name} in {seconds:.0f} s{own.then}"
                 say(f"{own.name} came from the cache in {seconds:.0f} s" if own.found else compiled)
 
-    def _next_start(self) -> str:
+    def _next_start(self, function: str) -> str:
         """The next start traces and lowers again, and reads the rest from the cache, if there is one."""
-        settings, before = jax.config.values, getattr(self._own, "before", None)
+        settings, before = jax.config.values, self._before.get(function)
         if before is None or not (settings["jax_enable_compilation_cache"] and settings["jax_compilation_cache_dir"]):
             return ""
-        return f"; next start about {max(1, round(before))} s"
+        return f"; next start about {max(1, round(before))} s and reading it from the cache"
 
 
 def _noun(function: str) -> str:
