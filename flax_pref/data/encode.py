@@ -212,7 +212,7 @@ class PairEncoder:
         pixels = np.stack([fitted.pixels for pair in filled for fitted in (pair.winner, pair.loser)])
         pixels = pixels.reshape(self._pairs, 2, *pixels.shape[1:])
         vae = self._pipeline.vae
-        return pair_encoder(vae.graphdef, self.encoding.mirrored, vae.params, jax.device_put(pixels, self.sharding))
+        return pixel_encoder(vae.graphdef, self.encoding.mirrored, vae.params, jax.device_put(pixels, self.sharding))
 
 
 class EncodedPair(NamedTuple):
@@ -277,7 +277,7 @@ def check_sizes(encoding: Encoding, vae: VAEConfig) -> None:
 
 # At module level, so that what is compiled outlives an encoder.
 @partial(jax.jit, static_argnums=(0, 1))
-def pair_encoder(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: jax.Array) -> jax.Array:
+def pixel_encoder(graphdef: nnx.GraphDef, mirrored: bool, params: dict, pixels: jax.Array) -> jax.Array:
     """uint8 `[P, 2, H, W, 3] -> [P, 2, k, h, w, 2 Z]` bfloat16."""
     vae = nnx.merge(graphdef, params)
     images = pixels.reshape(-1, *pixels.shape[2:])

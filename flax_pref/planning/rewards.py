@@ -89,7 +89,7 @@ NETWORKS: dict[str, Callable[[str, Any], Reward]] = {
 
 
 def abstract_reward(rewards: Sequence[Weighted], *, dtype: Any = jnp.float32) -> WeightedSum:
-    """What `rewards.reward.make_reward` gives, with networks as published, whatever the paths.
+    """The counterpart of `rewards.reward.make_reward`, with networks of their published sizes; paths are not read.
 
     Rewards without a network of their own, or that live elsewhere, cost nothing.
     """

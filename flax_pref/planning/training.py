@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_pref.checkpoints.abstract import abstract_pipeline, conditioning_shapes, describe
 from flax_pref.data.buckets import size_text
-from flax_pref.data.encode import CAPTIONS_AT_ONCE, pair_encoder
+from flax_pref.data.encode import CAPTIONS_AT_ONCE, pixel_encoder
 from flax_pref.data.pipeline import host_batches
 from flax_pref.data.preparation import EncodeConfig
 from flax_pref.data.prepared import EMPTY, PreparedSet, Records, Shapes
@@ -114,7 +114,7 @@ def step_job(config: TrainConfig, mesh: Mesh) -> Job:
 
 
 def judging_of(config: TrainConfig, program: Program) -> dict[str, Any]:
-    """What an online run judges its images with, by name; the networks of rewards are those that are published."""
+    """Autoencoder and rewards of an online run, as shapes with shardings; rewards have their published sizes."""
     if config.online is None:
         return {}
     mesh, whole = program.mesh, NamedSharding(program.mesh, PartitionSpec())
@@ -289,7 +289,7 @@ def encode_jobs(config: EncodeConfig, mesh: Mesh) -> list[Job]:
     pixels = jax.ShapeDtypeStruct((pairs, 2, *size, 3), jnp.uint8, sharding=divided)
 
     def encode(params, pixels):
-        return pair_encoder(pipeline.vae.graphdef, config.encoding.mirrored, params, pixels)
+        return pixel_encoder(pipeline.vae.graphdef, config.encoding.mirrored, params, pixels)
 
     def caption(params, ids):
         own = [network._replace(params=each) for network, each in zip(pipeline.text_encoders, params, strict=True)]

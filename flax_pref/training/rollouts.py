@@ -255,7 +255,7 @@ class Rollouts:
 
     @property
     def judging(self) -> dict[str, Any]:
-        """What lies on the devices to judge images with, by name."""
+        """Autoencoder and rewards, which stay on the devices during training."""
         return {"autoencoder": self._vae.params, "rewards": self._placed}
 
     def position(self) -> dict[str, Any]:
