@@ -60,7 +60,7 @@ def pixels(picture):
 
 def test_a_new_w_seed_or_prompt_compiles_nothing(studio):
     draw(studio)
-    programs, compiled = text_to_image._sample._cache_size(), []
+    programs, compiled = text_to_image._sampler._cache_size(), []
     listen = lambda event, seconds, **_: "backend_compile" in event and compiled.append(event)  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -69,7 +69,7 @@ def test_a_new_w_seed_or_prompt_compiles_nothing(studio):
             for changes in ({"w": "2"}, {"w": "linear:8:0"}, {"seed": 7}, {"prompt": "a dog"}, {"guidance_scale": "5"})
         ]
         assert len(set(pictures)) == len(pictures)
-        assert text_to_image._sample._cache_size() == programs and not compiled
+        assert text_to_image._sampler._cache_size() == programs and not compiled
         draw(studio, steps=2)
         assert compiled, "another number of steps is another program"
     finally:
