@@ -28,7 +28,7 @@ from flax_pref.shapes import (
 )
 
 # (networks, latents, timesteps, conditioning of [B, R, ...]) -> noise_pred, where networks is a static tuple of R
-# names, one for each row of an image. See also `combine`.
+# names, one for each row of an image. It may have methods beside: see `combine` and `_projected`.
 Predict = Callable[[tuple[str, ...], GivenRowLatents, Timesteps, Tree], RowLatents]
 
 
@@ -169,7 +169,7 @@ def _walk(
     first = solver.init_noise_sigma * draw_normal(keys, 0, shape) if start is None else jnp.asarray(start)
     prompts = _prompts(table, text, empty, empty if blank is None else blank, num_images)
     others = {network: _prompts(table, *own, num_images) for network, own in own_prompts.items()}
-    rows = [others.get(network, prompts)[prompt] for network, prompt in table.rows]
+    rows = _projected(predict, table, [others.get(network, prompts)[prompt] for network, prompt in table.rows])
     conditioning = {
         plan.rows: jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *(rows[r] for r in plan.rows))
         for plan in set(table.plans)
@@ -318,6 +318,22 @@ def combine(
     # Sums of products, no matrix product: accelerators would round the factors of that, and guidance takes differences
     # of near equals.
     return (weights[..., None, None, None] * jnp.moveaxis(predictions, 1, 0)).sum(axis=1)
+
+
+def _projected(predict: Predict, table: Table, rows: list[Tree]) -> list[Tree]:
+    """Conditioning of a table's rows `[B, ...]` with what no step changes made of it already.
+
+    A predict that makes something of the text alone has a method `project_text(networks, text)`, whose result it takes
+    where it takes text. XLA for CPUs finds this out by itself; that for TPUs leaves all that is larger than the text
+    where it was, in the loop.
+    """
+    if (project := getattr(predict, "project_text", None)) is None:
+        return rows
+    used = sorted({r for plan in table.plans for r in plan.rows})
+    networks = tuple(table.rows[r][0] for r in used)
+    text = project(networks, jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *(rows[r] for r in used)))
+    found = {r: jax.tree.map(lambda x, i=i: x[:, i], text) for i, r in enumerate(used)}
+    return [found.get(r, row) for r, row in enumerate(rows)]
 
 
 def _rescale(noise_pred: Latents, text_pred: Latents, share: Float[Array, " images"]) -> Latents:

@@ -9,7 +9,7 @@ A bank is a pytree of its parameters, to be passed to a jitted function, and a `
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_pref.models.lora import BASE, LoRALayer, bank_predict
+from flax_pref.models.lora import BASE, LoRALayer, bank_predict, project_text
 from flax_pref.shapes import Float, GivenRowLatents, RowLatents, Timesteps, Tree
 
 AXIS = "network"  # of a mesh, for networks side by side
@@ -65,16 +65,38 @@ class Bank:
         Raises:
             ValueError: no member has one of the networks, or two have it.
         """
+        predictions = []
+        for member, rows, names in self._shares(networks):
+            own_latents, own_text = jax.tree.map(lambda x, rows=rows: _take(x, rows), (latents, text))
+            predictions.append(bank_predict(member.graphdef, member.params)(names, own_latents, timesteps, own_text))
+        return self._in_order(networks, predictions)
+
+    def project_text(self, networks: tuple[str, ...], text: dict) -> dict:
+        """What no step of a sampler changes, made of the text of R rows; see `diffusion.sampler.Predict`.
+
+        Raises:
+            ValueError: as for a prediction.
+        """
+        texts = [
+            project_text(member.graphdef, member.params, names, jax.tree.map(lambda x, rows=rows: _take(x, rows), text))
+            for member, rows, names in self._shares(networks)
+        ]
+        return jax.tree.map(lambda *parts: self._in_order(networks, parts), *texts)
+
+    def _shares(self, networks: tuple[str, ...]) -> list[tuple[Member, list[int], tuple[str, ...]]]:
+        """Each member that is asked, with its rows and the names of these within it."""
         owners = [_owner(network, [member.networks for member in self.members]) for network in networks]
-        predictions: dict[int, jax.Array] = {}
+        shares = []
         for n in dict.fromkeys(owners):
             member = self.members[n]
             rows = [r for r, owner in enumerate(owners) if owner == n]
-            names = tuple(BASE if networks[r] == member.name else networks[r] for r in rows)
-            own_latents, own_text = jax.tree.map(lambda x, rows=rows: _take(x, rows), (latents, text))
-            predicted = bank_predict(member.graphdef, member.params)(names, own_latents, timesteps, own_text)
-            predictions |= {r: predicted[:, i] for i, r in enumerate(rows)}
-        return jnp.stack([predictions[r] for r in range(len(networks))], axis=1)
+            shares.append((member, rows, tuple(BASE if networks[r] == member.name else networks[r] for r in rows)))
+        return shares
+
+    def _in_order(self, networks: tuple[str, ...], parts: Sequence[jax.Array]) -> jax.Array:
+        """`[B, R, ...]` of what members give of their rows."""
+        rows = [r for _, own, _ in self._shares(networks) for r in own]
+        return _take(jnp.concatenate(parts, axis=1), [rows.index(r) for r in range(len(rows))])
 
 
 def _take(x: jax.Array, rows: list[int]) -> jax.Array:

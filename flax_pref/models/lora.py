@@ -456,6 +456,26 @@ def bank_predict(graphdef: nnx.GraphDef, params: dict) -> Callable:
     return predict
 
 
+def project_text(graphdef: nnx.GraphDef, params: dict, networks: Rows, text: dict) -> dict:
+    """Text for `bank_predict`, for the same networks, whose layers find their keys and values of the prompts in it.
+
+    A sampler whose steps see the same prompts makes them once, outside of its loop.
+
+    Args:
+        graphdef: of a UNet, perhaps with adapters.
+        params: its parameters.
+        networks: of each of R rows.
+        text: as `bank_predict` takes it.
+    """
+    params, text = at_use(params, text)
+    module = nnx.merge(graphdef, params)
+    set_rows(module, networks)
+    states = text["encoder_hidden_states"]
+    projected = module.project_text(states.reshape(-1, *states.shape[2:]))
+    in_rows = jax.tree.map(lambda x: x.reshape(*states.shape[:2], *x.shape[1:]), projected)
+    return {**text, "encoder_hidden_states": in_rows}
+
+
 def _at_once(params: dict, networks: Rows, latents: jax.Array) -> list[Rows]:
     """Groups of rows that go through the network together: all of them, but on CPUs those of one network.
 

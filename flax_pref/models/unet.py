@@ -200,6 +200,22 @@ class TimestepEmbedding(nnx.Module):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
+# Keys and values `[B, S, C]` that one attention makes of an encoded prompt.
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+class Context(NamedTuple):
+    """An encoded prompt, as layers see it.
+
+    Attributes:
+        states: `[B, S, D]`, or what `UNet2DCondition.project_text` has made of them.
+        seen: `[B, S]`, true for states that count; None: all do.
+    """
+
+    states: jax.Array | tuple[KeysAndValues, ...]
+    seen: jax.Array | None
+
+
 class Attention(nnx.Module):
     """Multi-head attention from `channels` to itself or to a context."""
 
@@ -211,15 +227,23 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, **kinds)])
         self.num_heads = num_heads
         self.kernel: Kernel = "auto"
+        self.number = 0  # among those that attend to the text, see `UNet2DCondition.project_text`
 
-    def __call__(self, x: jax.Array, context: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-        """`[B, T, C], [B, S, D] -> [B, T, C]`; `seen [B, S]`, if given, is true for positions that count."""
-        if context is x:
-            projected = projections(x, [self.to_q, self.to_k, self.to_v])
+    def __call__(self, x: jax.Array, context: Context | None = None) -> jax.Array:
+        """`[B, T, C] -> [B, T, C]`; without a context the positions of x attend to each other."""
+        if context is None:
+            projected, seen = projections(x, [self.to_q, self.to_k, self.to_v]), None
         else:
-            projected = [self.to_q(x), *projections(context, [self.to_k, self.to_v])]
+            states, seen = context
+            known = states[self.number] if isinstance(states, tuple) else self.keys_and_values(states)
+            projected = self.to_q(x), *known
         q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in projected)
         return self.to_out[0](attention(q, k, v, seen=seen, kernel=self.kernel).reshape(x.shape))
+
+    def keys_and_values(self, states: jax.Array) -> KeysAndValues:
+        """`[B, S, D] -> [B, S, C]` each."""
+        keys, values = projections(states, [self.to_k, self.to_v])
+        return keys, values
 
 
 class GEGLU(nnx.Module):
@@ -266,18 +290,6 @@ class FeedForward(nnx.Module):
         return x
 
 
-class Context(NamedTuple):
-    """An encoded prompt, as layers see it.
-
-    Attributes:
-        states: `[B, S, D]`.
-        seen: `[B, S]`, true for states that count; None: all do.
-    """
-
-    states: jax.Array
-    seen: jax.Array | None
-
-
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the text and a feed-forward layer, each normalised before and added to its input."""
 
@@ -305,8 +317,8 @@ class BasicTransformerBlock(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[B, T, C] -> [B, T, C]`."""
         h = self.norm1(x)
-        x = x + (self.attn1(h, *context) if self.only_cross_attention else self.attn1(h, h))
-        x = x + self.attn2(self.norm2(x), *context)
+        x = x + self.attn1(h, context if self.only_cross_attention else None)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -553,12 +565,14 @@ class UNet2DCondition(nnx.Module):
         self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, epsilon=config.norm_eps, **kinds)
         zeros = nnx.initializers.zeros_init()
         self.conv_out = Conv(channels[0], config.out_channels, 3, padding=(1, 1), kernel_init=zeros, **kinds, rngs=rngs)
+        for number, layer in enumerate(self.attentions_to_text()):
+            layer.number = number
 
     def __call__(
         self,
         latents: jax.Array,
         timesteps: jax.Array,
-        encoder_hidden_states: jax.Array,
+        encoder_hidden_states: jax.Array | tuple[KeysAndValues, ...],
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
@@ -569,7 +583,7 @@ class UNet2DCondition(nnx.Module):
         Args:
             latents: `[B, H, W, C]`, scaled by the autoencoder's scaling_factor.
             timesteps: `[B]`, from 0 (clean) to the number of training timesteps - 1.
-            encoder_hidden_states: `[B, T, D]` encoded prompts.
+            encoder_hidden_states: `[B, T, D]` encoded prompts, or what `project_text` has made of them.
             text_embeds: `[B, P]` the pooled and projected prompts, for networks with `addition_embed_type="text_time"`
                 (SDXL); None for all others.
             time_ids: `[B, 6]` original height and width, crop top and left, target height and width in pixels, for the
@@ -603,6 +617,19 @@ class UNet2DCondition(nnx.Module):
             with jax.named_scope(f"up_blocks.{i}"):
                 x = block(x, skips, temb, context)
         return self.conv_out(silu(self.conv_norm_out(x)))
+
+    def project_text(self, encoder_hidden_states: jax.Array) -> tuple[KeysAndValues, ...]:
+        """Keys and values that attention layers make of encoded prompts `[B, T, D]`.
+
+        They are the same in every step of a sampler, which makes them once.
+        """
+        return tuple(layer.keys_and_values(encoder_hidden_states) for layer in self.attentions_to_text())
+
+    def attentions_to_text(self) -> list[Attention]:
+        """The layers that attend to the text, in the order of `project_text`."""
+        blocks = [block for _, block in nnx.iter_modules(self) if isinstance(block, BasicTransformerBlock)]
+        first = [block.attn1 for block in blocks if block.only_cross_attention]
+        return [*first, *(block.attn2 for block in blocks)]
 
     def embed_time(
         self,

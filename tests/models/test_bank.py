@@ -275,6 +275,46 @@ def test_all_rows_of_base_and_adapters_take_one_pass(monkeypatch):
     assert passes == [6 * IMAGES]
 
 
+def products(jaxpr) -> int:
+    """Matrix products of a program, those of a loop once."""
+    inner = [value for one in jaxpr.eqns for value in one.params.values()]
+    closed = [value.jaxpr for value in inner if hasattr(value, "jaxpr")]
+    return sum(one.primitive.name == "dot_general" for one in jaxpr.eqns) + sum(map(products, closed))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "full"])
+def test_what_layers_make_of_a_prompt_is_made_once_and_not_in_every_step(kind):
+    full_networks = {"base": full(0), "pos": full(1), "neg": full(2)}
+    bank = bank_of(**full_networks) if kind == "full" else bank_of(base=adapted(full(0)))
+
+    def counts(predict) -> tuple[int, int]:
+        def drawn(table, keys, text, empty):
+            return sample(predict, table, SOLVER, keys, text, empty, SHAPE)
+
+        program = jax.make_jaxpr(drawn)(*arguments(bank, cpgd(W, S))[1:])
+        (loop,) = [one for one in program.eqns if one.primitive.name == "scan" and one.params["length"] == STEPS]
+        inside = products(loop.params["jaxpr"].jaxpr)
+        return products(program.jaxpr) - inside, inside
+
+    before, step = counts(lambda *inputs: bank(*inputs))
+    outside, inside = counts(bank)
+    layers = len(nnx.merge(bank.members[0].graphdef, bank.members[0].params).attentions_to_text())
+    # Keys and values, each with two products more for the adapters, or in each network.
+    assert outside - before == step - inside == 2 * 3 * layers > 0
+
+
+def test_keys_and_values_made_before_are_those_of_the_encoded_prompt():
+    config = dataclasses.replace(CONFIG, only_cross_attention=True)  # where the first attention sees the text too
+    unet = UNet2DCondition(config, rngs=nnx.Rngs(0))
+    unet.conv_out.kernel[...] = jnp.ones_like(unet.conv_out.kernel[...])
+    latents, timesteps, text = inputs(1)
+    latents, text = latents[:, 0], text["encoder_hidden_states"][:, 0]
+    want = unet(latents, timesteps, text)
+    np.testing.assert_array_equal(unet(latents, timesteps, unet.project_text(text)), want)
+    assert len(unet.project_text(text)) == 2 * 4  # of four blocks
+    assert differ(unet(latents, timesteps, unet.project_text(text[::-1])), want)
+
+
 def test_adapters_add_their_own_bytes_to_a_base_that_exists_once():
     plain = full(0)
     bank = jax.tree.leaves(bank_of(base=adapted(plain)))
