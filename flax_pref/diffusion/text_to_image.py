@@ -209,16 +209,55 @@ class TextToImage:
         Returns:
             float32 `[B, H, W, 3]` in [0, 1], on the devices.
         """
+        prompts_seen = self._prompts_seen(prompts, table, negative_prompts, second_prompts, chunks)
+        with self._mesh_in_use():
+            inputs = self.bank, table, solver or self.solver, jax.device_put(keys, self.sharding), *prompts_seen
+            latents = _sampler(*inputs, self._latent_shape, bar)
+        return decode_latents(self.placed.vae, latents, shards=self.shards)
+
+    def draw_bytes(
+        self,
+        prompts: Sequence[str],
+        keys: jax.Array,
+        table: Table,
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        second_prompts: Sequence[str] | None = None,
+        chunks: int = 1,
+    ) -> jax.Array:
+        """The images of `draw` as they are stored, uint8 `[B, H, W, 3]`, by one program from noise to bytes.
+
+        For sets of many batches: there is one program to compile, to load and to start. `draw` has two, of which other
+        numbers of steps compile only the sampler again. The arguments are those of `draw`.
+        """
+        prompts_seen = self._prompts_seen(prompts, table, negative_prompts, second_prompts, chunks)
         vae = self.placed.vae
-        shape = (*(side // vae.config.downscale_factor for side in self.size), vae.config.latent_channels)
+        with self._mesh_in_use():
+            inputs = self.bank, table, self.solver, jax.device_put(keys, self.sharding), *prompts_seen
+            return _image_sampler(*vae, self._latent_shape, self.shards, *inputs)
+
+    def _prompts_seen(
+        self,
+        prompts: Sequence[str],
+        table: Table,
+        negative_prompts: Sequence[str] | None,
+        second_prompts: Sequence[str] | None,
+        chunks: int,
+    ) -> tuple[dict, dict, dict, dict]:
+        """Conditioning for `sampler.sample`: text, empty, blank and own_prompts."""
         text, empty = self.conditioning(prompts, negative_prompts, second_prompts, chunks=chunks)
-        blank = in_chunks(self.blank, chunks)
         own = self.own_prompts(table, prompts, negative_prompts, second_prompts, chunks=chunks)
-        keys = jax.device_put(keys, self.sharding)
-        # Kernels, which the compiler does not partition, divide themselves over the mesh that is set.
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            latents = _sampler(self.bank, table, solver or self.solver, keys, text, empty, blank, own, shape, bar)
-        return decode_latents(vae, latents, shards=self.shards)
+        return text, empty, in_chunks(self.blank, chunks), own
+
+    def _mesh_in_use(self) -> contextlib.AbstractContextManager:
+        """Kernels, which the compiler does not partition, divide themselves over the mesh that is set."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        vae = self.pipeline.vae.config
+        height, width = (side // vae.downscale_factor for side in self.size)
+        return height, width, vae.latent_channels
 
     def count_chunks(self, prompts: Sequence[str]) -> int:
         """Chunks of tokens of the longest prompt. Where the syntax is plain, 1, with warnings of cuts and of weights.
@@ -389,6 +428,12 @@ def _sampler(bank, table, solver, keys, text, empty, blank, own, shape, bar):
             jax.debug.callback(count, bar)
 
     return sample(bank, table, solver, keys, text, empty, shape, blank=blank, own_prompts=own, each_step=update)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def _image_sampler(config, graphdef, params, shape, shards, *inputs):
+    latents = _sampler(*inputs, shape, None)
+    return to_bytes(decode_latents(Network(config, graphdef, params), latents, shards=shards))
 
 
 @jax.jit

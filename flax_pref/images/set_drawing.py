@@ -272,7 +272,10 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
                 keys = image_keys([item.seed for item in batch], [item.prompt.id for item in batch])
                 texts = [item.prompt.text for item in batch]
                 of_prompts = {"negative_prompts": negative, "second_prompts": second, "chunks": chunks_each}
-                pixels = to_bytes(draw.draw(texts, keys, table, **of_prompts, bar=bar))
+                if by_step:
+                    pixels = to_bytes(draw.draw(texts, keys, table, **of_prompts, bar=bar))
+                else:
+                    pixels = draw.draw_bytes(texts, keys, table, **of_prompts)
                 wanted = [place for place, i in enumerate(chosen[:n]) if int(i) in pending]
                 writer.put(chosen[wanted], _Chosen(pixels, wanted))
                 drawn += len(wanted)

@@ -12,9 +12,10 @@ from flax_pref.checkpoints.diffusers import load_pipeline
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.diffusion import text_to_image
 from flax_pref.diffusion.conditioning import encode_batch
-from flax_pref.diffusion.guidance import cfg, chats, npo
+from flax_pref.diffusion.guidance import cfg, chats, npo, tabulate
+from flax_pref.diffusion.sampler import image_keys
 from flax_pref.diffusion.scheduler_configs import solver_from_config
-from flax_pref.diffusion.text_to_image import TextToImage
+from flax_pref.diffusion.text_to_image import TextToImage, to_bytes
 from flax_pref.models.lora import join_lora, split_lora
 from flax_pref.serving.export import export_sampler
 from flax_pref.serving.sampler import load_sampler
@@ -124,3 +125,23 @@ def test_a_single_prompt_is_the_first_of_a_list(draw):
     image = draw("a cat", rule=npo(S))
     np.testing.assert_array_equal(image, draw(["a cat"], [0], npo(S), seed=0))
     assert image.shape == (1, 16, 16, 3)
+
+
+def test_a_set_is_drawn_by_one_program_from_noise_to_bytes(draw):
+    keys, table = image_keys(0, range(len(PROMPTS))), tabulate(npo(S), len(draw.solver.timesteps), len(PROMPTS))
+    want = to_bytes(draw.draw(PROMPTS, keys, table))
+    text_to_image._image_sampler.clear_cache()
+    draw.conditioning(PROMPTS, None)  # what encodes prompts is compiled
+    compiled = []
+
+    def count(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        pixels = draw.draw_bytes(PROMPTS, keys, table)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    np.testing.assert_array_equal(pixels, want)
+    assert len(compiled) == 1
