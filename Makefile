@@ -9,7 +9,7 @@ TPU := $(VENV)/tpu
 # Tests start hundreds of programs, each of which would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo study test test-python test-formats test-programs test-recipes test-long parity formats plan plan-check docs lint format
+.PHONY: demo study test test-python test-formats test-programs test-recipes test-long bench parity formats plan plan-check docs lint format
 
 demo: $(VENV)/installed
 	$(BIN)/python -m train.demo configs/demo/demo.py $(ARGS)
@@ -45,6 +45,11 @@ test-formats: $(VENV)/installed-test
 # What takes too long for every change: a run that is killed twenty times.
 test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m long
+
+# Every bench at a small size: ten minutes on two cores. A line of ratios to torch joins bench/history.jsonl, whose last
+# ten are printed.
+bench: $(VENV)/installed-test
+	$(BIN)/python -m bench all --history bench/history.jsonl --json runs/bench.json $(ARGS)
 
 # Networks of full size against torch; needs 24 GB of memory, takes a quarter of an hour, and writes docs/parity.md.
 parity: $(VENV)/installed-test

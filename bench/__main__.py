@@ -16,10 +16,15 @@ Training:
                positive and a negative module at once
     online     the loss of DiffusionNFT beside its parts: the new policy, and the old one with the reference
     compile    the time from the start of Python to that step, with an empty compilation cache and with a filled one
+
+All of them:
+    all        every bench at a small size, twice: one table with ratios to torch and with the noise
+    compare    what became slower from one such table to another: python -m bench compare before.json after.json
 """
 
 import sys
 
+from bench.all import All, Compare, bench_all, bench_compare
 from bench.common import run_bench
 from bench.compile import Compile, bench_compile
 from bench.data import Data, bench_data
@@ -46,6 +51,8 @@ BENCHES = {
     Step: bench_step,
     Online: bench_online,
     Compile: bench_compile,
+    All: bench_all,
+    Compare: bench_compare,
 }
 
 

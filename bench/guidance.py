@@ -15,7 +15,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from bench.common import Reached, bytes_accessed, memory_peak_gb, random_inputs, random_network, time_in_turns
+from bench.common import (
+    Reached,
+    bytes_accessed,
+    family_of,
+    memory_peak_gb,
+    random_inputs,
+    random_network,
+    time_in_turns,
+)
 from flax_pref.checkpoints.lora import lora_network
 from flax_pref.checkpoints.weights import to_stored
 from flax_pref.diffusion.guidance import Rule, cfg, cpgd, cpgd_conditional, pgd, tabulate
@@ -27,7 +35,7 @@ from flax_pref.models.bank import Bank, Member
 from flax_pref.models.lora import BASE, DEFAULT_TARGETS, join_lora, split_lora
 from flax_pref.models.network import Network, with_attention
 from flax_pref.models.platform import default_dtype
-from flax_pref.models.presets import FAMILIES, Family
+from flax_pref.models.presets import Family
 from flax_pref.models.tree import flatten_dict
 from flax_pref.parallel.peak import peak_of, step_flops
 
@@ -46,6 +54,8 @@ class Guidance:
     """Times one sampling step under each guidance rule."""
 
     family: Literal["sd15", "sdxl"] = "sd15"
+    unet: Path | None = None
+    """config.json of another UNet that takes the place of the family's."""
     size: int | None = None
     """Side of the images in pixels; None: the family's own."""
     batch_size: int = 1
@@ -74,8 +84,8 @@ def bench_guidance(bench: Guidance) -> dict:
     """Seconds, work and memory of a step under each rule, and seconds of cPGD in torch."""
     if bench.batch_size < 1:
         raise ValueError(f"bench: --batch-size {bench.batch_size}; expected at least one image")
-    family, dtype, on_cpu = FAMILIES[bench.family], default_dtype(bench.dtype), jax.default_backend() == "cpu"
-    size = (bench.size or family.resolution) // 8
+    family, size = family_of(bench.family, bench.unet, bench.size)
+    dtype, on_cpu = default_dtype(bench.dtype), jax.default_backend() == "cpu"
     steps, rounds = (
         given if given is not None else default
         for given, default in ((bench.steps, 1 if on_cpu else 10), (bench.rounds, 3 if on_cpu else 10))

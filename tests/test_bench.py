@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import common
 from bench.__main__ import main
+from bench.all import SMALL
 from bench.common import time_in_turns
 from bench.guidance import sampler, sampler_inputs
 from flax_pref.checkpoints.weights import abstract_network
@@ -65,6 +66,11 @@ def figures(tmp_path, capsys, *arguments):
     return stored
 
 
+def measured(name, told):
+    """What the table of all benches takes of this one."""
+    return [measure.read(told) for measure in SMALL[name].measures]
+
+
 def test_guidance_costs_what_its_rows_cost_and_computes_what_torch_computes(tmp_path, capsys):
     rank, batch_size = 2, 2
     flags = ("--rank", rank, "--batch-size", batch_size, "--size", 64, "--steps", 2, "--rounds", 1, "--rules", "cpgd")
@@ -73,6 +79,10 @@ def test_guidance_costs_what_its_rows_cost_and_computes_what_torch_computes(tmp_
     assert (plain["predictions"], ours["predictions"]) == (2 * batch_size, 6 * batch_size)
 
     assert told["torch"]["largest_relative_difference"] < 1e-5
+    assert measured("guidance", told)[-1] == {
+        **{"ours": ours["step_seconds"], "torch": told["torch"]["step_seconds"]},
+        "share_of_measured_peak": ours["share_of_measured_peak"],
+    }
     ratio = ours["step_seconds"] / told["torch"]["step_seconds"]
     assert told["torch"]["cpgd_ratio_to_torch"] == pytest.approx(ratio, rel=0.05)
 
@@ -124,12 +134,14 @@ def test_the_time_of_a_forward_pass_is_told_for_every_batch_size(tmp_path, capsy
     told = figures(tmp_path, capsys, "unet", "--size", 64, "--batch-sizes", 1, "--rounds", 1)
     (row,) = told["batches"]
     assert row["batch_size"] == 1
+    assert measured("unet", told) == [{"ours": row["seconds"], "torch": row["torch_seconds"]}]
     assert row["ratio_to_torch"] == pytest.approx(row["seconds"] / row["torch_seconds"], rel=0.2, abs=2e-3)
 
 
 def test_loading_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     told = figures(tmp_path, capsys, "load", "--part", "pipeline", "--folder", BASE)
     assert told["largest_file_gb"] <= told["parameters_gb"] < told["peak_gb"]
+    assert measured("load", told) == [{"ours": told["seconds"]}, {"ours": told["peak_gb"]}]
 
 
 def test_a_device_that_is_slower_than_the_writer_is_waited_for_and_a_faster_one_waits(tmp_path, capsys):
@@ -141,6 +153,7 @@ def test_a_device_that_is_slower_than_the_writer_is_waited_for_and_a_faster_one_
         assert row["images_per_second"] < 1 / 0.3 < row["most_images_per_second"]
         assert row["kb_per_image"] > 1
     assert set(told["formats"]) == {"png", "webp"}
+    assert measured("writing", told) == [{"ours": 1e3 / told["formats"]["png"]["most_images_per_second"]}]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]  # the images are gone
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench.__main__ import main
+from bench.all import SMALL
 from tests.training.tiny import tiny_checkpoint
 
 
@@ -26,6 +27,10 @@ def test_the_second_start_compiles_nothing(tmp_path, capsys, monkeypatch):
     # Half of it in such a small network is the count of its operations, which goes on meanwhile.
     assert second["seconds"]["compiling or loading"] < first["seconds"]["compiling or loading"]
     assert f"{first['seconds']['tracing']:.1f}" in captured.err
+    assert [measure.read(told)["ours"] for measure in SMALL["compile"].measures] == [
+        first["seconds"]["all"],
+        second["seconds"]["all"],
+    ]
 
 
 def test_a_mistake_is_told_before_anything_is_measured():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench.__main__ import main
+from bench.all import SMALL
 from flax_pref.models.unet import UNetConfig
 
 UNET = UNetConfig(
@@ -41,7 +42,13 @@ def test_a_step_of_dpo_is_that_of_torch_and_stands_beside_both_modules_at_once(t
     for row in told["steps"].values():
         assert row["pairs_per_second"] == pytest.approx(1 / row["step_seconds"], rel=0.01)
         assert row["peak_memory_gb"] >= row["memory_before_gb"] > 0
-    memory = dpo["peak_memory_gb"] / told["steps"]["torch"]["peak_memory_gb"]
+    torch = told["steps"]["torch"]
+    told_of = {measure.name: measure.read(told) for measure in SMALL["step"].measures}
+    seconds, memory, both_seconds = told_of.values()
+    assert (seconds["ours"], seconds["torch"]) == (dpo["step_seconds"], torch["step_seconds"])
+    assert memory == {"ours": dpo["peak_memory_gb"], "torch": torch["peak_memory_gb"]}
+    assert both_seconds["ours"] == both["step_seconds"]
+    memory = dpo["peak_memory_gb"] / torch["peak_memory_gb"]
     assert told["torch"]["memory_ratio_to_torch"] == pytest.approx(memory, rel=0.01)
 
 
@@ -74,4 +81,5 @@ def test_the_loss_of_nft_is_the_sum_of_its_parts_and_less_work_than_one_pass(tmp
     work = told["gflop"]
     parts = work["new policy"] + work["old policy and reference"]
     assert work["step"] == pytest.approx(parts, rel=0.02)
+    assert SMALL["online"].measures[0].read(told) == {"ours": told["seconds"]["step"]}
     assert work["all in one pass"] > 1.2 * work["step"]

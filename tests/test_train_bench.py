@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from bench.__main__ import main
+from bench.all import SMALL
 from bench.data import TorchPairs
 from bench.writing import random_photos
 from flax_pref.data.images import decode_image, encode_jpeg, fit_image
 from flax_pref.data.prepared import PreparedSet
 
-SMALL = ("--pairs", 12, "--captions", 3, "--batch-size", 4, "--batches", 2, "--threads", 1, "--rounds", 1)
+FEW = ("--pairs", 12, "--captions", 3, "--batch-size", 4, "--batches", 2, "--threads", 1, "--rounds", 1)
 
 
 def figures(tmp_path, capsys, *arguments):
@@ -26,7 +27,7 @@ def figures(tmp_path, capsys, *arguments):
 
 
 def test_reading_is_measured_whole_and_in_parts_that_make_it_up(tmp_path, capsys):
-    told = figures(tmp_path, capsys, "--parts", "reading", *SMALL, "--workers", 0)["reading"]
+    told = figures(tmp_path, capsys, "--parts", "reading", *FEW, "--workers", 0)["reading"]
     assert told["pairs_per_second"].keys() == {"0 workers"} and told["pairs_per_second"]["0 workers"] > 0
     parts = told["microseconds_per_pair"]
     assert min(parts.values()) > 0
@@ -37,10 +38,13 @@ def test_reading_is_measured_whole_and_in_parts_that_make_it_up(tmp_path, capsys
 
 def test_decoding_is_measured_beside_torch(tmp_path, capsys):
     pytest.importorskip("torch")
-    flags = ("--photos", 2, "--photo-size", 64, "--size", 48)
-    told = figures(tmp_path, capsys, "--parts", "decoding", *SMALL, *flags)["decoding"]
+    flags = ("--photos", 2, "--photo-size", 64, "--size", 48, "--workers", 0)
+    both = figures(tmp_path, capsys, "--parts", "reading", "decoding", *FEW, *flags)
+    told = both["decoding"]
     rates = told["ours_pairs_per_second_and_core"], told["torch_pairs_per_second_and_core"]
     assert told["ratio_to_torch"] == pytest.approx(rates[0] / rates[1], rel=0.05)
+    assert SMALL["data"].measures[1].read(both) == {"ours": 1e3 / rates[0], "torch": 1e3 / rates[1]}
+    assert SMALL["data"].measures[0].read(both)["ours"] > 0
 
 
 def test_torch_is_given_the_work_that_is_done_here():
@@ -55,12 +59,12 @@ def test_torch_is_given_the_work_that_is_done_here():
 def test_without_torch_ours_is_measured_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     flags = ("--photos", 2, "--photo-size", 64, "--size", 48)
-    told = figures(tmp_path, capsys, "--parts", "decoding", *SMALL, *flags)["decoding"]
+    told = figures(tmp_path, capsys, "--parts", "decoding", *FEW, *flags)["decoding"]
     assert "ratio_to_torch" not in told and told["ours_pairs_per_second_and_core"] > 0
 
 
 def test_memory_that_grows_with_every_record_is_seen(tmp_path, capsys, monkeypatch):
-    flags = ("--parts", "memory", *SMALL, "--records", 4000, "--distinct-records", 400, "--sample-every", 500)
+    flags = ("--parts", "memory", *FEW, "--records", 4000, "--distinct-records", 400, "--sample-every", 500)
     calm = figures(tmp_path, capsys, *flags)["memory"]
     assert calm["looks"] == 8 and len(calm["resident_mb"]) == 8
 

@@ -1,0 +1,382 @@
+"""Every bench at a small size, in one table with ratios to torch; and what became slower from one table to another.
+
+Each bench is a process of its own, as a user would start it, and all of them run twice: the difference between both
+times is the noise of this machine, without which a table of another day says nothing.
+"""
+
+import dataclasses
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import tyro
+
+from flax_pref.files import read_json
+from flax_pref.parallel.memory import aligned
+
+
+class Measure(NamedTuple):
+    """A figure of a bench, of which less is better.
+
+    Attributes:
+        name: in the table.
+        unit: of both.
+        ours: from what the bench tells.
+        torch: the same of torch, or None where torch was not there; None: there is no such figure.
+        share: of the device's measured peak that ours reaches; None: not told.
+    """
+
+    name: str
+    unit: str
+    ours: Callable[[Mapping[str, Any]], float]
+    torch: Callable[[Mapping[str, Any]], float | None] | None = None
+    share: Callable[[Mapping[str, Any]], float] | None = None
+
+    def read(self, told: Mapping[str, Any]) -> dict[str, float]:
+        """The figure, and that of torch and the share where there are any."""
+        theirs = None if self.torch is None else self.torch(told)
+        return {
+            "ours": self.ours(told),
+            **({} if theirs is None else {"torch": theirs}),
+            **({} if self.share is None else {"share_of_measured_peak": self.share(told)}),
+        }
+
+
+class Run(NamedTuple):
+    """A bench, with flags that give it a size.
+
+    Attributes:
+        arguments: of `python -m bench`.
+        measures: that it gives.
+        lacks: says what it needs and this machine does not have; "" where nothing is missing.
+    """
+
+    arguments: str
+    measures: tuple[Measure, ...]
+    lacks: Callable[[], str] = str
+
+
+def _no_tpu_compiler() -> str:
+    return "" if importlib.util.find_spec("libtpu") else "libtpu, the compiler of TPUs (pip install 'flax-pref[tpu]')"
+
+
+def _no_demo() -> str:
+    return "" if Path("runs/demo/pos.safetensors").exists() else "runs/demo, which `make demo` makes"
+
+
+def _guidance(of: str) -> tuple[Measure, ...]:
+    """Of `bench guidance` with the rules cfg and cpgd."""
+    return (
+        Measure(
+            *(f"step of CFG, {of}", "s"),
+            lambda told: told["rules"]["cfg"]["step_seconds"],
+            share=lambda told: told["rules"]["cfg"]["share_of_measured_peak"],
+        ),
+        Measure(
+            *(f"step of cPGD, {of}", "s"),
+            lambda told: told["rules"]["cpgd"]["step_seconds"],
+            lambda told: told.get("torch", {}).get("step_seconds"),
+            lambda told: told["rules"]["cpgd"]["share_of_measured_peak"],
+        ),
+    )
+
+
+def _step(of: str) -> tuple[Measure, ...]:
+    """Of `bench step` with Diffusion-DPO."""
+    return (
+        Measure(
+            *(f"training step of Diffusion-DPO, {of}", "s"),
+            lambda told: told["steps"]["dpo"]["step_seconds"],
+            lambda told: told["steps"].get("torch", {}).get("step_seconds"),
+            lambda told: told["steps"]["dpo"]["share_of_measured_peak"],
+        ),
+        Measure(
+            *(f"peak of memory of that step, {of}", "GB"),
+            lambda told: told["steps"]["dpo"]["peak_memory_gb"],
+            lambda told: told["steps"].get("torch", {}).get("peak_memory_gb"),
+        ),
+        Measure(
+            *(f"training step of both modules, {of}", "s"),
+            lambda told: told["steps"]["positive_negative"]["step_seconds"],
+            share=lambda told: told["steps"]["positive_negative"]["share_of_measured_peak"],
+        ),
+    )
+
+
+SMALL = {
+    "unet": Run(
+        "unet --size 256 --batch-sizes 1 --rounds 3",
+        (
+            Measure(
+                *("forward pass of SD1.5, 256 px", "s"),
+                lambda told: told["batches"][0]["seconds"],
+                lambda told: told["batches"][0].get("torch_seconds"),
+            ),
+        ),
+    ),
+    "guidance": Run("guidance --size 256 --rounds 2", _guidance("256 px")),
+    "step": Run("step --size 256 --rounds 2", _step("256 px")),
+    "online": Run(
+        "online --size 128 --rounds 2",
+        (Measure("loss of DiffusionNFT, 128 px", "s", lambda told: told["seconds"]["step"]),),
+    ),
+    "data": Run(
+        "data --parts reading decoding --workers 0 --pairs 1000 --batches 30",
+        (
+            Measure(
+                *("pair from a prepared set", "ms"),
+                lambda told: 1e3 / told["reading"]["pairs_per_second"]["0 workers"],
+            ),
+            Measure(
+                *("JPEG pair decoded, on one core", "ms"),
+                lambda told: 1e3 / told["decoding"]["ours_pairs_per_second_and_core"],
+                lambda told: 1e3 / told["decoding"].get("torch_pairs_per_second_and_core", math.inf) or None,
+            ),
+        ),
+    ),
+    "rewards": Run(
+        "rewards --parts pickscore --batch-size 1 --rounds 2",
+        (
+            Measure(
+                *("PickScore of an image", "s"),
+                lambda told: told["pickscore"]["seconds"],
+                lambda told: told["pickscore"].get("torch_seconds"),
+            ),
+        ),
+    ),
+    "writing": Run(
+        "writing --images 32 --formats png",
+        (Measure("PNG of 512 px written", "ms", lambda told: 1e3 / told["formats"]["png"]["most_images_per_second"]),),
+    ),
+    "load": Run(
+        "load --family sd15 --dtype float16",
+        (
+            Measure("loading the UNet of SD1.5", "s", lambda told: told["seconds"]),
+            Measure("peak of memory of loading it", "GB", lambda told: told["peak_gb"]),
+        ),
+    ),
+    "compile": Run(
+        "compile",
+        (
+            Measure("start of training, empty cache", "s", lambda told: told["empty_cache"]["seconds"]["all"]),
+            Measure("start of training, filled cache", "s", lambda told: told["filled_cache"]["seconds"]["all"]),
+        ),
+    ),
+    "forward": Run(
+        "forward",
+        (
+            Measure(
+                *("forward pass on a v5e", "million cycles"),
+                lambda told: told["million_cycles_outside_kernels"] + told["million_cycles_of_kernels"],
+            ),
+        ),
+        _no_tpu_compiler,
+    ),
+    "tradeoff": Run(
+        "tradeoff --prompts 32 --validation-prompts 16",
+        (Measure("image of the demo by CFG", "s", lambda told: told["seconds_per_image_cfg"]),),
+        _no_demo,
+    ),
+}
+# Sampling and training beside torch.compile, and attention by XLA beside cuDNN's.
+GPU = {
+    "sd15": Run("guidance --batch-size 8 --rounds 3", _guidance("SD1.5")),
+    "sd15-xla": Run("guidance --batch-size 8 --rounds 3 --attention xla --reference False", _guidance("SD1.5, XLA")),
+    "sdxl": Run("guidance --family sdxl --batch-size 4 --rounds 3", _guidance("SDXL")),
+    "sdxl-xla": Run(
+        "guidance --family sdxl --batch-size 4 --rounds 3 --attention xla --reference False", _guidance("SDXL, XLA")
+    ),
+    "sd15-step": Run("step --batch-size 8 --rounds 5", _step("SD1.5")),
+    "sdxl-step": Run("step --family sdxl --batch-size 2 --remat block --rounds 5", _step("SDXL")),
+}
+SUITES = {"small": SMALL, "gpu": GPU}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class All:
+    """Runs many benches, one after the other, into one table."""
+
+    suite: Literal["small", "gpu"] = "small"
+    """small: every bench, at a size that takes ten minutes in all on two cores. gpu: sampling and training at full size
+    beside torch.compile, in less than ten minutes on one GPU."""
+    only: tuple[str, ...] = ()
+    """Names of benches to run; none: all that this machine has what they need for."""
+    flags: str = ""
+    """More flags for each of them, such as "--size 512"."""
+    times: int = 2
+    """How often each runs; from twice on the table knows the noise."""
+    history: Path | None = None
+    """File to which a line with the date and all ratios to torch is added."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def bench_all(bench: All) -> dict:
+    """Figures of all benches, with ratios to torch and noise; a table of them goes to stderr.
+
+    Raises:
+        ValueError: no bench has the name, or one failed.
+    """
+    runs = SUITES[bench.suite]
+    if unknown := [name for name in bench.only if name not in runs]:
+        raise ValueError(f"bench: --only {unknown[0]}: expected some of {', '.join(runs)}")
+    if bench.times < 1:
+        raise ValueError(f"bench: --times {bench.times}; expected at least 1")
+    chosen, started = bench.only or tuple(runs), time.perf_counter()
+    skipped = {name: lacks for name in chosen if (lacks := runs[name].lacks())}
+    for name, lacks in skipped.items():
+        print(f"{name} is left out: it needs {lacks}", file=sys.stderr)
+    figures: dict[str, dict] = {}
+    for _ in range(bench.times):
+        for name in (name for name in chosen if name not in skipped):
+            told = _run(f"{runs[name].arguments} {bench.flags}".split())
+            for measure in runs[name].measures:
+                row = figures.setdefault(measure.name, {"bench": runs[name].arguments, "unit": measure.unit})
+                for whose, value in measure.read(told).items():
+                    row.setdefault(whose, []).append(value)
+    for row in figures.values():
+        row |= _summary(row["ours"], row.get("torch"))
+        if shares := row.get("share_of_measured_peak"):
+            row["share_of_measured_peak"] = statistics.mean(shares)
+    told = {
+        **{"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "jax": jax.__version__},
+        **{"device": jax.devices()[0].device_kind, "machine": _processor()},
+        **{"cores": os.cpu_count(), "seconds": round(time.perf_counter() - started, 1)},
+        **{"left_out": skipped, "figures": figures},
+    }
+    print(_table(figures), file=sys.stderr)
+    if bench.history is not None:
+        _remember(told, bench.history)
+    return told
+
+
+def _run(arguments: list[str]) -> dict:
+    """What a bench tells, run as a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "bench", *arguments, "--json", str(file)]
+        print(" ".join(("bench", *arguments)), file=sys.stderr)
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise ValueError(f"bench: {' '.join(command[1:-2])} failed, see above")
+        return json.loads(file.read_text())
+
+
+def _processor() -> str:
+    """Name of the processor, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _summary(ours: list[float], torch: list[float] | None) -> dict[str, float]:
+    """Means over the times that a bench ran, the ratio to torch, and the spread of what is compared with other days."""
+    ratios = [a / b for a, b in zip(ours, torch, strict=True)] if torch else None
+    compared = ratios or ours
+    mean = statistics.mean(compared)
+    return {
+        "mean": statistics.mean(ours),
+        **({"torch_mean": statistics.mean(torch), "ratio_to_torch": mean} if torch else {}),
+        "noise": (max(compared) - min(compared)) / mean,
+    }
+
+
+COLUMNS = {"mean": ".3g", "torch_mean": ".3g", "ratio_to_torch": ".2f", "noise": ".0%", "share_of_measured_peak": ".0%"}
+
+
+def _table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [["", "unit", "ours", "torch", "ours / torch", "noise", "of peak"]]
+    for name, row in figures.items():
+        texts = [f"{row[key]:{style}}" if key in row else "" for key, style in COLUMNS.items()]
+        rows.append([name, row["unit"], *texts])
+    return aligned(rows)
+
+
+def _remember(told: Mapping[str, Any], history: Path) -> None:
+    """Adds a line to the history, and prints its last ones."""
+    ratios = {name: round(row["ratio_to_torch"], 3) for name, row in told["figures"].items() if "torch" in row}
+    line = {"date": told["date"], "machine": told["machine"], "jax": told["jax"], "ratios_to_torch": ratios}
+    history.parent.mkdir(parents=True, exist_ok=True)
+    with history.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    lines = [json.loads(text) for text in history.read_text().splitlines()[-10:]]
+    names = list(dict.fromkeys(name for line in lines for name in line["ratios_to_torch"]))
+    rows = [("ours / torch", *(line["date"][:16] for line in lines))]
+    rows += [(name, *(f"{line['ratios_to_torch'].get(name, float('nan')):.2f}" for line in lines)) for name in names]
+    print(aligned(rows), file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+LEAST = 0.05  # a change below this is none, however quiet both tables were
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Says what became slower from one table of `bench all` to another, beyond the noise of both."""
+
+    before: tyro.conf.Positional[Path] = tyro.MISSING
+    """File of `bench all --json`."""
+    after: tyro.conf.Positional[Path] = tyro.MISSING
+    """A later one."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def bench_compare(bench: Compare) -> dict:
+    """Changes of all figures that both tables have; a table of them goes to stderr.
+
+    Ratios to torch are compared where there are any, for they depend little on the machine, else figures themselves.
+
+    Raises:
+        ValueError: a file is no table of `bench all`, or they have no figure in common.
+    """
+    before, after = (_figures(path) for path in (bench.before, bench.after))
+    common = [name for name in before["figures"] if name in after["figures"]]
+    if not common:
+        raise ValueError(f"{bench.before} and {bench.after} have no figure in common")
+    if before["machine"] != after["machine"]:
+        print(
+            f"two machines, {before['machine']} and {after['machine']}: only ratios to torch mean much", file=sys.stderr
+        )
+    changes = {}
+    for name in common:
+        pair = before["figures"][name], after["figures"][name]
+        kind = "ratio_to_torch" if all("ratio_to_torch" in row for row in pair) else "mean"
+        change = pair[1][kind] / pair[0][kind]
+        noise = max(LEAST, pair[0]["noise"] + pair[1]["noise"])
+        verdict = "slower" if change > 1 + noise else "faster" if change < 1 / (1 + noise) else "same"
+        changes[name] = {"compared": kind, "before": pair[0][kind], "after": pair[1][kind], "change": change}
+        changes[name] |= {"noise": noise, "verdict": verdict}
+    rows = [("", "compared", "before", "after", "change", "noise", "")]
+    for name, row in changes.items():
+        shown = "ours / torch" if row["compared"] == "ratio_to_torch" else after["figures"][name]["unit"]
+        numbers = (f"{row['before']:.3g}", f"{row['after']:.3g}", f"{row['change'] - 1:+.0%}", f"{row['noise']:.0%}")
+        rows.append((name, shown, *numbers, row["verdict"]))
+    print(aligned(rows), file=sys.stderr)
+    return {
+        "slower": [name for name, row in changes.items() if row["verdict"] == "slower"],
+        "only_before": [name for name in before["figures"] if name not in common],
+        "only_after": [name for name in after["figures"] if name not in common],
+        "changes": changes,
+    }
+
+
+def _figures(path: Path) -> dict:
+    told = read_json(path, expected="a table of bench all --json")
+    if "figures" not in told or "machine" not in told:
+        raise ValueError(f"{path}: has no figures of several benches; expected a table of bench all --json")
+    return told
