@@ -273,11 +273,13 @@ def _missing(found: Evidence) -> bool:
 # Figures
 
 
-def figure_of(columns: int, *, width: float, height: float = 3.6, shared: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, which share the vertical axis."""
+def figure_of(
+    columns: int, *, width: float, height: float = 3.6, rows: int = 1, shared: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels row by row, of which those side by side share the vertical axis."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False, sharey=shared).ravel())
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey="row" if shared else False).ravel())
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

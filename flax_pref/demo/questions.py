@@ -381,19 +381,28 @@ def online(found: Evidence) -> Section | None:
     names = [name for name in ONLINE if found.has(cell, f"{name}, {CALLS}", f"{name}, {PREDICTIONS}")]
     if len(names) < 2:
         return None
-    figure, axes = figure_of(2, width=9.0)
-    for axis, x in zip(axes, ("calls", "predictions"), strict=True):
+    (allowed,) = (each.budget for each in found.config.cells if each.name == cell and each.budget)
+    figure, axes = figure_of(2, width=9.0, height=6.6, rows=2)
+    for column, x in enumerate(("calls", "predictions")):
+        gained, learned_from = axes[column::2]
         for colour, name in zip(COLOURS, names, strict=False):
-            kinds = {"split": "training"}
-            reward = found.values(cell, f"{name}, {PREDICTIONS}", term="reward", **kinds).mean(axis=0)
-            places = found.values(cell, f"{name}, {PREDICTIONS}", term=x, **kinds)[0]
+            spent, reward = (
+                found.values(cell, f"{name}, {PREDICTIONS}", split="training", term=term).mean(axis=0)
+                for term in (x, "reward")
+            )
+            last = sorted(allowed.steps(ONLINE[name]).items(), key=lambda each: each[1])
+            course(gained, {spent[n - 1]: found.gain(cell, f"{name}, {each}") for each, n in last}, colour, name)
             parts = np.array_split(np.arange(len(reward)), min(20, len(reward)))
-            axis.plot([places[p].mean() for p in parts], [reward[p].mean() for p in parts], color=colour, label=name)
-        axis.set_xscale("log")
-    axes[0].set_xlabel("scored images")
-    axes[1].set_xlabel("predicted images")
-    axes[0].set_ylabel("judge's score while training")
-    axes[0].legend(frameon=False, fontsize=8)
+            learned_from.plot([spent[p].mean() for p in parts], [reward[p].mean() for p in parts], color=colour)
+        gained.set_xscale("log")
+        learned_from.set_xscale("log")
+    for axis in axes[::2]:
+        axis.set_xlabel("scored images")
+    for axis in axes[1::2]:
+        axis.set_xlabel("predicted images")
+    axes[0].set_ylabel("gain over base, held-out prompts")
+    axes[2].set_ylabel("judge's score in training")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     tables, answers = [], []
     for budget, of in ((CALLS, "scored images"), (PREDICTIONS, "predicted images")):
         rows = [[f"at equal numbers of {of}", "gain over base", "wins", "gain on training prompts", "spread of images"]]
@@ -412,7 +421,10 @@ def online(found: Evidence) -> Section | None:
     return Section(
         "Online methods",
         "What do methods that draw their own images gain, with the judge as reward, on prompts that they did not draw? "
-        "Learning rates were chosen on training prompts, with 20,000 predictions and one seed each: the next section.",
+        "Learning rates were chosen on training prompts, with 20,000 predictions and one seed each: the next section. "
+        "The lower panels have the score of what each step of training has learned from: whole images for D3PO, "
+        "DDPO and DiffusionNFT, estimates of them from inside the trajectory for the others, so that heights compare "
+        "within a method only.",
         answers,
         tables,
         figure,
