@@ -52,6 +52,7 @@ def test_every_python_that_the_package_claims_is_tested():
     assert {name: commands(job) for name, job in jobs.items()} == {
         "lint": ["make lint"],
         "test": ["make test"],
+        "bench": ["make bench"],
         "docs": ["make docs"],
     }
 

@@ -285,12 +285,12 @@ def figure_of(
     return figure, axes
 
 
-def course(axes: Axes, by_value: Mapping[float, Estimate], colour: str, label: str) -> None:
+def course(axes: Axes, by_value: Mapping[float, Estimate], colour: str, label: str, style: str = "-") -> None:
     """A line of means over numbers, with its intervals as a band."""
     values = list(by_value)
     low, high = ([getattr(each, end) for each in by_value.values()] for end in ("low", "high"))
     axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(values, [e.mean for e in by_value.values()], color=colour, marker="o", markersize=4, label=label)
+    axes.plot(values, [e.mean for e in by_value.values()], style, color=colour, marker="o", markersize=4, label=label)
 
 
 def bars(axes: Axes, by_name: Mapping[str, Estimate], colour: str, label: str = "", shift: float = 0.0) -> None:

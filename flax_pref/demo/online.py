@@ -7,7 +7,7 @@ of a method reaches the smaller of the two, writes its modules, and goes on to t
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -80,6 +80,12 @@ class Budget(NamedTuple):
         cost = arm.method.cost(within=arm.within)
         each = {CALLS: self.calls / cost.rewards, PREDICTIONS: self.predictions / cost.predictions}
         return {name: max(1, round(examples / BATCH)) for name, examples in each.items() if examples}
+
+    def spent(self, arm: OnlineArm, kind: Literal["calls", "predictions"]) -> dict[str, float]:
+        """Scored images, or images that the UNet predicts, in training up to each budget."""
+        cost = arm.method.cost(within=arm.within)
+        each = cost.rewards if kind == "calls" else cost.predictions
+        return {name: steps * BATCH * each for name, steps in self.steps(arm).items()}
 
 
 def train_online(demo: Demo, arm: OnlineArm, rate: float, budget: Budget, output: Path) -> dict[str, dict[str, Path]]:

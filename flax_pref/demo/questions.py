@@ -4,19 +4,20 @@ Each returns None where the table cannot answer it yet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flax_pref.demo.evidence import COLOURS, GREY, Evidence, Section, bars, course, estimate, figure_of
+from flax_pref.demo.evidence import COLOURS, GREY, Evidence, Section, bars, course, estimate, figure_of, predictions
 from flax_pref.demo.online import CALLS, ONLINE, PREDICTIONS
-from flax_pref.demo.study import WAYS
+from flax_pref.demo.study import MORE_RATES, OFFLINE, OFFLINE_RATES, WAYS
 
 MAIN = "main"
 METHODS = ("base", "tuned CFG", "DPO", "DPO, tuned CFG", "PGD", "cPGD")
 MODULES = ("DPO", "PGD", "cPGD")
 CONTRASTIVE = ("PGD", "cPGD")
 ORIGIN = "images of pairs"
+LEAST_SHOWN = -0.1  # gain in plots of learning rates; tables have those of trainings that came apart
 
 
 def side_by_side(found: Evidence) -> Section | None:
@@ -383,15 +384,17 @@ def online(found: Evidence) -> Section | None:
         return None
     (allowed,) = (each.budget for each in found.config.cells if each.name == cell and each.budget)
     figure, axes = figure_of(2, width=9.0, height=6.6, rows=2)
-    for column, x in enumerate(("calls", "predictions")):
+    kinds: tuple[Literal["calls", "predictions"], ...] = ("calls", "predictions")
+    for column, x in enumerate(kinds):
         gained, learned_from = axes[column::2]
         for colour, name in zip(COLOURS, names, strict=False):
             spent, reward = (
                 found.values(cell, f"{name}, {PREDICTIONS}", split="training", term=term).mean(axis=0)
                 for term in (x, "reward")
             )
-            last = sorted(allowed.steps(ONLINE[name]).items(), key=lambda each: each[1])
-            course(gained, {spent[n - 1]: found.gain(cell, f"{name}, {each}") for each, n in last}, colour, name)
+            costs = allowed.spent(ONLINE[name], x)
+            ordered = sorted(costs, key=lambda each: costs[each])
+            course(gained, {costs[each]: found.gain(cell, f"{name}, {each}") for each in ordered}, colour, name)
             parts = np.array_split(np.arange(len(reward)), min(20, len(reward)))
             learned_from.plot([spent[p].mean() for p in parts], [reward[p].mean() for p in parts], color=colour)
         gained.set_xscale("log")
@@ -431,34 +434,85 @@ def online(found: Evidence) -> Section | None:
     )
 
 
-def online_tuning(found: Evidence) -> Section | None:
-    """How the learning rates of online methods were chosen."""
-    cell = "online tuning"
-    names = [name for name, arm in ONLINE.items() if found.has(cell, *(f"{name}, rate {r:g}" for r in arm.rates))]
-    if not names:
+def offline(found: Evidence) -> Section | None:
+    """Methods that learn from pairs, by the share of wrong labels."""
+    cells = [cell.name for cell in found.config.cells if cell.name.startswith("offline, ")]
+    names = [name for name in OFFLINE if cells and all(found.has(cell, "base", f"offline {name}") for cell in cells)]
+    if len(names) < 2:
         return None
-    figure, (axis,) = figure_of(1, width=6.0)
-    rates = sorted({rate for name in names for rate in ONLINE[name].rates})
-    rows = [["gain on training prompts", *(f"rate {rate:g}" for rate in rates), "chosen"]]
-    ends = []
-    for colour, name in zip(COLOURS, names, strict=False):
-        own = ONLINE[name].rates
-        gained = {rate: found.gain(cell, f"{name}, rate {rate:g}", split="train") for rate in own}
-        rows.append([name, *(str(gained.get(rate, "")) for rate in rates), f"{ONLINE[name].learning_rate:g}"])
-        course(axis, gained, colour, name)
-        if max(own, key=lambda rate: gained[rate].mean) in (own[0], own[-1]):
-            ends.append(name)
-    axis.set_xscale("log")
-    axis.set_xlabel("learning rate")
-    axis.set_ylabel("gain over base, training prompts")
-    axis.legend(frameon=False, fontsize=8)
+    labels = {cell: cell.removeprefix("offline, ") for cell in cells}
+    figure, (axes,) = figure_of(1, width=7.0, height=0.9 + 0.44 * len(names))
+    gains = [["gain over base", *labels.values(), f"lost by {labels[cells[-1]]}", "predictions"]]
+    over = [["over DPO", *labels.values()]]
+    strengths = [["strength", *labels.values()]]
+    lost = {}
+    for name in names:
+        way = f"offline {name}"
+        lost[name] = estimate(found.gains(cells[0], way, way, over_cell=cells[-1]))
+        by_cell = [str(found.gain(cell, way)) for cell in cells]
+        gains.append([name, *by_cell, str(lost[name]), str(predictions(found.config.demo, way))])
+        if name != "DPO":
+            over.append([name, *(str(found.gain(cell, way, "offline DPO")) for cell in cells)])
+        if WAYS[way].strengths:
+            strengths.append([name, *(found.strength(cell, way) for cell in cells)])
+    for place, (colour, cell) in enumerate(zip(COLOURS, cells, strict=False)):
+        by_name = {name: found.gain(cell, f"offline {name}") for name in names}
+        bars(axes, by_name, colour, labels[cell], 0.2 * (place - (len(cells) - 1) / 2))
+    axes.set_xlabel("gain over base, held-out prompts: mean and 95 % interval")
+    axes.legend(frameon=False, fontsize=8)
+    answers = [_where(found, labels, f"offline {name}", "offline DPO") for name in names if name != "DPO"]
+    hurt = [f"{name} {value}" for name, value in lost.items() if value.sign > 0]
+    answers.append(f"Methods that {labels[cells[-1]]} cost something: {'; '.join(hurt) or 'none'}.")
     return Section(
-        "Learning rates of online methods",
-        "Which learning rate does each method take? Where the best of three was at an end, more were tried.",
-        [f"At an end of the rates, whose best may lie beyond: {', '.join(ends) or 'none'}."],
-        [rows],
+        "Methods that learn from pairs",
+        "What do methods that learn from pairs gain, and what do wrong labels cost them? All have the same pairs, "
+        "equally many steps, learning rates chosen on training prompts with the same budget (the next section), and "
+        "the rule that they were published with. Labels are wrong where they disagree with the judge.",
+        answers,
+        [table for table in (gains, over, strengths) if len(table) > 1],
         figure,
     )
+
+
+def learning_rates(
+    title: str, question: str, cell: str, arms: Mapping[str, tuple[str, Sequence[float], float]]
+) -> Callable[[Evidence], Section | None]:
+    """A section about how the learning rates of methods were chosen.
+
+    Args:
+        title: of the section.
+        question: that it answers.
+        cell: whose ways are a method's name with a rate.
+        arms: by a method's name: what its ways begin with, the rates that were tried, and the one that was chosen.
+    """
+
+    def section(found: Evidence) -> Section | None:
+        def ways(name: str) -> dict[float, str]:
+            way, rates, _ = arms[name]
+            return {rate: f"{way}, rate {rate:g}" for rate in sorted(rates)}
+
+        names = [name for name in arms if found.has(cell, *ways(name).values())]
+        if not names:
+            return None
+        figure, (axis,) = figure_of(1, width=7.5)
+        tried = sorted({rate for name in names for rate in arms[name][1]})
+        rows = [["gain on training prompts", *(f"rate {rate:g}" for rate in tried), "chosen"]]
+        ends = []
+        for number, name in enumerate(names):
+            gained = {rate: found.gain(cell, way, split="train") for rate, way in ways(name).items()}
+            rows.append([name, *(str(gained.get(rate, "")) for rate in tried), f"{arms[name][2]:g}"])
+            course(axis, gained, COLOURS[number % len(COLOURS)], name, "-" if number < len(COLOURS) else "--")
+            if max(gained, key=lambda rate: gained[rate].mean) in (min(gained), max(gained)):
+                ends.append(name)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], LEAST_SHOWN))
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel("gain over base, training prompts")
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+        said = f"At an end of the rates, whose best may lie beyond: {', '.join(ends) or 'none'}."
+        return Section(title, question, [said], [rows], figure)
+
+    return section
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -515,6 +569,21 @@ QUESTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     ),
     one_strength,
     distance,
+    offline,
+    learning_rates(
+        "Learning rates of methods that learn from pairs",
+        "Which learning rate does each method take? Where the best of four was at an end, more were tried.",
+        "offline tuning",
+        {
+            name: (f"offline {name}", (*OFFLINE_RATES, *MORE_RATES.get(name, ())), arm.learning_rate)
+            for name, arm in OFFLINE.items()
+        },
+    ),
     online,
-    online_tuning,
+    learning_rates(
+        "Learning rates of online methods",
+        "Which learning rate does each method take? Where the best of three was at an end, more were tried.",
+        "online tuning",
+        {name: (name, arm.rates, arm.learning_rate) for name, arm in ONLINE.items()},
+    ),
 )

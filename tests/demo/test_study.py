@@ -12,7 +12,17 @@ from flax_pref.demo import study
 from flax_pref.demo.evidence import Evidence, counted, predictions, write_page
 from flax_pref.demo.online import BATCH, CALLS, ONLINE, PREDICTIONS, Budget
 from flax_pref.demo.questions import QUESTIONS, rank_correlation
-from flax_pref.demo.study import WAYS, Cell, Measurement, Study, read_measurements, write_measurements
+from flax_pref.demo.study import (
+    MORE_RATES,
+    OFFLINE,
+    OFFLINE_RATES,
+    WAYS,
+    Cell,
+    Measurement,
+    Study,
+    read_measurements,
+    write_measurements,
+)
 from flax_pref.evaluation.statistics import crossed_interval
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +201,31 @@ def test_online_methods_are_compared_at_equal_budgets(tmp_path):
         in page
     )
     assert re.search(r"^\| D3PO \| \+0\.\d+ \[.*-0\.050 \[-0\.050, -0\.050\] \|$", page, re.MULTILINE)
+
+
+def test_methods_that_learn_from_pairs_are_compared_at_each_share_of_wrong_labels(tmp_path):
+    config = dataclasses.replace(CONFIG, results=tmp_path / "evidence")
+    config.results.mkdir()
+    rows = []
+    for cell, hurt in (("no wrong labels", 0.0), ("10 % wrong labels", 0.1), ("30 % wrong labels", 0.2)):
+        for seed in (0, 1, 2):
+            for way, gain in (("base", 0.0), ("offline DPO", 0.25 - hurt), ("offline Poly-DPO", 0.2)):
+                rows += measured(f"offline, {cell}", seed, way, gain)
+    page = write_page(rows, config, QUESTIONS, "make study").read_text()
+    assert (
+        "- offline Poly-DPO scores higher than offline DPO: 10 % wrong labels, 30 % wrong labels; "
+        "scores lower than offline DPO: no wrong labels." in page
+    )
+    assert re.search(r"^- Methods that 30 % wrong labels cost something: DPO \+0\.(20|19)\d \[\S+ \S+\]\.$", page, re.M)
+    assert "| strength | no wrong labels |" not in page  # neither has one
+
+
+def test_the_learning_rates_of_methods_that_learn_from_pairs_are_those_that_the_measurements_choose():
+    found = Evidence(read_measurements(ROOT / "docs" / "evidence" / study.TABLE), CONFIG)
+    for name, arm in OFFLINE.items():
+        rates = (*OFFLINE_RATES, *MORE_RATES.get(name, ()))
+        gains = {r: found.gain("offline tuning", f"offline {name}, rate {r:g}", split="train").mean for r in rates}
+        assert arm.learning_rate == max(gains, key=lambda rate: gains[rate])
 
 
 @pytest.mark.parametrize("name", ONLINE)
