@@ -193,10 +193,10 @@ SMALL = {
 # Sampling and training beside torch.compile, and attention by XLA beside cuDNN's.
 GPU = {
     "sd15": Run("guidance --batch-size 8 --rounds 3", _guidance("SD1.5")),
-    "sd15-xla": Run("guidance --batch-size 8 --rounds 3 --attention xla --reference False", _guidance("SD1.5, XLA")),
+    "sd15-xla": Run("guidance --batch-size 8 --rounds 3 --attention xla --no-reference", _guidance("SD1.5, XLA")),
     "sdxl": Run("guidance --family sdxl --batch-size 4 --rounds 3", _guidance("SDXL")),
     "sdxl-xla": Run(
-        "guidance --family sdxl --batch-size 4 --rounds 3 --attention xla --reference False", _guidance("SDXL, XLA")
+        "guidance --family sdxl --batch-size 4 --rounds 3 --attention xla --no-reference", _guidance("SDXL, XLA")
     ),
     "sd15-step": Run("step --batch-size 8 --rounds 5", _step("SD1.5")),
     "sdxl-step": Run("step --family sdxl --batch-size 2 --remat block --rounds 5", _step("SDXL")),
@@ -213,8 +213,8 @@ class All:
     beside torch.compile, in less than ten minutes on one GPU."""
     only: tuple[str, ...] = ()
     """Names of benches to run; none: all that this machine has what they need for."""
-    flags: str = ""
-    """More flags for each of them, such as "--size 512"."""
+    flags: tuple[str, ...] = ()
+    """More flags for each of them as NAME=VALUE, such as size=512."""
     times: int = 2
     """How often each runs; from twice on the table knows the noise."""
     history: Path | None = None
@@ -241,7 +241,7 @@ def bench_all(bench: All) -> dict:
     figures: dict[str, dict] = {}
     for _ in range(bench.times):
         for name in (name for name in chosen if name not in skipped):
-            told = _run(f"{runs[name].arguments} {bench.flags}".split())
+            told = _run([*runs[name].arguments.split(), *(f"--{flag}" for flag in bench.flags)])
             for measure in runs[name].measures:
                 row = figures.setdefault(measure.name, {"bench": runs[name].arguments, "unit": measure.unit})
                 for whose, value in measure.read(told).items():

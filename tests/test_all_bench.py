@@ -109,9 +109,7 @@ def test_the_suite_of_gpus_runs_from_end_to_end_on_any_device(tmp_path):
     unet = tmp_path / "config.json"
     unet.write_text(json.dumps(TINY.unet.to_dict()))
     only = ("--only", "sd15", "sd15-xla", "sd15-step")
-    figures = table(
-        tmp_path, "gpu.json", "--suite", "gpu", "--times", "1", *only, "--flags", f"--unet {unet} --size 64"
-    )
+    figures = table(tmp_path, "gpu.json", "--suite", "gpu", "--times", "1", *only, "--flags", f"unet={unet}", "size=64")
     assert len(figures) == 2 + 2 + 3
     assert min(row["mean"] for row in figures.values()) > 0
     assert figures["step of cPGD, SD1.5"]["ratio_to_torch"] > 0
