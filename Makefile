@@ -46,8 +46,7 @@ test-formats: $(VENV)/installed-test
 test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m long
 
-# Every bench at a small size: ten minutes on two cores. A line of ratios to torch joins bench/history.jsonl, whose last
-# ten are printed.
+# Every bench at a small size. A line of ratios to torch joins bench/history.jsonl, whose last ten are printed.
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench all --history bench/history.jsonl --json runs/bench.json $(ARGS)
 

@@ -209,8 +209,7 @@ class All:
     """Runs many benches, one after the other, into one table."""
 
     suite: Literal["small", "gpu"] = "small"
-    """small: every bench, at a size that takes ten minutes in all on two cores. gpu: sampling and training at full size
-    beside torch.compile, in less than ten minutes on one GPU."""
+    """small: every bench, at a small size. gpu: sampling and training at full size beside torch.compile."""
     only: tuple[str, ...] = ()
     """Names of benches to run; none: all that this machine has what they need for."""
     flags: tuple[str, ...] = ()
