@@ -77,7 +77,7 @@ def _no_demo() -> str:
 
 
 def _guidance(of: str) -> tuple[Measure, ...]:
-    """Of `bench guidance` with the rules cfg and cpgd."""
+    """Measures of `bench guidance` with the rules cfg and cpgd."""
     return (
         Measure(
             *(f"step of CFG, {of}", "s"),
@@ -94,7 +94,7 @@ def _guidance(of: str) -> tuple[Measure, ...]:
 
 
 def _step(of: str) -> tuple[Measure, ...]:
-    """Of `bench step` with Diffusion-DPO."""
+    """Measures of `bench step` with Diffusion-DPO."""
     return (
         Measure(
             *(f"training step of Diffusion-DPO, {of}", "s"),
@@ -262,7 +262,7 @@ def bench_all(bench: All) -> dict:
 
 
 def _run(arguments: list[str]) -> dict:
-    """What a bench tells, run as a process of its own."""
+    """Runs a bench as a process of its own and returns its figures."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "bench", *arguments, "--json", str(file)]

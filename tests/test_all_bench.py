@@ -13,7 +13,7 @@ from tests.test_bench import TINY
 
 @pytest.fixture
 def told(monkeypatch):
-    """What two benches tell, run after run; to be changed by tests."""
+    """Figures of two benches, run after run; tests change them."""
     values = {
         "quick": [{"seconds": 1.0, "torch": 2.0}, {"seconds": 1.2, "torch": 2.0}],
         "lonely": [{"seconds": 3.0}] * 2,

@@ -67,7 +67,7 @@ def figures(tmp_path, capsys, *arguments):
 
 
 def measured(name, told):
-    """What the table of all benches takes of this one."""
+    """Figures of this bench in the table of all benches."""
     return [measure.read(told) for measure in SMALL[name].measures]
 
 

@@ -44,6 +44,9 @@ class Member:
         return (self.name, *adapters(self.graphdef, self.params))
 
 
+Share = tuple[Member, list[int], tuple[str, ...]]  # a member, its rows of an image, and their names within it
+
+
 def adapters(graphdef: nnx.GraphDef, params: dict) -> tuple[str, ...]:
     """Names of the adapters of a network, in order."""
     layers = (layer for _, layer in nnx.iter_modules(nnx.merge(graphdef, params)))
@@ -65,27 +68,29 @@ class Bank:
         Raises:
             ValueError: no member has one of the networks, or two have it.
         """
-        predictions = []
-        for member, rows, names in self._shares(networks):
+        shares, predictions = self._shares(networks), []
+        for member, rows, names in shares:
             own_latents, own_text = jax.tree.map(lambda x, rows=rows: _take(x, rows), (latents, text))
             predictions.append(bank_predict(member.graphdef, member.params)(names, own_latents, timesteps, own_text))
-        return self._in_order(networks, predictions)
+        return _in_order(shares, predictions)
 
     def project_text(self, networks: tuple[str, ...], text: dict) -> dict:
-        """What no step of a sampler changes, made of the text of R rows; see `diffusion.sampler.Predict`.
+        """Text for predictions of the same R rows, with keys and values of its prompts; see `lora.project_text`.
 
         Raises:
             ValueError: as for a prediction.
         """
+        shares = self._shares(networks)
         texts = [
             project_text(member.graphdef, member.params, names, jax.tree.map(lambda x, rows=rows: _take(x, rows), text))
-            for member, rows, names in self._shares(networks)
+            for member, rows, names in shares
         ]
-        return jax.tree.map(lambda *parts: self._in_order(networks, parts), *texts)
+        return jax.tree.map(lambda *parts: _in_order(shares, parts), *texts)
 
-    def _shares(self, networks: tuple[str, ...]) -> list[tuple[Member, list[int], tuple[str, ...]]]:
+    def _shares(self, networks: tuple[str, ...]) -> list[Share]:
         """Each member that is asked, with its rows and the names of these within it."""
-        owners = [_owner(network, [member.networks for member in self.members]) for network in networks]
+        names = [member.networks for member in self.members]
+        owners = [_owner(network, names) for network in networks]
         shares = []
         for n in dict.fromkeys(owners):
             member = self.members[n]
@@ -93,10 +98,11 @@ class Bank:
             shares.append((member, rows, tuple(BASE if networks[r] == member.name else networks[r] for r in rows)))
         return shares
 
-    def _in_order(self, networks: tuple[str, ...], parts: Sequence[jax.Array]) -> jax.Array:
-        """`[B, R, ...]` of what members give of their rows."""
-        rows = [r for _, own, _ in self._shares(networks) for r in own]
-        return _take(jnp.concatenate(parts, axis=1), [rows.index(r) for r in range(len(rows))])
+
+def _in_order(shares: Sequence[Share], parts: Sequence[jax.Array]) -> jax.Array:
+    """`[B, R, ...]` from the arrays of each member's rows."""
+    rows = [r for _, own, _ in shares for r in own]
+    return _take(jnp.concatenate(parts, axis=1), [rows.index(r) for r in range(len(rows))])
 
 
 def _take(x: jax.Array, rows: list[int]) -> jax.Array:
