@@ -61,6 +61,7 @@ class Plan:
         topology: of the slice.
         mesh: of its devices.
         effort: of the compiler.
+        lowering: seconds that it took here to trace the program and to hand it to the compiler, as every start does.
         memory: of the program, or None where the compiler refuses it.
         excess: bytes that a chip has too few; negative: that are left.
         cost: of all that runs; None where the compiler refuses the program.
@@ -75,6 +76,7 @@ class Plan:
     topology: Topology
     mesh: Mesh
     effort: Effort
+    lowering: float
     memory: "Memory | None"
     excess: int
     cost: Cost | None = None
@@ -128,14 +130,16 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
         effort: "full" as the slice itself would compile, with the compiler's estimates; "quick" only until memory is
             laid out, a tenth of the time: cycles are `modelled`.
     """
+    started = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = job.program.lower(*job.arguments)
+        lowering = time.perf_counter() - started
         try:
             text, memory = laid_out(lowered, job) if effort == "quick" else compiled(lowered)
         except jax.errors.JaxRuntimeError as error:
             if (excess := excess_of(str(error))) is None:
                 raise
-            return Plan(job, topology, mesh, effort, memory=None, excess=excess)
+            return Plan(job, topology, mesh, effort, lowering, memory=None, excess=excess)
     module = Module(text, topology.chip.mxu)
     executed = run_by(module, topology)
     if effort == "quick":
@@ -143,7 +147,7 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
         memory = memory._replace(generated_code_size_in_bytes=code_bytes(executed))
     uncounted = {one.instruction.name for one in executed if not known(one.instruction)} | module.unknown_loops
     return Plan(
-        *(job, topology, mesh, effort, memory),
+        *(job, topology, mesh, effort, lowering, memory),
         excess=sum(taken_bytes(job.held, memory).values()) - topology.chip.hbm,
         cost=Cost(*map(sum, zip(*(one.cost for one in executed), strict=True))),
         parts=parts_of(executed, job.part),
@@ -334,6 +338,7 @@ def rendered(one: Plan) -> str:
         f"{job.name}: {job.work} {job.unit}s a call, compiled for {one.topology.name}",
         budget(one.mesh, job.held, one.memory, chip.hbm).partition("\nwarning")[0],
         verdict(one),
+        f"start: traced and lowered in {one.lowering:.2g} s here, which no compilation cache saves",
     ]
     if one.cost is None:
         return "\n".join(lines)
@@ -378,7 +383,7 @@ def figures(one: Plan) -> dict[str, Any]:
         **{"program": one.job.name, "topology": one.topology.name, "mesh": dict(one.mesh.shape), "effort": one.effort},
         **{"jax": jax.__version__, "fits": one.fits, "excess_bytes": one.excess},
         **{"work": one.job.work, "unit": one.job.unit, "chips": one.mesh.size, "peak": one.topology.peak},
-        "memory": taken_bytes(one.job.held, one.memory),
+        **{"lowering_seconds": one.lowering, "memory": taken_bytes(one.job.held, one.memory)},
     }
     if one.cost is None:
         return told
