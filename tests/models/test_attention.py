@@ -56,6 +56,18 @@ def test_the_tpu_kernel_and_its_gradients_are_those_of_xla(monkeypatch, length, 
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("reorder", [kernels._heads_first, kernels._heads_last])
+def test_products_that_reorder_axes_change_no_number(reorder, dtype):
+    x, gradient = (jax.random.normal(jax.random.key(i), (2, 3, 5, 7)).astype(dtype) for i in range(2))
+    (y, back) = jax.vjp(reorder, x)
+    for result, source in ((reorder(x), x), (y, x), (back(jnp.swapaxes(gradient, 1, 2))[0], gradient)):
+        expected = source if result.shape == source.shape else jnp.swapaxes(source, 1, 2)
+        np.testing.assert_array_equal(result, expected)
+    products = str(jax.make_jaxpr(lambda x: jax.vjp(reorder, x)[0])(x)).count("dot_general")
+    assert products == (dtype != jnp.float32)
+
+
 # Of images of 512, 768 and 1024 pixels, and of sizes such as 1152 x 896, 832 x 1216, 704 x 1408 and 640 x 1536.
 @pytest.mark.parametrize("length", [1024, 4096, 2304, 9216, 16384, 1008, 4032, 988, 3952, 968, 3872, 960, 3840])
 @pytest.mark.parametrize("size", [64, 160])

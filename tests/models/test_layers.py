@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from flax_pref.models import layers
-from flax_pref.models.layers import Conv, GroupNorm, Linear, gelu, projections
+from flax_pref.models.layers import Conv, GroupNorm, Linear, gelu, halves, projections
 from flax_pref.models.lora import add_lora, set_rows
 from flax_pref.models.platform import per_device
 
@@ -75,6 +75,22 @@ def test_projections_in_one_product_are_those_of_the_layers(on_tpu, adapted):
     own = [parts[name] for name in NAMES]
     for together, alone in zip(projections(x, own), (layer(x) for layer in own), strict=True):
         np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["linear", "lora"])
+def test_halves_in_two_products_are_those_of_the_layer(on_tpu, adapted):
+    parts = nnx.Dict({"proj": Linear(12, 16, rngs=nnx.Rngs(0))})
+    rng = np.random.default_rng(0)
+    parts["proj"].bias[...] = jnp.asarray(rng.standard_normal(16), jnp.float32)
+    if adapted:
+        add_lora(parts, ("pos",), rank=3, alpha=3.0, targets=("proj",), rngs=nnx.Rngs(9))
+        set_rows(parts, ("base", "pos"))
+        parts["proj"].lora_b[...] = jnp.asarray(rng.standard_normal((1, 3, 16)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((6, 5, 12)), jnp.float32)
+    first, second = halves(x, parts["proj"])
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=-1), parts["proj"](x), atol=1e-5)
+    products = str(jax.make_jaxpr(lambda x: halves(x, parts["proj"]))(x)).count("dot_general")
+    assert products == (3 if adapted else 2)  # one, and the adapter's two; or one for each half
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

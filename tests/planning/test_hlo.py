@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from flax_pref.models.attention import REORDERED
 from flax_pref.planning.hlo import Module
 from flax_pref.planning.plan import CALL_CODE, code_bytes
 
@@ -30,6 +31,16 @@ def test_a_loop_in_a_loop_counts_as_often_as_both_run():
         return lax.fori_loop(0, 5, lambda _, x: x @ SQUARE, x), None
 
     assert flops(lambda x: lax.scan(inner, x, None, length=3)[0] @ SQUARE, SQUARE) == 16 * PRODUCT
+
+
+def test_a_product_that_only_reorders_takes_time_but_is_no_work():
+    def reordered(x):
+        with jax.named_scope(REORDERED):
+            return x @ jnp.eye(64)
+
+    (product,) = [one for one in module(lambda x: reordered(x + 1), SQUARE).executed() if one.cost.padded_flops]
+    assert product.cost.flops == 0
+    assert flops(lambda x: reordered(x @ SQUARE), SQUARE) == PRODUCT
 
 
 def test_a_loop_of_unknown_length_is_told():
