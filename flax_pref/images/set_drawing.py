@@ -46,6 +46,7 @@ WORKING = (
 )
 # What may differ between hosts: how each works, and where inputs lie, of which the content is compared.
 NAMED = (*PLACES, "module", "module_base", "embedding")  # files, which may lie elsewhere on another host
+LARGE = 10**8  # numbers of a UNet whose steps take a CPU seconds
 FREE_OF_HOSTS = ("hosts", *NAMED, "prompts", "batch_size", "mesh", "attention")
 
 
@@ -247,7 +248,8 @@ def _draw_set(draw: TextToImage, images: ImageSet, work: ImageWork) -> bool:
         None if text is None else [text] * size for text in (flags.negative_prompt, flags.second_prompt)
     )
     # A program that reports its steps is never kept in the compilation cache; where steps are short, that costs more.
-    by_step = flags.prompts is None and platform() == "cpu"
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(draw.pipeline.unet.params))
+    by_step = flags.prompts is None and platform() == "cpu" and numbers >= LARGE
     total: dict[str, Any] = (
         {"total": len(batches) * steps} if by_step else {"total": images.total, "initial": images.done}
     )

@@ -146,3 +146,12 @@ def test_textual_inversions_are_flags(tmp_path):
             resolve_drawing(DrawingFlags(model="demo", embedding=(wrong,)))
     with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors: no such file"):
         resolve_drawing(DrawingFlags(model="demo", embedding=("<toy>=nowhere.safetensors",)))
+
+
+@pytest.mark.parametrize(("large", "unit"), [(0, "step"), (10**8, "image")])
+def test_the_bar_counts_steps_where_they_are_long(monkeypatch, capsys, tmp_path, large, unit):
+    monkeypatch.setattr(set_drawing, "LARGE", large)
+    set_drawing.draw_images(ImageFlags(model="demo", prompt=("a",), steps=2, out=str(tmp_path / "out")))
+    told = capsys.readouterr().err
+    assert ("2/2" if unit == "step" else "1/1") in told
+    assert f"{unit}/s" in told or f"s/{unit}" in told
