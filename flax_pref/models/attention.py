@@ -321,10 +321,10 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
 
 
 # In training, where what a block of layers keeps has no room on the chip, a TPU's matrix units reorder axes faster than
-# its copies: a product with ones and zeros changes no 16-bit number. Both passes of transformer blocks with LoRA on v5e,
+# its copies: a product with ones and zeros changes no 16-bit number. Both passes of transformer blocks with LoRA, v5e,
 # by copies and by products, in million cycles outside of the kernels: 16 x 4096 x 320 49.3 and 42.7, two layers of 2 x
-# 4096 x 640 16.0 and 13.9, of 2 x 1024 x 1280 9.7 and 9.2. Where nothing is kept, copies are faster: forward, 2 x 4096 x
-# 320 1.03 and 1.12.
+# 4096 x 640 16.0 and 13.9, of 2 x 1024 x 1280 9.7 and 9.2. Where nothing is kept, copies are faster: forward, 2 x 4096
+# x 320 1.03 and 1.12.
 
 
 @jax.custom_vjp
