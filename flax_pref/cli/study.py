@@ -21,5 +21,5 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with one_writer(config.output), writing(config.output):
         rows = Study(config).run()
-        page = write_page(rows, config, QUESTIONS, command("study"))
+        page = write_page(rows, config, QUESTIONS, f"{command('study')} --results {config.results}")
     print(f"wrote {page}")
