@@ -60,7 +60,7 @@ def test_the_tpu_kernel_and_its_gradients_are_those_of_xla(monkeypatch, length, 
 @pytest.mark.parametrize("reorder", [kernels._heads_first, kernels._heads_last])
 def test_products_that_reorder_axes_change_no_number(reorder, dtype):
     x, gradient = (jax.random.normal(jax.random.key(i), (2, 3, 5, 7)).astype(dtype) for i in range(2))
-    (y, back) = jax.vjp(reorder, x)
+    y, back = jax.vjp(reorder, x)
     for result, source in ((reorder(x), x), (y, x), (back(jnp.swapaxes(gradient, 1, 2))[0], gradient)):
         expected = source if result.shape == source.shape else jnp.swapaxes(source, 1, 2)
         np.testing.assert_array_equal(result, expected)
