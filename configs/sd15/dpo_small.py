@@ -8,9 +8,9 @@ Settings are our choice: the loss and its beta from the paper (arXiv:2311.12908)
 batch.
 
 Hardware: one chip of TPU v5e (as Colab gives) or one GPU with 16 GB or more; 8 chips (as Kaggle gives) share each
-batch. By `python -m train.plan configs/sd15/dpo_small.py --topology v5e:1x1`, one v5e takes 5.3 GiB of its 15.75 (10.5
-GiB are left) and trains 13 pairs/s at best: about an hour and a half in all, or 15 minutes on 8 chips. Not measured on
-a TPU.
+batch. By `python -m train.plan configs/sd15/dpo_small.py --topology v5e:1x1`, one v5e takes 4.9 GiB of its 15.75 (10.8
+GiB are left) and trains 13 pairs/s at best, or 11 with `--effort full`: about an hour and a half in all, or 15 to 20
+minutes on 8 chips. Not measured on a TPU.
 
 Not run here. What metrics.jsonl shows when it works: `loss` falls below 0.693, `accuracy` rises above 0.5 and stays
 well below 1, as labels contradict each other, and `winner` stays below 0. When it does not: `loss` stays at 0.693

@@ -466,8 +466,8 @@ def offline(found: Evidence) -> Section | None:
     return Section(
         "Methods that learn from pairs",
         "What do methods that learn from pairs gain, and what do wrong labels cost them? All have the same pairs, "
-        "equally many steps, learning rates chosen on training prompts with the same budget (the next section), and "
-        "the rule that they were published with. Labels are wrong where they disagree with the judge.",
+        "equally many steps, learning rates chosen on training prompts with as many steps for each rate (the next "
+        "section), and the rule that they were published with. Labels are wrong where they disagree with the judge.",
         answers,
         [table for table in (gains, over, strengths) if len(table) > 1],
         figure,

@@ -341,6 +341,7 @@ def _heads_last(x: jax.Array) -> jax.Array:
 
 @jax.named_scope(REORDERED)
 def _to_heads_first(x: jax.Array) -> jax.Array:
+    """As `_heads_first`, by a product; of wider numbers, which it would round, by a copy."""
     if x.dtype.itemsize > 2:
         return jnp.swapaxes(x, 1, 2)
     batch, length, *heads = x.shape
@@ -349,6 +350,7 @@ def _to_heads_first(x: jax.Array) -> jax.Array:
 
 @jax.named_scope(REORDERED)
 def _to_heads_last(x: jax.Array) -> jax.Array:
+    """As `_heads_last`; see `_to_heads_first`."""
     if x.dtype.itemsize > 2:
         return jnp.swapaxes(x, 1, 2)
     batch, count, length, size = x.shape

@@ -338,7 +338,7 @@ def rendered(one: Plan) -> str:
         f"{job.name}: {job.work} {job.unit}s a call, compiled for {one.topology.name}",
         budget(one.mesh, job.held, one.memory, chip.hbm).partition("\nwarning")[0],
         verdict(one),
-        f"start: traced and lowered in {one.lowering:.2g} s here, which no compilation cache saves",
+        f"start: traced and lowered in {one.lowering:.2g} s on this machine, which no compilation cache saves",
     ]
     if one.cost is None:
         return "\n".join(lines)
