@@ -18,11 +18,9 @@ Training:
     compile    the time from the start of Python to that step, with an empty compilation cache and with a filled one
 
 All of them:
-    all        every bench at a small size, twice: one table with ratios to torch and with the noise
+    all        every bench at a small size: one table with ratios to torch and with the noise
     compare    what became slower from one such table to another: python -m bench compare before.json after.json
 """
-
-import sys
 
 from bench.all import All, Compare, bench_all, bench_compare
 from bench.common import run_bench
@@ -37,6 +35,7 @@ from bench.step import Step, bench_step
 from bench.tradeoff import Tradeoff, bench_tradeoff
 from bench.unet import Unet, bench_unet
 from bench.writing import Writing, bench_writing
+from flax_pref.cli.command import leave
 from flax_pref.config import run_main
 
 BENCHES = {
@@ -62,4 +61,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    leave(run_main(main))  # `bench forward` leaves a compiler that is still busy

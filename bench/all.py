@@ -1,14 +1,14 @@
 """Every bench at a small size, in one table with ratios to torch; and what became slower from one table to another.
 
-Each bench is a process of its own, as a user would start it, and all of them run twice: the difference between both
-times is the noise of this machine, without which a table of another day says nothing.
+Each bench is a process of its own, as a user would start it. How much its rounds differ is the noise of this machine,
+without which a table of another day says nothing.
 """
 
+import collections
 import dataclasses
 import datetime
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -33,25 +33,22 @@ class Measure(NamedTuple):
     Attributes:
         name: in the table.
         unit: of both.
-        ours: from what the bench tells.
-        torch: the same of torch, or None where torch was not there; None: there is no such figure.
+        ours: from what the bench tells, for each of its rounds or once.
+        torch: the same of torch in the same rounds, or None where torch was not there; None: there is no such figure.
         share: of the device's measured peak that ours reaches; None: not told.
     """
 
     name: str
     unit: str
-    ours: Callable[[Mapping[str, Any]], float]
-    torch: Callable[[Mapping[str, Any]], float | None] | None = None
+    ours: Callable[[Mapping[str, Any]], float | list[float]]
+    torch: Callable[[Mapping[str, Any]], float | list[float] | None] | None = None
     share: Callable[[Mapping[str, Any]], float] | None = None
 
-    def read(self, told: Mapping[str, Any]) -> dict[str, float]:
-        """The figure, and that of torch and the share where there are any."""
-        theirs = None if self.torch is None else self.torch(told)
-        return {
-            "ours": self.ours(told),
-            **({} if theirs is None else {"torch": theirs}),
-            **({} if self.share is None else {"share_of_measured_peak": self.share(told)}),
-        }
+    def read(self, told: Mapping[str, Any]) -> dict[str, list[float]]:
+        """The figure of each round, and those of torch and the share where there are any."""
+        read = {"ours": self.ours, "torch": self.torch, "share_of_measured_peak": self.share}
+        values = {whose: of(told) for whose, of in read.items() if of is not None}
+        return {whose: [value] if isinstance(value, int | float) else value for whose, value in values.items() if value}
 
 
 class Run(NamedTuple):
@@ -81,13 +78,13 @@ def _guidance(of: str) -> tuple[Measure, ...]:
     return (
         Measure(
             *(f"step of CFG, {of}", "s"),
-            lambda told: told["rules"]["cfg"]["step_seconds"],
+            lambda told: told["each_round"]["cfg"],
             share=lambda told: told["rules"]["cfg"]["share_of_measured_peak"],
         ),
         Measure(
             *(f"step of cPGD, {of}", "s"),
-            lambda told: told["rules"]["cpgd"]["step_seconds"],
-            lambda told: told.get("torch", {}).get("step_seconds"),
+            lambda told: told["each_round"]["cpgd"],
+            lambda told: told["each_round"].get("torch"),
             lambda told: told["rules"]["cpgd"]["share_of_measured_peak"],
         ),
     )
@@ -98,8 +95,8 @@ def _step(of: str) -> tuple[Measure, ...]:
     return (
         Measure(
             *(f"training step of Diffusion-DPO, {of}", "s"),
-            lambda told: told["steps"]["dpo"]["step_seconds"],
-            lambda told: told["steps"].get("torch", {}).get("step_seconds"),
+            lambda told: told["each_round"]["dpo"],
+            lambda told: told["each_round"].get("torch"),
             lambda told: told["steps"]["dpo"]["share_of_measured_peak"],
         ),
         Measure(
@@ -107,11 +104,15 @@ def _step(of: str) -> tuple[Measure, ...]:
             lambda told: told["steps"]["dpo"]["peak_memory_gb"],
             lambda told: told["steps"].get("torch", {}).get("peak_memory_gb"),
         ),
-        Measure(
-            *(f"training step of both modules, {of}", "s"),
-            lambda told: told["steps"]["positive_negative"]["step_seconds"],
-            share=lambda told: told["steps"]["positive_negative"]["share_of_measured_peak"],
-        ),
+    )
+
+
+def _both(of: str) -> Measure:
+    """Measure of `bench step` beside those of Diffusion-DPO."""
+    return Measure(
+        *(f"training step of both modules, {of}", "s"),
+        lambda told: told["each_round"]["positive_negative"],
+        share=lambda told: told["steps"]["positive_negative"]["share_of_measured_peak"],
     )
 
 
@@ -121,28 +122,28 @@ SMALL = {
         (
             Measure(
                 *("forward pass of SD1.5, 256 px", "s"),
-                lambda told: told["batches"][0]["seconds"],
-                lambda told: told["batches"][0].get("torch_seconds"),
+                lambda told: told["batches"][0]["each_round"]["seconds"],
+                lambda told: told["batches"][0]["each_round"].get("torch_seconds"),
             ),
         ),
     ),
     "guidance": Run("guidance --size 256 --rounds 2", _guidance("256 px")),
-    "step": Run("step --size 256 --rounds 2", _step("256 px")),
+    "step": Run("step --size 256 --rounds 3 --no-both", _step("256 px")),
     "online": Run(
         "online --size 128 --rounds 2",
-        (Measure("loss of DiffusionNFT, 128 px", "s", lambda told: told["seconds"]["step"]),),
+        (Measure("loss of DiffusionNFT, 128 px", "s", lambda told: told["each_round"]["step"]),),
     ),
     "data": Run(
         "data --parts reading decoding --workers 0 --pairs 1000 --batches 30",
         (
             Measure(
                 *("pair from a prepared set", "ms"),
-                lambda told: 1e3 / told["reading"]["pairs_per_second"]["0 workers"],
+                lambda told: _thousandths(told["reading"]["each_round"]["0 workers"]),
             ),
             Measure(
                 *("JPEG pair decoded, on one core", "ms"),
-                lambda told: 1e3 / told["decoding"]["ours_pairs_per_second_and_core"],
-                lambda told: 1e3 / told["decoding"].get("torch_pairs_per_second_and_core", math.inf) or None,
+                lambda told: _thousandths(told["decoding"]["each_round"]["ours"]),
+                lambda told: _thousandths(told["decoding"]["each_round"].get("torch", [])),
             ),
         ),
     ),
@@ -151,13 +152,13 @@ SMALL = {
         (
             Measure(
                 *("PickScore of an image", "s"),
-                lambda told: told["pickscore"]["seconds"],
-                lambda told: told["pickscore"].get("torch_seconds"),
+                lambda told: told["pickscore"]["each_round"]["seconds"],
+                lambda told: told["pickscore"]["each_round"].get("torch_seconds"),
             ),
         ),
     ),
     "writing": Run(
-        "writing --images 32 --formats png",
+        "writing --images 16 --formats png",
         (Measure("PNG of 512 px written", "ms", lambda told: 1e3 / told["formats"]["png"]["most_images_per_second"]),),
     ),
     "load": Run(
@@ -168,18 +169,20 @@ SMALL = {
         ),
     ),
     "compile": Run(
-        "compile",
+        "compile --model demo",
         (
             Measure("start of training, empty cache", "s", lambda told: told["empty_cache"]["seconds"]["all"]),
             Measure("start of training, filled cache", "s", lambda told: told["filled_cache"]["seconds"]["all"]),
         ),
     ),
     "forward": Run(
-        "forward",
+        "forward --effort quick",
         (
             Measure(
-                *("forward pass on a v5e", "million cycles"),
-                lambda told: told["million_cycles_outside_kernels"] + told["million_cycles_of_kernels"],
+                *("forward pass on a v5e, by the quick model", "million cycles"),
+                lambda told: (
+                    told["million_cycles_outside_kernels_by_the_quick_model"] + told["million_cycles_of_kernels"]
+                ),
             ),
         ),
         _no_tpu_compiler,
@@ -198,8 +201,8 @@ GPU = {
     "sdxl-xla": Run(
         "guidance --family sdxl --batch-size 4 --rounds 3 --attention xla --no-reference", _guidance("SDXL, XLA")
     ),
-    "sd15-step": Run("step --batch-size 8 --rounds 5", _step("SD1.5")),
-    "sdxl-step": Run("step --family sdxl --batch-size 2 --remat block --rounds 5", _step("SDXL")),
+    "sd15-step": Run("step --batch-size 8 --rounds 5", (*_step("SD1.5"), _both("SD1.5"))),
+    "sdxl-step": Run("step --family sdxl --batch-size 2 --remat block --rounds 5", (*_step("SDXL"), _both("SDXL"))),
 }
 SUITES = {"small": SMALL, "gpu": GPU}
 
@@ -214,8 +217,8 @@ class All:
     """Names of benches to run; none: all that this machine has what they need for."""
     flags: tuple[str, ...] = ()
     """More flags for each of them as NAME=VALUE, such as size=512."""
-    times: int = 2
-    """How often each runs; from twice on the table knows the noise."""
+    times: int = 1
+    """How often each runs; rounds of all times count."""
     history: Path | None = None
     """File to which a line with the date and all ratios to torch is added."""
     json: Path | None = None
@@ -238,13 +241,16 @@ def bench_all(bench: All) -> dict:
     for name, lacks in skipped.items():
         print(f"{name} is left out: it needs {lacks}", file=sys.stderr)
     figures: dict[str, dict] = {}
+    seconds: dict[str, float] = collections.defaultdict(float)
     for _ in range(bench.times):
         for name in (name for name in chosen if name not in skipped):
+            begun = time.perf_counter()
             told = _run([*runs[name].arguments.split(), *(f"--{flag}" for flag in bench.flags)])
+            seconds[name] += time.perf_counter() - begun
             for measure in runs[name].measures:
                 row = figures.setdefault(measure.name, {"bench": runs[name].arguments, "unit": measure.unit})
-                for whose, value in measure.read(told).items():
-                    row.setdefault(whose, []).append(value)
+                for whose, values in measure.read(told).items():
+                    row.setdefault(whose, []).extend(values)
     for row in figures.values():
         row |= _summary(row["ours"], row.get("torch"))
         if shares := row.get("share_of_measured_peak"):
@@ -253,6 +259,7 @@ def bench_all(bench: All) -> dict:
         **{"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "jax": jax.__version__},
         **{"device": jax.devices()[0].device_kind, "machine": _processor()},
         **{"cores": os.cpu_count(), "seconds": round(time.perf_counter() - started, 1)},
+        "seconds_of": {name: round(value, 1) for name, value in seconds.items()},
         **{"left_out": skipped, "figures": figures},
     }
     print(_table(figures), file=sys.stderr)
@@ -281,18 +288,28 @@ def _processor() -> str:
 
 
 def _summary(ours: list[float], torch: list[float] | None) -> dict[str, float]:
-    """Means over the times that a bench ran, the ratio to torch, and the spread of what is compared with other days."""
+    """Medians over the rounds, the ratio to torch, and the spread of what is compared with other days."""
     ratios = [a / b for a, b in zip(ours, torch, strict=True)] if torch else None
     compared = ratios or ours
-    mean = statistics.mean(compared)
+    median = statistics.median(compared)
     return {
-        "mean": statistics.mean(ours),
-        **({"torch_mean": statistics.mean(torch), "ratio_to_torch": mean} if torch else {}),
-        "noise": (max(compared) - min(compared)) / mean,
+        "median": statistics.median(ours),
+        **({"torch_median": statistics.median(torch), "ratio_to_torch": median} if torch else {}),
+        **({"noise": (max(compared) - min(compared)) / median} if len(compared) > 1 else {}),
     }
 
 
-COLUMNS = {"mean": ".3g", "torch_mean": ".3g", "ratio_to_torch": ".2f", "noise": ".0%", "share_of_measured_peak": ".0%"}
+def _thousandths(values: list[float]) -> list[float]:
+    return [1e3 * value for value in values]
+
+
+COLUMNS = {
+    "median": ".3g",
+    "torch_median": ".3g",
+    "ratio_to_torch": ".2f",
+    "noise": ".0%",
+    "share_of_measured_peak": ".0%",
+}
 
 
 def _table(figures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -321,6 +338,7 @@ def _remember(told: Mapping[str, Any], history: Path) -> None:
 # Comparison
 
 LEAST = 0.05  # a change below this is none, however quiet both tables were
+ONCE = 0.1  # noise of a figure that was measured once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,9 +372,9 @@ def bench_compare(bench: Compare) -> dict:
     changes = {}
     for name in common:
         pair = before["figures"][name], after["figures"][name]
-        kind = "ratio_to_torch" if all("ratio_to_torch" in row for row in pair) else "mean"
+        kind = "ratio_to_torch" if all("ratio_to_torch" in row for row in pair) else "median"
         change = pair[1][kind] / pair[0][kind]
-        noise = max(LEAST, pair[0]["noise"] + pair[1]["noise"])
+        noise = max(LEAST, sum(row.get("noise", ONCE) for row in pair))
         verdict = "slower" if change > 1 + noise else "faster" if change < 1 / (1 + noise) else "same"
         changes[name] = {"compared": kind, "before": pair[0][kind], "after": pair[1][kind], "change": change}
         changes[name] |= {"noise": noise, "verdict": verdict}

@@ -1,11 +1,13 @@
 """What benches share: command line, random networks and inputs, timing in turns, memory."""
 
+import itertools
 import json
+import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from flax_pref.models.network import Network
 from flax_pref.models.presets import FAMILIES, Family
 from flax_pref.models.unet import UNetConfig
 from flax_pref.parallel.peak import measured_bandwidth, measured_peak
+
+DRAWN = 1_048_583  # numbers of random weights, odd, so that rows of a matrix begin at different ones
 
 
 def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str]) -> None:
@@ -44,18 +48,20 @@ def run_bench(benches: Mapping[type, Callable[[Any], dict]], arguments: list[str
 def random_network(kind: str, config, dtype: DTypeLike = "float32") -> Network:
     """A network with random weights of the size that keeps activations bounded, in the given dtype."""
     network = abstract_network(kind, config, jnp.dtype(dtype))
-    rng = np.random.default_rng(0)
+    # Some million numbers, each weight from another one on: to draw those of a UNet would take ten seconds.
+    drawn = np.random.default_rng(0).standard_normal(DRAWN, dtype=np.float32)
+    starts = itertools.accumulate(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.params))
 
-    def draw(path, leaf):
+    def draw(path, leaf, start):
         name, shape = path[-1].key, leaf.shape
-        values = rng.standard_normal(shape, dtype=np.float32)
         scale = 0.02 if name == "embedding" else np.prod(shape[:-1]) ** -0.5 if name == "kernel" else 0.1
-        values *= np.float32(scale)
+        values = np.resize(np.roll(drawn, start), shape) * np.float32(scale)
         if name == "scale":
             values += 1
         return jnp.asarray(values, leaf.dtype)
 
-    return network._replace(params=jax.tree_util.tree_map_with_path(draw, network.params))
+    starts = jax.tree.unflatten(jax.tree.structure(network.params), list(starts))
+    return network._replace(params=jax.tree_util.tree_map_with_path(draw, network.params, starts))
 
 
 def family_of(name: str, unet: Path | None, size: int | None) -> tuple[Family, int]:
@@ -90,8 +96,8 @@ def random_inputs(family: Family, batch_size: int, size: int) -> dict[str, np.nd
     return inputs
 
 
-def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each; one untimed call first. In turns, so that a busy machine slows all alike."""
+def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in every round; one untimed call first. In turns, so that a busy machine slows all alike."""
     if rounds < 1:
         raise ValueError(f"bench: --rounds {rounds}; expected at least one timed call")
     for call in candidates.values():
@@ -102,7 +108,17 @@ def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, flo
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of what `time_in_turns` gives."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def each_round(seconds: Mapping[str, Sequence[float]], divisor: float = 1) -> dict[str, list[float]]:
+    """What `time_in_turns` gives, as figures of a bench: how they differ is the noise of their median."""
+    return {name: [float(f"{value / divisor:.5g}") for value in values] for name, values in seconds.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

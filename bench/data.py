@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from bench.common import time_in_turns
+from bench.common import each_round, medians, time_in_turns
 from bench.writing import random_photos
 from flax_pref.data.images import decode_image, encode_jpeg, fit_image
 from flax_pref.data.pairs import Drop
@@ -150,6 +150,7 @@ def bench_reading(bench: Data, folder: Path) -> dict:
         **{"pairs": bench.pairs, "captions": bench.captions, "batch_size": bench.batch_size, "threads": bench.threads},
         "bytes_per_pair": sum(file.stat().st_size for file in folder.glob(f"{PAIRS}/*record*")) // bench.pairs,
         "pairs_per_second": {},
+        "each_round": {},
         "microseconds_per_pair": reading_parts(bench, folder, records),
     }
     for workers in bench.workers:
@@ -160,8 +161,9 @@ def bench_reading(bench: Data, folder: Path) -> dict:
             def some(batches=batches):
                 take(batches, bench.batches)
 
-            seconds = time_in_turns({"read": some}, bench.rounds)["read"]
-        figures["pairs_per_second"][f"{workers} workers"] = round(bench.batches * bench.batch_size / seconds, 1)
+            times, pairs = time_in_turns({f"{workers} workers": some}, bench.rounds), bench.batches * bench.batch_size
+        figures["pairs_per_second"] |= {name: round(pairs / value, 1) for name, value in medians(times).items()}
+        figures["each_round"] |= each_round(times, pairs)
     return figures
 
 
@@ -212,7 +214,7 @@ def reading_parts(bench: Data, folder: Path, records: PreparedSet) -> dict[str, 
     batch = still[0]
     parts["order, chance and stacking"] = lambda: still[next(steps)]
     parts["transfer to the device"] = lambda: jax.block_until_ready(jax.device_put(batch, device, may_alias=False))
-    seconds = time_in_turns(parts, 5 * bench.rounds)
+    seconds = medians(time_in_turns(parts, 5 * bench.rounds))
     microseconds = {name: 1e6 * value / bench.batch_size for name, value in seconds.items()}
     return {name: round(value, 1) for name, value in (microseconds | {"sum": sum(microseconds.values())}).items()}
 
@@ -236,8 +238,9 @@ def bench_decoding(bench: Data, folder: Path) -> dict:
         reference = torch_decoding(pairs, bench.size, batch_size, bench.threads)
         if reference is not None:
             candidates["torch"] = reference
-        seconds = time_in_turns(candidates, bench.rounds)
-    rates = {name: bench.photos / value / bench.threads for name, value in seconds.items()}
+        times = time_in_turns(candidates, bench.rounds)
+    rates = {name: bench.photos / value / bench.threads for name, value in medians(times).items()}
+    figures["each_round"] = each_round(times, bench.photos / bench.threads)
     figures |= {f"{name}_pairs_per_second_and_core": round(rate, 2) for name, rate in rates.items()}
     if reference is not None:
         figures["ratio_to_torch"] = round(rates["ours"] / rates["torch"], 3)

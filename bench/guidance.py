@@ -18,7 +18,9 @@ import numpy as np
 from bench.common import (
     Reached,
     bytes_accessed,
+    each_round,
     family_of,
+    medians,
     memory_peak_gb,
     random_inputs,
     random_network,
@@ -131,7 +133,8 @@ def bench_guidance(bench: Guidance) -> dict:
             outputs["torch"] = reference()
 
         candidates["torch"] = call_reference
-    seconds = {name: total / steps for name, total in time_in_turns(candidates, rounds).items()}
+    times = each_round(time_in_turns(candidates, rounds), steps)
+    seconds = medians(times)
 
     for name, row in rows.items():
         row["peak_memory_gb"] = round(peaks[name], 2)
@@ -149,7 +152,7 @@ def bench_guidance(bench: Guidance) -> dict:
         **{"steps": steps, "rounds": rounds, "steps_per_image": STEPS_PER_IMAGE},
         **{"peak_tflops": peak and round(peak / 1e12, 3), "peak_is": peak_is, **reached.figures()},
         **{"parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(plain.params))},
-        **{"adapter_bytes": adapter_bytes, "rules": rows},
+        **{"adapter_bytes": adapter_bytes, "rules": rows, "each_round": times},
     }
     if "torch" in outputs:
         difference = np.abs(np.asarray(outputs["cpgd"]) - outputs["torch"]).max() / np.abs(outputs["torch"]).max()
@@ -271,7 +274,9 @@ def torch_unet(network: Network) -> Any:
     from peft import LoraConfig
 
     base, lora = split_lora(network.params)
-    unet: Any = UNet2DConditionModel.from_config(network.config.to_dict())
+    with torch.device("meta"):  # its own random weights would take ten seconds
+        unet: Any = UNet2DConditionModel.from_config(network.config.to_dict())
+    unet.to_empty(device="cpu")
     stored, matrices = to_stored(base), flatten_dict(lora)
     for name, parameter in unet.named_parameters():
         parameter.data.copy_(torch.tensor(np.float32(stored[name])))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.common import family_of, random_inputs, random_network, time_in_turns
+from bench.common import each_round, family_of, medians, random_inputs, random_network, time_in_turns
 from flax_pref.diffusion.schedule import NoiseSchedule
 from flax_pref.diffusion.scheduler_configs import solver_from_config
 from flax_pref.methods import DiffusionNFT
@@ -88,7 +88,8 @@ def bench_online(bench: Online) -> dict:
     calls = {
         name: lambda program=program: jax.block_until_ready(program(*arguments)) for name, program in compiled.items()
     }
-    seconds = time_in_turns(calls, bench.rounds)
+    times = time_in_turns(calls, bench.rounds)
+    seconds = medians(times)
     parts = seconds["new policy"] + seconds["old policy and reference"]
     return {
         **{"family": bench.family, "size": 8 * size, "batch_size": bench.batch_size},
@@ -97,6 +98,7 @@ def bench_online(bench: Online) -> dict:
         "gflop": {name: round(step_flops(program, *arguments) / 1e9, 3) for name, program in compiled.items()},
         "step_to_parts": round(seconds["step"] / parts, 3),
         "one_pass_to_step": round(seconds["all in one pass"] / seconds["step"], 3),
+        "each_round": each_round(times),
     }
 
 

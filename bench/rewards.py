@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.common import random_network, time_in_turns
+from bench.common import each_round, medians, random_network, time_in_turns
 from flax_pref.checkpoints.weights import abstract_network, to_stored
 from flax_pref.config import INTEGRATIONS
 from flax_pref.diffusion.sampler import Predict
@@ -106,11 +106,13 @@ def scoring(bench: Rewards) -> dict:
     candidates = {"seconds": lambda: score(reward, view, ids).block_until_ready()}
     if theirs is not None:
         candidates["torch_seconds"] = theirs
-    medians = time_in_turns(candidates, bench.rounds)
-    figures = {"batch_size": bench.batch_size, **{name: round(value, 3) for name, value in medians.items()}}
+    times = time_in_turns(candidates, bench.rounds)
+    seconds = medians(times)
+    figures = {"batch_size": bench.batch_size, **{name: round(value, 3) for name, value in seconds.items()}}
+    figures["each_round"] = each_round(times)
     if theirs is not None:
         difference = np.abs(np.asarray(score(reward, view, ids)) - theirs()).max()
-        figures["ratio_to_torch"] = round(medians["seconds"] / medians["torch_seconds"], 3)
+        figures["ratio_to_torch"] = round(seconds["seconds"] / seconds["torch_seconds"], 3)
         figures["largest_difference"] = float(f"{difference:.2g}")
     return figures
 

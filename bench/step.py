@@ -25,7 +25,9 @@ from flax.traverse_util import flatten_dict
 from bench.common import (
     Reached,
     bytes_accessed,
+    each_round,
     family_of,
+    medians,
     memory_peak_gb,
     random_inputs,
     random_network,
@@ -63,7 +65,7 @@ class Step:
     unet: Path | None = None
     """config.json of another UNet that takes the place of the family's."""
     objective: Literal["dpo", "positive_negative"] = "dpo"
-    """dpo: beside it the step that trains a positive and a negative module in one batched pass."""
+    """Whose step is timed, beside its rivals."""
     adapters: Literal["lora", "full"] = "lora"
     """Train adapters, or all weights."""
     rank: int = 16
@@ -84,6 +86,8 @@ class Step:
     CUDA GPUs)."""
     torch_compile: bool | None = None
     """Through torch.compile; None: on GPUs."""
+    both: bool = True
+    """Also time the step that trains a positive and a negative module in one batched pass, beside that of dpo."""
     json: Path | None = None
     """File for the figures."""
 
@@ -96,11 +100,12 @@ def bench_step(bench: Step) -> dict:
         raise ValueError(f"bench: --rounds {bench.rounds}; expected at least one timed step")
     rivals = []
     if bench.objective == "dpo":
-        rivals.append("positive_negative")
+        if bench.both:
+            rivals.append("positive_negative")
         if bench.reference and bench.adapters == "lora" and torch_is_there():
             rivals.insert(0, "torch")
     with tempfile.TemporaryDirectory() as folder:
-        rows, ratios = measure(bench, rivals, Path(folder))
+        rows, ratios, times = measure(bench, rivals, Path(folder))
         differences = {"torch": differences_of_moments(Path(folder))} if "torch" in rows else {}
     first = rows[bench.objective]
     shared = {name: first.pop(name) for name in (*SHARED, "parameter_bytes")}
@@ -123,7 +128,7 @@ def bench_step(bench: Step) -> dict:
             "batch_size": bench.batch_size,
         },
         **{"adapters": bench.adapters, "rank": bench.rank, "attention": bench.attention, "remat": bench.remat},
-        **{"jax": jax.__version__, "rounds": bench.rounds, **shared, "steps": rows},
+        **{"jax": jax.__version__, "rounds": bench.rounds, **shared, "steps": rows, "each_round": times},
     }
     if "torch" in rows:
         figures["torch"] = {
@@ -143,27 +148,35 @@ def torch_is_there() -> bool:
     return found
 
 
-def measure(bench: Step, rivals: list[str], folder: Path) -> tuple[dict[str, dict], dict[str, float]]:
-    """What each candidate tells of itself and its `step_seconds`, and the ratios of the rivals to the first."""
-    rows, seconds, ratios = {}, {}, {}
+def measure(
+    bench: Step, rivals: list[str], folder: Path
+) -> tuple[dict[str, dict], dict[str, float], dict[str, list[float]]]:
+    """What each candidate tells of itself and its `step_seconds`, and the ratios of the rivals to the first.
+
+    The third are seconds of each round, those of the first beside the first rival.
+    """
+    rows, ratios, times = {}, {}, {}
     with candidate(bench.objective, bench, folder) as ours:
         in_turns = ours.told["platform"] == "cpu"
         for rival in rivals if in_turns else ():
             with candidate(rival, bench, folder) as theirs:
                 pair = time_in_turns({bench.objective: ours.step, rival: theirs.step}, bench.rounds)
-                rows[rival], ratios[rival] = theirs.told, pair[rival] / pair[bench.objective]
-                seconds |= pair
-        if not seconds:
-            seconds = time_in_turns({bench.objective: ours.step}, bench.rounds)
+                middle = medians(pair)
+                rows[rival], ratios[rival] = theirs.told, middle[rival] / middle[bench.objective]
+                times = pair | times
+        if not times:
+            times = time_in_turns({bench.objective: ours.step}, bench.rounds)
         rows = {bench.objective: ours.told, **rows}
     for rival in () if in_turns else rivals:
         with candidate(rival, bench, folder) as theirs:
-            seconds |= time_in_turns({rival: theirs.step}, bench.rounds)
-            rows[rival], ratios[rival] = theirs.told, seconds[rival] / seconds[bench.objective]
+            times |= time_in_turns({rival: theirs.step}, bench.rounds)
+            rows[rival] = theirs.told
+    seconds = medians(times)
+    ratios = {rival: seconds[rival] / seconds[bench.objective] for rival in rivals} | ratios
     for name, row in rows.items():
         row["step_seconds"] = round(seconds[name], 5)
         del row["platform"]
-    return rows, ratios
+    return rows, ratios, each_round(times)
 
 
 class Candidate:

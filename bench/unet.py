@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from bench.common import random_inputs, random_network, time_in_turns
+from bench.common import each_round, medians, random_inputs, random_network, time_in_turns
 from flax_pref.models.attention import Kernel
 from flax_pref.models.network import with_attention
 from flax_pref.models.presets import FAMILIES, Family
@@ -56,10 +56,11 @@ def bench_unet(bench: Unet) -> dict:
         }
         if reference is not None:
             candidates["torch_seconds"] = lambda inputs=inputs: reference(inputs)
-        medians = time_in_turns(candidates, bench.rounds)
-        row |= {name: round(seconds, 4) for name, seconds in medians.items()}
+        times = time_in_turns(candidates, bench.rounds)
+        row |= {name: round(seconds, 4) for name, seconds in medians(times).items()}
         if reference is not None:
-            row["ratio_to_torch"] = round(medians["seconds"] / medians["torch_seconds"], 3)
+            row["ratio_to_torch"] = round(row["seconds"] / row["torch_seconds"], 3)
+        row["each_round"] = each_round(times)
         figures["batches"].append(row)
     return figures
 

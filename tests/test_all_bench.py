@@ -1,6 +1,5 @@
 """All benches in one table, and what it says of two of them."""
 
-import collections
 import json
 
 import pytest
@@ -13,23 +12,13 @@ from tests.test_bench import TINY
 
 @pytest.fixture
 def told(monkeypatch):
-    """Figures of two benches, run after run; tests change them."""
-    values = {
-        "quick": [{"seconds": 1.0, "torch": 2.0}, {"seconds": 1.2, "torch": 2.0}],
-        "lonely": [{"seconds": 3.0}] * 2,
-    }
+    """Figures of two benches, one with rounds and one without; tests change them."""
+    values = {"quick": {"seconds": [1.0, 1.2], "torch": [2.0, 2.0]}, "lonely": {"seconds": 3.0}}
     seconds = Measure("a thing", "s", lambda told: told["seconds"], lambda told: told.get("torch"))
     alone = Measure("another", "s", lambda told: told["seconds"])
     runs = {"quick": Run("quick --size 8", (seconds,)), "lonely": Run("lonely", (alone,))}
     monkeypatch.setitem(SUITES, "small", runs)
-    count = collections.Counter()
-
-    def run(arguments):
-        name = arguments[0]
-        count[name] += 1
-        return values[name][(count[name] - 1) % 2]
-
-    monkeypatch.setattr(every, "_run", run)
+    monkeypatch.setattr(every, "_run", lambda arguments: values[arguments[0]])
     return values
 
 
@@ -42,15 +31,21 @@ def test_a_table_has_ratios_to_torch_and_the_noise_of_what_is_compared(told, tmp
     figures = table(tmp_path, "one.json")
     assert figures["a thing"]["ratio_to_torch"] == pytest.approx(0.55)
     assert figures["a thing"]["noise"] == pytest.approx(0.1 / 0.55)
-    assert figures["another"] == {"bench": "lonely", "unit": "s", "ours": [3.0, 3.0], "mean": 3.0, "noise": 0.0}
+    assert figures["another"] == {"bench": "lonely", "unit": "s", "ours": [3.0], "median": 3.0}
     assert "0.55" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("times", "slower"), [(1.04, []), (1.2, ["another"]), (0.5, [])])
+def test_rounds_of_every_time_count(told, tmp_path):
+    figures = table(tmp_path, "one.json", "--times", "2")
+    assert figures["a thing"]["ours"] == [1.0, 1.2] * 2
+    assert figures["another"]["noise"] == 0.0
+
+
+@pytest.mark.parametrize(("times", "slower"), [(1.15, []), (1.25, ["another"]), (0.5, [])])
 def test_what_became_slower_beyond_noise_is_named(told, tmp_path, capsys, times, slower):
     table(tmp_path, "before.json")
-    told["lonely"] = [{"seconds": 3.0 * times}] * 2
-    told["quick"] = [{"seconds": 1.3, "torch": 2.0}] * 2  # by less than the times before differ by
+    told["lonely"] = {"seconds": 3.0 * times}
+    told["quick"] = {"seconds": [1.2, 1.3], "torch": [2.0, 2.0]}  # by less than the rounds differ by
     table(tmp_path, "after.json")
     capsys.readouterr()
     main(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")])
@@ -58,13 +53,13 @@ def test_what_became_slower_beyond_noise_is_named(told, tmp_path, capsys, times,
     said = json.loads(captured.out)
     assert said["slower"] == slower
     assert said["changes"]["a thing"]["verdict"] == "same"
-    assert said["changes"]["another"]["verdict"] == {1.04: "same", 1.2: "slower", 0.5: "faster"}[times]
+    assert said["changes"]["another"]["verdict"] == {1.15: "same", 1.25: "slower", 0.5: "faster"}[times]
     assert ("slower" in captured.err) == bool(slower)
 
 
 def test_on_another_machine_ratios_to_torch_are_what_is_compared(told, tmp_path, capsys):
     table(tmp_path, "before.json")
-    told["quick"] = [{"seconds": 4 * one["seconds"], "torch": 4 * one["torch"]} for one in told["quick"]]
+    told["quick"] = {whose: [4 * value for value in values] for whose, values in told["quick"].items()}
     table(tmp_path, "after.json")
     main(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")])
     said = capsys.readouterr().out
@@ -111,7 +106,7 @@ def test_the_suite_of_gpus_runs_from_end_to_end_on_any_device(tmp_path):
     only = ("--only", "sd15", "sd15-xla", "sd15-step")
     figures = table(tmp_path, "gpu.json", "--suite", "gpu", "--times", "1", *only, "--flags", f"unet={unet}", "size=64")
     assert len(figures) == 2 + 2 + 3
-    assert min(row["mean"] for row in figures.values()) > 0
+    assert min(row["median"] for row in figures.values()) > 0
     assert figures["step of cPGD, SD1.5"]["ratio_to_torch"] > 0
     assert figures["training step of Diffusion-DPO, SD1.5"]["share_of_measured_peak"] > 0
 

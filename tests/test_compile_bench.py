@@ -28,8 +28,8 @@ def test_the_second_start_compiles_nothing(tmp_path, capsys, monkeypatch):
     assert second["seconds"]["compiling or loading"] < first["seconds"]["compiling or loading"]
     assert f"{first['seconds']['tracing']:.1f}" in captured.err
     assert [measure.read(told)["ours"] for measure in SMALL["compile"].measures] == [
-        first["seconds"]["all"],
-        second["seconds"]["all"],
+        [first["seconds"]["all"]],
+        [second["seconds"]["all"]],
     ]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.__main__ import main
-from bench.all import SMALL
+from bench.all import GPU, SMALL
 from flax_pref.models.unet import UNetConfig
 
 UNET = UNetConfig(
@@ -43,11 +43,11 @@ def test_a_step_of_dpo_is_that_of_torch_and_stands_beside_both_modules_at_once(t
         assert row["pairs_per_second"] == pytest.approx(1 / row["step_seconds"], rel=0.01)
         assert row["peak_memory_gb"] >= row["memory_before_gb"] > 0
     torch = told["steps"]["torch"]
-    told_of = {measure.name: measure.read(told) for measure in SMALL["step"].measures}
+    told_of = {measure.name: measure.read(told) for measure in GPU["sd15-step"].measures}
     seconds, memory, both_seconds = told_of.values()
-    assert (seconds["ours"], seconds["torch"]) == (dpo["step_seconds"], torch["step_seconds"])
-    assert memory == {"ours": dpo["peak_memory_gb"], "torch": torch["peak_memory_gb"]}
-    assert both_seconds["ours"] == both["step_seconds"]
+    assert seconds["ours"] + seconds["torch"] == pytest.approx([dpo["step_seconds"], torch["step_seconds"]], abs=1e-4)
+    assert memory == {"ours": [dpo["peak_memory_gb"]], "torch": [torch["peak_memory_gb"]]}
+    assert both_seconds["ours"] == pytest.approx([both["step_seconds"]], abs=1e-4)
     memory = dpo["peak_memory_gb"] / torch["peak_memory_gb"]
     assert told["torch"]["memory_ratio_to_torch"] == pytest.approx(memory, rel=0.01)
 
@@ -81,5 +81,5 @@ def test_the_loss_of_nft_is_the_sum_of_its_parts_and_less_work_than_one_pass(tmp
     work = told["gflop"]
     parts = work["new policy"] + work["old policy and reference"]
     assert work["step"] == pytest.approx(parts, rel=0.02)
-    assert SMALL["online"].measures[0].read(told) == {"ours": told["seconds"]["step"]}
+    assert SMALL["online"].measures[0].read(told) == {"ours": pytest.approx([told["seconds"]["step"]], abs=1e-4)}
     assert work["all in one pass"] > 1.2 * work["step"]

@@ -135,7 +135,7 @@ def plan(job: Job, topology: Topology, mesh: Mesh, effort: Effort) -> Plan:
         lowered = job.program.lower(*job.arguments)
         lowering = time.perf_counter() - started
         try:
-            text, memory = laid_out(lowered, job) if effort == "quick" else compiled(lowered)
+            text, memory = laid_out(lowered, job.arguments) if effort == "quick" else compiled(lowered)
         except jax.errors.JaxRuntimeError as error:
             if (excess := excess_of(str(error))) is None:
                 raise
@@ -185,10 +185,14 @@ def compiled(lowered: Any) -> tuple[str, Memory]:
     return program.as_text(), Memory(*(getattr(memory, name) for name in Memory._fields))
 
 
-def laid_out(lowered: Any, job: Job) -> tuple[str, Memory]:
+def laid_out(lowered: Any, arguments: Any) -> tuple[str, Memory]:
     """A program up to where the compiler has laid out its memory, which is where nine tenths of its time begin.
 
     The compiler then writes what it has and continues in its thread, which only the end of the process stops.
+
+    Args:
+        lowered: the program.
+        arguments: those it was lowered for, with their shardings.
     """
     failed: list[BaseException] = []
 
@@ -208,8 +212,8 @@ def laid_out(lowered: Any, job: Job) -> tuple[str, Memory]:
             time.sleep(0.2)
         (program,) = Path(folder).glob("*.after_optimizations.txt")
         total, text = main_memory(written), program.read_text()
-    arguments = sum(taken_bytes({"arguments": job.arguments}, None).values())
-    return text, Memory(arguments, max(0, total - arguments))
+    given = sum(taken_bytes({"arguments": arguments}, None).values())
+    return text, Memory(given, max(0, total - given))
 
 
 def main_memory(assignment: str) -> int:
