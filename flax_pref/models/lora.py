@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from flax_pref.models.layers import Conv, Keys, Linear, normal
-from flax_pref.models.platform import CACHED, platform
+from flax_pref.models.platform import CACHED, platform, unless_differentiated
 from flax_pref.models.quantized import at_use
 from flax_pref.models.tree import flatten_dict
 
@@ -126,12 +127,43 @@ class LoRALinear(LoRALayer, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, ..., in] -> [B, ..., out]`."""
-        many = x.ndim > 2 and x.shape[1] >= LONG
-        return self.by_group(x) if many and platform() == "cpu" else Linear.__call__(self, x)
+        if platform() == "tpu":
+            graphdef, params = nnx.split(self)
 
-    def complete(self, x: jax.Array, product: jax.Array) -> jax.Array:
-        """See `Linear`."""
-        return self.adapt(x, Linear.complete(self, x, product))
+            def of(method):
+                return lambda params, x: method(nnx.merge(graphdef, params), x)
+
+            return unless_differentiated(of(LoRALinear.in_one_product), of(LoRALinear.adding))(params, x)
+        many = x.ndim > 2 and x.shape[1] >= LONG
+        return self.by_group(x) if many and platform() == "cpu" else self.adding(x)
+
+    def adding(self, x: jax.Array) -> jax.Array:
+        """The product of the layer, and to it those of the adapters."""
+        return self.adapt(x, Linear.__call__(self, x))
+
+    def in_one_product(self, x: jax.Array) -> jax.Array:
+        """The same as `[x, x A_1, x A_2, ...] [W; B_1; B_2; ...]`, in which `x A_m` is zero in rows of other networks.
+
+        For TPUs, whose matrix units add faster than another pass over all numbers would, unless a gradient is asked
+        for. Two transformer blocks of SDXL with two modules on v5e, in million cycles outside of their kernels: 6 x 64
+        x 64 x 640 13.0 and by `adding` 19.9, 6 x 32 x 32 x 1280 7.9 and 10.1; one of SD1.5, 6 x 64 x 64 x 320 3.0 and
+        4.1. With gradients, 2 x 32 x 32 x 1280 9.1 and 8.3.
+        """
+        images, rows = self.layout(x)
+        x, kernel, rank = x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.lora_b.get_value().shape[1]
+        used = [i for i, name in enumerate(self.modules) if name in rows]
+        if used:
+            a, b = (
+                [bank[...][i].astype(self.dtype) for i in used] for bank in (self.lora_a, self.scale * self.lora_b[...])
+            )
+            low_rank = x @ jnp.concatenate(a, axis=-1)
+            if len(set(rows)) > 1:
+                own = np.array([[network == self.modules[i] for i in used] for network in rows])
+                own = np.tile(np.repeat(own, rank, axis=1), (images, 1)).reshape(len(x), *(1,) * (x.ndim - 2), -1)
+                low_rank = jnp.where(own, low_rank, 0)
+            x, kernel = jnp.concatenate([x, low_rank], axis=-1), jnp.concatenate([kernel, *b])
+        y = x @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def by_group(self, x: jax.Array) -> jax.Array:
         """The same as one product for each group of rows, with weights that contain its adapter.
@@ -299,6 +331,12 @@ def set_rows(module: nnx.Module, rows: Rows) -> None:
             raise ValueError(f"set_rows: no network {network!r} in rows {rows}; this one has {', '.join(known)}")
     for layer in layers:
         layer.rows = tuple(rows)
+
+
+def rows_of_an_image(module: nnx.Module) -> int:
+    """How many neighbouring rows of a batch make an image for the adapters of a module; 1 if it has none."""
+    layers = (layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LoRALayer))
+    return next((len(layer.rows) for layer in layers if layer.rows is not None), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """What a program is being compiled for, where the fastest way to compute something depends on it."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 # Bytes that stay in a CPU's cache between two operations; what a batch has more of is cheaper image by image.
@@ -32,3 +35,32 @@ def per_device(count: int) -> int:
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     dividing = [name for name, kind in axes if name in ("data", "fsdp") and kind != AxisType.Manual]
     return count // math.prod(mesh.shape[name] for name in dividing)
+
+
+def unless_differentiated(inference: Callable, training: Callable) -> Callable:
+    """One of two functions that compute the same: `training` where a gradient is asked for, else `inference`.
+
+    What they use must be arguments, in trees of arrays of real numbers.
+    """
+    chosen = jax.custom_vjp(inference)
+    chosen.defvjp(lambda *arguments: jax.vjp(training, *arguments), lambda backward, gradient: backward(gradient))
+    return chosen
+
+
+def in_parts(function: Callable, arguments: tuple[Any, ...], parts: int) -> jax.Array:
+    """`function` of parts of a batch, one after another; a part has as many images of every device as another.
+
+    Args:
+        function: gives an array `[B, ...]` for arguments of B images.
+        arguments: trees of arrays `[B, ...]`.
+        parts: that B of each device is a multiple of.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        images = x.reshape(len(x) // per_device(len(x)), parts, -1, *x.shape[1:])
+        return jnp.moveaxis(images, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    together = jax.lax.map(lambda part: function(*part), jax.tree.map(split, arguments))
+    batch, shape = together.shape[0] * together.shape[1], together.shape[2:]
+    images = together.reshape(parts, batch // per_device(batch), -1, *shape)
+    return jnp.moveaxis(images, 0, 1).reshape(batch, *shape)

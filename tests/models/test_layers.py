@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from flax_pref.models import layers
-from flax_pref.models.layers import Conv, GroupNorm, Linear, gelu, halves, projections
+from flax_pref.models.layers import Conv, GroupNorm, Linear, ResnetBlock2D, gelu, halves, projections
 from flax_pref.models.lora import add_lora, set_rows
 from flax_pref.models.platform import per_device
 
@@ -62,9 +62,27 @@ def test_sums_over_a_16_bit_convolution_are_kept_in_float32(on_tpu):
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("images, channels", [(12, 8), (14, 8), (10, 8), (12, layers.MANY_CHANNELS)])
+def test_a_resnet_of_a_few_images_on_a_tpu_is_that_of_each_image(on_tpu, monkeypatch, images, channels):
+    resnet = ResnetBlock2D(4, channels, temb_channels=6, num_groups=2, epsilon=1e-5, rngs=nnx.Rngs(0))
+    rng, batches = np.random.default_rng(0), []
+    x, temb = (jnp.asarray(rng.standard_normal((images, *shape)), jnp.float32) for shape in ((3, 3, 4), (6,)))
+    alone = jnp.concatenate([resnet(x[i : i + 1], temb[i : i + 1]) for i in range(images)])
+    transform = ResnetBlock2D.transform
+    monkeypatch.setattr(ResnetBlock2D, "transform", lambda *args: [batches.append(len(args[1])), transform(*args)][1])
+    abstract = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(abstract):
+        together = jax.eval_shape(resnet, x, temb)
+    assert together.shape == alone.shape
+    monkeypatch.setattr(layers, "per_device", lambda count: count // 2)
+    np.testing.assert_allclose(resnet(x, temb), alone, atol=1e-5)
+    # Six or seven of each device are filled up to eight.
+    assert set(batches) == {16 if images > 10 and channels < layers.MANY_CHANNELS else images}
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["linear", "lora"])
 def test_projections_in_one_product_are_those_of_the_layers(on_tpu, adapted):
-    parts = nnx.Dict({name: Linear(12, 16, use_bias=name == "to_k", rngs=nnx.Rngs(i)) for i, name in enumerate(NAMES)})
+    parts = nnx.Dict({name: Linear(12, 16, use_bias=False, rngs=nnx.Rngs(i)) for i, name in enumerate(NAMES)})
     rng = np.random.default_rng(0)
     if adapted:
         add_lora(parts, ("pos", "neg"), rank=3, alpha=3.0, targets=NAMES, rngs=nnx.Rngs(9))
@@ -75,6 +93,8 @@ def test_projections_in_one_product_are_those_of_the_layers(on_tpu, adapted):
     own = [parts[name] for name in NAMES]
     for together, alone in zip(projections(x, own), (layer(x) for layer in own), strict=True):
         np.testing.assert_allclose(together, alone, atol=1e-5)
+    products = str(jax.make_jaxpr(lambda x: projections(x, own))(x)).count("dot_general")
+    assert products == (3 * 3 if adapted else 1)  # or each layer with its adapters
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["linear", "lora"])

@@ -8,6 +8,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_pref.checkpoints.lora import lora_network
+from flax_pref.models import layers
+from flax_pref.models import lora as lora_layers
+from flax_pref.models import platform as platforms
+from flax_pref.models import unet as unet_layers
 from flax_pref.models.layers import Linear
 from flax_pref.models.lora import add_lora, join_lora, merge_lora, select_lora, set_rows, split_lora, stack_lora
 from flax_pref.models.network import Network
@@ -98,7 +102,7 @@ def test_a_cpu_computes_groups_of_rows_as_other_devices_add_adapters():
     graphdef, state = nnx.split(adapted)
 
     def adding(state, x):
-        return Linear.__call__(nnx.merge(graphdef, state), x)
+        return nnx.merge(graphdef, state).adding(x)
 
     def by_group(state, x):
         return nnx.merge(graphdef, state).by_group(x)
@@ -107,6 +111,63 @@ def test_a_cpu_computes_groups_of_rows_as_other_devices_add_adapters():
     gradients = [jax.grad(lambda *args, f=f: jnp.sin(f(*args)).sum(), (0, 1))(state, x) for f in (by_group, adding)]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [("base", "neg", "pos", "pos"), ("neg", "neg"), ("base",)], ids="".join)
+@pytest.mark.parametrize("shape", [(5, 12), (12,)], ids=["positions", "vectors"])
+def test_a_tpu_computes_adapters_in_the_product_of_the_layer_and_adds_them_for_gradients(monkeypatch, rows, shape):
+    layer = nnx.Dict(to_q=Linear(12, 16, rngs=nnx.Rngs(0)))
+    add_lora(layer, MODULES, rank=3, alpha=ALPHA, targets=("to_q",), rngs=nnx.Rngs(1))
+    set_rows(layer, rows)
+    adapted, rng = layer.to_q, np.random.default_rng(0)
+    adapted.lora_b[...] = jnp.asarray(rng.standard_normal((2, 3, 16)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2 * len(rows), *shape)), jnp.float32)
+    graphdef, state = nnx.split(adapted)
+
+    def call(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    def loss(state, x):
+        return jnp.sin(call(state, x)).sum()
+
+    expected, gradients = call(state, x), jax.grad(loss, (0, 1))(state, x)
+    monkeypatch.setattr(lora_layers, "platform", lambda: "tpu")
+    np.testing.assert_allclose(call(state, x), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (jax.grad(loss, (0, 1))(state, x), gradients)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    adapters = len({*rows} - {"base"})
+    products = str(jax.make_jaxpr(call)(state, x)).count("dot_general")
+    assert products == (1 + (adapters > 0))  # of all rows, and before it one with A of all modules that they have
+
+
+@pytest.mark.parametrize("rows, projected", [(("base", "base", "neg"), True), (("base",), False)], ids=["lora", "base"])
+def test_transformers_on_a_tpu_take_their_images_in_turns_and_all_at_once_for_gradients(monkeypatch, rows, projected):
+    _, bank = networks()
+    args = inputs(4 * len(rows))
+    if projected:
+        unet = nnx.merge(bank.graphdef, bank.params)
+        set_rows(unet, rows)
+        args = (*args[:2], unet.project_text(args[2]))
+
+    def both():  # new functions, which JAX traces again
+        def noise_pred(params):
+            return predict.__wrapped__(bank.graphdef, params, rows, *args)
+
+        return jax.jit(noise_pred), jax.jit(jax.grad(lambda params: jnp.sin(noise_pred(params)).sum()))
+
+    expected, gradient = (function(bank.params) for function in both())
+    for module in (unet_layers, layers, lora_layers):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    monkeypatch.setattr(unet_layers, "AT_ONCE", 0)
+    for module in (platforms, unet_layers):  # as if there were two devices
+        monkeypatch.setattr(module, "per_device", lambda count: count // 2)
+    in_turns, at_once = both()
+    np.testing.assert_allclose(in_turns(bank.params), expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (at_once(bank.params), gradient)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4)
+    program = str(in_turns.trace(bank.params).jaxpr)
+    # Four transformers with two images of each device.
+    assert program.count("scan[") == program.count("length=2") == 4
 
 
 def test_base_rows_and_new_modules_predict_as_the_network_without_adapters():
