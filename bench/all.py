@@ -130,7 +130,7 @@ SMALL = {
     "guidance": Run("guidance --size 256 --rounds 2", _guidance("256 px")),
     "step": Run("step --size 256 --rounds 3 --no-both", _step("256 px")),
     "online": Run(
-        "online --size 128 --rounds 2",
+        "online --size 128 --rounds 2 --no-parts",
         (Measure("loss of DiffusionNFT, 128 px", "s", lambda told: told["each_round"]["step"]),),
     ),
     "data": Run(

@@ -45,6 +45,8 @@ class Online:
     """Recompute activations in the backward pass, block by block, or keep them."""
     rounds: int = 3
     """Timed steps of each; the median counts."""
+    parts: bool = True
+    """Also time its parts, and all of them in one pass."""
     json: Path | None = None
     """File for the figures."""
 
@@ -84,22 +86,24 @@ def bench_online(bench: Online) -> dict:
         "all in one pass": jax.grad(in_one_pass),
     }
     arguments = new, new, base.params, batch  # the old policy as before the first update
-    compiled = {name: jax.jit(program) for name, program in programs.items()}
+    compiled = {name: jax.jit(program) for name, program in programs.items() if bench.parts or name == "step"}
     calls = {
         name: lambda program=program: jax.block_until_ready(program(*arguments)) for name, program in compiled.items()
     }
     times = time_in_turns(calls, bench.rounds)
     seconds = medians(times)
-    parts = seconds["new policy"] + seconds["old policy and reference"]
-    return {
+    figures = {
         **{"family": bench.family, "size": 8 * size, "batch_size": bench.batch_size},
         **{"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rounds": bench.rounds},
         "seconds": {name: round(value, 5) for name, value in seconds.items()},
         "gflop": {name: round(step_flops(program, *arguments) / 1e9, 3) for name, program in compiled.items()},
-        "step_to_parts": round(seconds["step"] / parts, 3),
-        "one_pass_to_step": round(seconds["all in one pass"] / seconds["step"], 3),
         "each_round": each_round(times),
     }
+    if bench.parts:
+        parts = seconds["new policy"] + seconds["old policy and reference"]
+        figures["step_to_parts"] = round(seconds["step"] / parts, 3)
+        figures["one_pass_to_step"] = round(seconds["all in one pass"] / seconds["step"], 3)
+    return figures
 
 
 def examples(family: Family, size: int, count: int, method: DiffusionNFT) -> dict[str, Any]:

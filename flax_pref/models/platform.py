@@ -21,6 +21,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """What JAX calls the device: "TPU v6 lite"; see `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def default_dtype(dtype: str) -> str:
     """What networks compute in where "auto" is asked for: bfloat16 on TPUs and GPUs, float32 on CPUs."""
     return dtype if dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16"

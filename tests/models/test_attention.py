@@ -39,11 +39,20 @@ def test_no_position_sees_a_later_one():
         np.testing.assert_allclose(out[:, 4], attention(q[:, 4:5], k[:, :5], v[:, :5], kernel="xla")[:, 0], atol=1e-6)
 
 
-# In blocks of 512 and of 384, filled up to them, in several blocks of keys, and for each size of head.
+# In blocks of 512 and of 384, filled up to them, in several blocks of keys, for each size of head, and with fewer
+# queries for all keys.
 @pytest.mark.parametrize(
-    ("length", "size", "keys"), [(1024, 40, 512), (768, 64, 4096), (1000, 80, 512), (760, 160, 384)]
+    ("length", "size", "keys", "kind"),
+    [
+        (1024, 40, 512, "TPU v5 lite"),
+        (768, 64, 4096, "TPU v5 lite"),
+        (1000, 80, 512, "TPU v5 lite"),
+        (760, 160, 384, "TPU v5 lite"),
+        (1000, 40, 512, "TPU v6 lite"),
+    ],
 )
-def test_the_tpu_kernel_and_its_gradients_are_those_of_xla(monkeypatch, length, size, keys):
+def test_the_tpu_kernel_and_its_gradients_are_those_of_xla(monkeypatch, length, size, keys, kind):
+    monkeypatch.setattr(kernels, "device_kind", lambda: kind)
     monkeypatch.setattr(kernels, "FORWARD", kernels.FORWARD._replace(keys=keys))
     monkeypatch.setattr(kernels, "BACKWARD", kernels.BACKWARD._replace(keys=keys))
     qkv = heads(length, features=size, batch=1)
@@ -71,7 +80,9 @@ def test_products_that_reorder_axes_change_no_number(reorder, dtype):
 # Of images of 512, 768 and 1024 pixels, and of sizes such as 1152 x 896, 832 x 1216, 704 x 1408 and 640 x 1536.
 @pytest.mark.parametrize("length", [1024, 4096, 2304, 9216, 16384, 1008, 4032, 988, 3952, 968, 3872, 960, 3840])
 @pytest.mark.parametrize("size", [64, 160])
-def test_the_tpu_kernel_takes_every_size_of_images(length, size):
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+def test_the_tpu_kernel_takes_every_size_of_images(monkeypatch, length, size, kind):
+    monkeypatch.setattr(kernels, "device_kind", lambda: kind)
     q = jax.ShapeDtypeStruct((1, length, 1, size), jnp.bfloat16)
     assert kernels._flash_takes(q, q)
     gradient = jax.eval_shape(jax.grad(lambda q: kernels._flash(q, q, q).astype(jnp.float32).sum()), q)
