@@ -465,7 +465,8 @@ class ResnetBlock2D(nnx.Module):
 
         Adapted convolutions, for which a row of the batch means a network, are left as they are.
         """
-        few = platform() == "tpu" and FILLED_UP <= per_device(len(x)) < FEW_IMAGES
+        images = per_device(len(x))
+        few = platform() == "tpu" and FILLED_UP <= images < FEW_IMAGES and len(x) % images == 0
         plain = type(self.conv1) is type(self.conv2) is Conv and type(self.conv_shortcut) in (Conv, type(None))
         return few and plain and self.conv1.kernel[...].shape[-1] < MANY_CHANNELS
 

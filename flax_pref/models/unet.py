@@ -392,10 +392,12 @@ class Transformer2DModel(nnx.Module):
 
         Rows that adapters tell apart stay together.
         """
-        rows = rows_of_an_image(self)
-        images, image_bytes = per_device(len(x)) // rows, rows * x.nbytes // len(x)
+        rows, share = rows_of_an_image(self), per_device(len(x))
+        if share == 0 or share % rows or len(x) % share:  # a batch that the devices do not divide into whole images
+            return 1
+        images, image_bytes = share // rows, rows * x.nbytes // len(x)
         divisors = [parts for parts in range(1, images + 1) if images % parts == 0]
-        return next((parts for parts in divisors if images // parts * image_bytes <= AT_ONCE), max(images, 1))
+        return next((parts for parts in divisors if images // parts * image_bytes <= AT_ONCE), images)
 
     def transform(self, x: jax.Array, context: Context) -> jax.Array:
         """As a call, in one part."""
