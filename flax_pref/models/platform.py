@@ -43,6 +43,12 @@ def per_device(count: int) -> int:
     return count // math.prod(mesh.shape[name] for name in dividing)
 
 
+def weights_divided() -> bool:
+    """Whether the mesh in use (`jax.set_mesh`) divides weights, over "fsdp" or "tensor"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in ("fsdp", "tensor") if name in mesh.shape)
+
+
 def unless_differentiated(inference: Callable, training: Callable) -> Callable:
     """One of two functions that compute the same: `training` where a gradient is asked for, else `inference`.
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from flax_pref.models import layers
 from flax_pref.models.layers import Conv, GroupNorm, Linear, ResnetBlock2D, gelu, halves, projections
 from flax_pref.models.lora import add_lora, set_rows
-from flax_pref.models.platform import per_device
+from flax_pref.models.platform import per_device, weights_divided
 
 NAMES = ("to_q", "to_k", "to_v")
 
@@ -149,8 +149,9 @@ def test_a_device_has_its_share_of_a_batch():
     assert per_device(6) == 6
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     abstract = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert not weights_divided()
     with jax.sharding.use_abstract_mesh(abstract):
-        assert per_device(16) == 2
+        assert per_device(16) == 2 and weights_divided()
     counts = []
     with jax.set_mesh(mesh):
         spec = PartitionSpec("data")
