@@ -155,7 +155,9 @@ def test_transformers_on_a_tpu_take_their_images_in_turns_and_all_at_once_for_gr
 
         return jax.jit(noise_pred), jax.jit(jax.grad(lambda params: jnp.sin(noise_pred(params)).sum()))
 
-    expected, gradient = (function(bank.params) for function in both())
+    noise_pred, gradient = both()
+    expected, with_adapters = noise_pred(bank.params), len(rows) > 1
+    gradients = gradient(bank.params) if with_adapters else None
     for module in (unet_layers, layers, lora_layers):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
     monkeypatch.setattr(unet_layers, "AT_ONCE", 0)
@@ -163,8 +165,9 @@ def test_transformers_on_a_tpu_take_their_images_in_turns_and_all_at_once_for_gr
         monkeypatch.setattr(module, "per_device", lambda count: count // 2)
     in_turns, at_once = both()
     np.testing.assert_allclose(in_turns(bank.params), expected, rtol=1e-4, atol=1e-5)
-    for one, other in zip(*map(jax.tree.leaves, (at_once(bank.params), gradient)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4)
+    if with_adapters:  # once is enough, for it takes long to compile
+        for one, other in zip(*map(jax.tree.leaves, (at_once(bank.params), gradients)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4)
     program = str(in_turns.trace(bank.params).jaxpr)
     # Four transformers with two images of each device.
     assert program.count("scan[") == program.count("length=2") == 4
