@@ -48,7 +48,8 @@ class Measure(NamedTuple):
         """The figure of each round, and those of torch and the share where there are any."""
         read = {"ours": self.ours, "torch": self.torch, "share_of_measured_peak": self.share}
         values = {whose: of(told) for whose, of in read.items() if of is not None}
-        return {whose: [value] if isinstance(value, int | float) else value for whose, value in values.items() if value}
+        there = {whose: value for whose, value in values.items() if value is not None and value != []}
+        return {whose: value if isinstance(value, list) else [value] for whose, value in there.items()}
 
 
 class Run(NamedTuple):
@@ -71,6 +72,10 @@ def _no_tpu_compiler() -> str:
 
 def _no_demo() -> str:
     return "" if Path("runs/demo/pos.safetensors").exists() else "runs/demo, which `make demo` makes"
+
+
+def _thousandths(values: list[float]) -> list[float]:
+    return [1e3 * value for value in values]
 
 
 def _guidance(of: str) -> tuple[Measure, ...]:
@@ -297,10 +302,6 @@ def _summary(ours: list[float], torch: list[float] | None) -> dict[str, float]:
         **({"torch_median": statistics.median(torch), "ratio_to_torch": median} if torch else {}),
         **({"noise": (max(compared) - min(compared)) / median} if len(compared) > 1 else {}),
     }
-
-
-def _thousandths(values: list[float]) -> list[float]:
-    return [1e3 * value for value in values]
 
 
 COLUMNS = {

@@ -112,12 +112,17 @@ def time_in_turns(candidates: dict[str, Callable], rounds: int) -> dict[str, lis
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Of what `time_in_turns` gives."""
+    """Median seconds of each candidate of `time_in_turns`."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def each_round(seconds: Mapping[str, Sequence[float]], divisor: float = 1) -> dict[str, list[float]]:
-    """What `time_in_turns` gives, as figures of a bench: how they differ is the noise of their median."""
+    """Seconds of `time_in_turns` as figures of a bench; how much rounds differ is the noise of their median.
+
+    Args:
+        seconds: of each candidate in every round.
+        divisor: units of work in a round, of which each then has its seconds.
+    """
     return {name: [float(f"{value / divisor:.5g}") for value in values] for name, values in seconds.items()}
 
 

@@ -151,9 +151,11 @@ def torch_is_there() -> bool:
 def measure(
     bench: Step, rivals: list[str], folder: Path
 ) -> tuple[dict[str, dict], dict[str, float], dict[str, list[float]]]:
-    """What each candidate tells of itself and its `step_seconds`, and the ratios of the rivals to the first.
+    """Times the step of each candidate.
 
-    The third are seconds of each round, those of the first beside the first rival.
+    Returns:
+        figures of each candidate with its `step_seconds`, the ratios of the rivals to the first, and the seconds of
+        each round, of the first candidate those beside the first rival.
     """
     rows, ratios, times = {}, {}, {}
     with candidate(bench.objective, bench, folder) as ours:

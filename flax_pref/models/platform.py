@@ -22,7 +22,7 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """What JAX calls the device: "TPU v6 lite"; see `platform`."""
+    """Kind of the device in JAX's words, such as "TPU v6 lite"; of the same device as `platform`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
@@ -60,12 +60,15 @@ def unless_differentiated(inference: Callable, training: Callable) -> Callable:
 
 
 def in_parts(function: Callable, arguments: tuple[Any, ...], parts: int) -> jax.Array:
-    """`function` of parts of a batch, one after another; a part has as many images of every device as another.
+    """Applies a function to equal parts of a batch, one after another; each has equally many images of every device.
 
     Args:
-        function: gives an array `[B, ...]` for arguments of B images.
+        function: gives an array `[P, ...]` for arguments of P images.
         arguments: trees of arrays `[B, ...]`.
-        parts: that B of each device is a multiple of.
+        parts: their number, of which each device's share of B is a multiple.
+
+    Returns:
+        `[B, ...]`, in the order of the batch.
     """
 
     def split(x: jax.Array) -> jax.Array:
