@@ -874,7 +874,7 @@ def test_a_service_is_not_asked_for_images_that_have_no_file(blue, tmp_path):
         (b"<html>", "expected {.*scores"),
         (b"[" * 100_000, "expected {.*scores"),
         (MOVED, "answered 302 Found, a redirect to http://127.0.0.1:1/elsewhere, which is not followed"),
-        (DRIP, r"timed out, no whole answer in 0\.7 s, asked 1 times"),  # a byte every half second
+        (DRIP, r"timed out, no whole answer in 3 s, asked 1 times"),  # a byte every half second
     ],
 )
 def test_a_hostile_answer_costs_one_line_and_no_image(blue, tmp_path, content, message):
@@ -883,8 +883,9 @@ def test_a_hostile_answer_costs_one_line_and_no_image(blue, tmp_path, content, m
     bad = threading.Event()
     bad.set()
     there = blue(0.02, lambda prompts: content if bad.is_set() and "x" * 6 in prompts else None)
+    seconds = 3 if content is DRIP else 60  # a busy machine is no hostile answer
     with pytest.raises(UserError, match=message) as told:
-        score(tmp_path, service_scorer(there.url, connections=8, timeout=0.7, retries=0), "score:blue")
+        score(tmp_path, service_scorer(there.url, connections=8, timeout=seconds, retries=0), "score:blue")
     assert "\n" not in str(told.value) and str(there.url) in str(told.value)
     known = [row["score:blue"] is not None for row in rows(tmp_path)]
     assert 0 < known.count(False) <= 8 and known.count(True) > 8

@@ -169,15 +169,15 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 
 @pytest.mark.parametrize(
     "answer",
-    [drip(HEAD + b"\r\n", b" ", 3), drip(HEAD, b"A", 3), drip(HEAD + b"Content-Length: 9999\r\n\r\n", b"1", 3)],
+    [drip(HEAD + b"\r\n", b" ", 60), drip(HEAD, b"A", 60), drip(HEAD + b"Content-Length: 9999\r\n\r\n", b"1", 60)],
     ids=["body", "headers", "announced"],
 )
 def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(answer, images, naps):
     with raw_service(answer) as (url, asked):
         begun = time.monotonic()
-        with pytest.raises(ConnectionError, match=r"timed out, no whole answer in 0\.2 s, asked 2 times"):
-            Service(url, timeout=0.2, retries=1)(images, CAPTIONS)
-        assert time.monotonic() - begun < 1
+        with pytest.raises(ConnectionError, match=r"timed out, no whole answer in 1 s, asked 2 times"):
+            Service(url, timeout=1, retries=1)(images, CAPTIONS)
+        assert time.monotonic() - begun < 20
         assert len(asked) == 2
 
 
