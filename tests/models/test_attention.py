@@ -20,16 +20,26 @@ def heads(length, keys=None, features=40, batch=2):
     return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
 
 
-# Long enough for the loop over blocks, not a multiple of a block, short, and cross-attention.
-@pytest.mark.parametrize("shape", [(1024, None), (1100, None), (64, None), (1024, 77)])
-def test_blocks_of_queries_give_what_all_at_once_give(shape):
-    qkv = heads(*shape)
-
+def assert_blocked_as_xla(qkv, **tolerance):
     def value_and_gradients(kernel):
         return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sin(attention(*qkv, kernel=kernel)).sum(), (0, 1, 2)))(*qkv)
 
     for ours, reference in zip(*map(jax.tree.leaves, map(value_and_gradients, ("blocked", "xla"))), strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ours, reference, **tolerance)
+
+
+# Long enough for the loop over blocks, not a multiple of a block, short, and cross-attention.
+@pytest.mark.parametrize("shape", [(1024, None), (1100, None), (64, None), (1024, 77)])
+def test_blocks_of_queries_give_what_all_at_once_give(shape):
+    assert_blocked_as_xla(heads(*shape), rtol=1e-4, atol=2e-5)
+
+
+# All scores of a query move alike, so that exponentials in float32 hold them all, or some, or none.
+@pytest.mark.parametrize("moved", [0, 40, 100, -40, -100])
+def test_blocks_attend_alike_wherever_scores_are(moved):
+    q, k, v = heads(1024, features=8)
+    q, k = q.at[..., 0].set(1), k.at[..., 0].set(moved * 8**0.5)
+    assert_blocked_as_xla((q, k, v), rtol=1e-3, atol=1e-4)
 
 
 def test_no_position_sees_a_later_one():
@@ -147,7 +157,7 @@ def test_an_unknown_kernel_is_refused_before_anything_runs():
     } == {"xla"}
 
 
-@pytest.mark.parametrize(("size", "kernel_size", "padding"), [(8, 3, (1, 1)), (9, 3, (0, 1)), (16, 1, (0, 0))])
+@pytest.mark.parametrize(("size", "kernel_size", "padding"), [(4, 3, (1, 1)), (9, 3, (0, 1)), (16, 1, (0, 0))])
 def test_convolutions_of_few_positions_are_those_of_xla(size, kernel_size, padding):
     x = jax.random.normal(jax.random.key(0), (2, size, size, 5))
     kernel = jax.random.normal(jax.random.key(1), (kernel_size, kernel_size, 5, 7))
