@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_pref.models.platform import CACHED, per_device, platform
+from flax_pref.models.platform import CACHED, per_device, platform, unless_differentiated
 from flax_pref.shapes import Array
 
 
@@ -155,11 +155,11 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, i
     if platform() != "cpu":
         return _xla(x, kernel, stride, padding)
     if (size, stride, padding) == (3, 1, (1, 1)) and x.shape[1] >= FEW_ROWS and x.dtype == jnp.float32:
-        return _by_eigen(x, kernel)
+        # XLA's gradients of the convolution with the row that is cut off take 20 times as long.
+        return unless_differentiated(_by_eigen, lambda x, kernel: _by_ynnpack(x, kernel, 1, (1, 1)))(x, kernel)
     return _by_ynnpack(x, kernel, stride, padding)
 
 
-@jax.custom_vjp
 def _by_eigen(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution on a CPU by Eigen: XLA gives those to YNNPACK whose result has no more rows than their input.
 
@@ -169,15 +169,8 @@ def _by_eigen(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y[:, :-1]
 
 
-def _by_eigen_backward(known, gradient):
-    # XLA's gradients of the convolution with the row that is cut off take 20 times as long.
-    return jax.vjp(lambda x, kernel: _by_ynnpack(x, kernel, 1, (1, 1)), *known)[1](gradient)
-
-
-_by_eigen.defvjp(lambda x, kernel: (_by_eigen(x, kernel), (x, kernel)), _by_eigen_backward)
-
-
 def _by_ynnpack(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
+    """A convolution on a CPU: a product of patches where positions are few, else image by image if a batch is large."""
     if stride == 1 and math.prod(x.shape[:3]) <= FEW_POSITIONS:
         # XLA's convolution for CPUs is up to four times slower than a matrix product where positions are few.
         size = len(kernel)
