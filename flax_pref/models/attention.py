@@ -167,7 +167,7 @@ def _block_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Arra
     """`_softmax_attention` of a block, which looks for the largest scores only where exponentials do not fit float32.
 
     To look for them is a pass over all scores, a tenth of the time of attention. It is needed where a row's largest is
-    not between about -46 and 46, and where weights become float16.
+    not between about -46 and 46. Weights of 16 bits are always those of scores less the largest: float16 ends at 65504.
     """
     if v.dtype not in (jnp.float32, jnp.float64):
         return _softmax_attention(q, k, v)
